@@ -1,0 +1,197 @@
+"""Photos in, model input out: decoding and preprocessing with Pillow and numpy alone.
+
+The same arithmetic as timm's evaluation transform (Pillow's resize, centre crop, scale to [0, 1],
+normalise), so a device without PyTorch feeds an engine exactly what PyTorch would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ImageError, ModelError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a model wants its images; kept in the manifest.
+
+    Attributes:
+        height, width: model input in pixels.
+        resize: edge in pixels that the shorter side is scaled to before the crop (mode
+            "center"), or that both sides are squashed to (mode "squash").
+        interpolation: Pillow's filter name.
+        crop_mode: "center" or "squash".
+        mean, std: per channel, on [0, 1] RGB.
+    """
+
+    height: int
+    width: int
+    resize: int
+    interpolation: str
+    crop_mode: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_timm(cls, config: dict[str, Any]) -> Preprocess:
+        """From `timm.data.resolve_model_data_config`.
+
+        Raises:
+            ModelError: a setting that this module does not reproduce.
+        """
+        channels, height, width = config["input_size"]
+        mode = config.get("crop_mode") or "center"
+        interpolation = config.get("interpolation") or "bicubic"
+        if channels != 3 or mode not in ("center", "squash") or height != width:
+            raise ModelError(
+                f"cannot reproduce the model's preprocessing: input {channels}x{height}x{width}, "
+                f"crop mode {mode!r}",
+                "square RGB input with crop mode 'center' or 'squash' is supported",
+            )
+        if interpolation == "random":
+            interpolation = "bilinear"
+        return cls(
+            height=height,
+            width=width,
+            # timm: floor(img_size / crop_pct)
+            resize=int(height / (config.get("crop_pct") or 0.875)),
+            interpolation=interpolation,
+            crop_mode=mode,
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
+        """From a manifest's JSON."""
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def open_image(path: Path | str) -> Image.Image:
+    """Decodes a file to 8-bit RGB, upright (EXIF orientation applied), first frame only.
+
+    Raises:
+        ImageError: not readable as an image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright)
+    except FileNotFoundError as error:
+        raise ImageError(f"no such image: {path}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ImageError(f"cannot read {path} as an image: {reason}") from error
+
+
+def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
+    """One RGB image to [3, H, W] float32, as timm's evaluation transform does."""
+    from PIL import Image
+
+    resample = Image.Resampling[spec.interpolation.upper()]
+    width, height = image.size
+    if spec.crop_mode == "squash":
+        image = image.resize((spec.resize, spec.resize), resample)
+    else:
+        short, long = min(width, height), max(width, height)
+        # torchvision's Resize: the long side is truncated, not rounded
+        scaled = max(1, int(spec.resize * long / short))
+        size = (spec.resize, scaled) if width <= height else (scaled, spec.resize)
+        if size != image.size:
+            image = image.resize(size, resample)
+    pixels = _center_crop(np.asarray(image, dtype=np.uint8), spec.height, spec.width)
+    scaled_pixels = pixels.astype(np.float32) / np.float32(255)
+    normal = (scaled_pixels - np.float32(spec.mean)) / np.float32(spec.std)
+    return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
+
+
+def load_batch(paths: Sequence[Path | str], spec: Preprocess) -> NDArray[np.float32]:
+    """Decodes and preprocesses files to [B, 3, H, W] float32."""
+    return np.stack([preprocess(open_image(path), spec) for path in paths])
+
+
+def find_images(paths: Iterable[Path | str]) -> list[Path]:
+    """Expands files and folders (searched recursively, sorted) to image files.
+
+    Raises:
+        ImageError: a path does not exist, or no image is found.
+    """
+    given = [Path(path) for path in paths]
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found.extend(sorted(inside))
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ImageError(f"no such image or folder: {path}")
+    if not found:
+        names = ", ".join(str(path) for path in given)
+        raise ImageError(f"no images in {names}", f"looked for {' '.join(SUFFIXES)}")
+    return found
+
+
+def sample_photos() -> list[tuple[str, Image.Image]]:
+    """The natural photos that scikit-image and scikit-learn ship: (name, RGB image).
+
+    Used where the user names no images. Nothing is downloaded.
+
+    Raises:
+        ImageError: neither package is installed.
+    """
+    photos: list[tuple[str, Image.Image]] = []
+    for package, folder, names in (
+        ("skimage", "data", ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")),
+        ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
+    ):
+        if find_spec(package) is None:
+            continue
+        root = Path(str(import_module(package).__file__)).parent / folder
+        found = [root / name for name in names if (root / name).is_file()]
+        photos.extend((path.stem, open_image(path)) for path in found)
+    if not photos:
+        raise ImageError(
+            "no sample photos at hand",
+            "name some with --images DIR, or pip install scikit-image scikit-learn",
+        )
+    return photos
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        # convert("RGB") would clip 16-bit values at 255
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535.0 if image.mode != "F" or values.max(initial=0) > 1 else 1.0
+        grey = np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    return image.convert("RGB")
+
+
+def _center_crop(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """As torchvision's CenterCrop: pads with zeros where the image is too small."""
+    missing_h, missing_w = max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])
+    if missing_h or missing_w:
+        top, left = missing_h // 2, missing_w // 2
+        pad = ((top, missing_h - top), (left, missing_w - left), (0, 0))
+        pixels = np.pad(pixels, pad)
+    top = round((pixels.shape[0] - height) / 2.0)
+    left = round((pixels.shape[1] - width) / 2.0)
+    return pixels[top : top + height, left : left + width]

@@ -1,0 +1,279 @@
+"""The ONNX node `jmp_deploy::JMPTokenReduce`: its name, its attributes, its portable body.
+
+One node per reduction, with two implementations: the body below, an ONNX local function that any
+engine can run, and the TensorRT plugin in `plugins/`. Both follow `reduction.py`.
+
+Inputs, all of one float type T:
+    x     [B, N, C]  residual stream after the attention residual, before the MLP
+    qkv   [B, N, W]  QKV projection as the GEMM left it: queries of head h at columns
+                     h*d..(h+1)*d, keys at H*d + h*d..; W >= 2*H*d. (With QK norm: the normalised
+                     queries and keys, concatenated; W = 2*H*d.)
+    size  [B, N] or [1, N]  patches that each token stands for
+Outputs:
+    y [B, P+K, C], out_size [B, P+K], log_size [B, P+K] = log(out_size)
+
+This module is light: it needs onnx only where a body is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import GraphError
+
+if TYPE_CHECKING:
+    import onnx
+
+DOMAIN = "jmp_deploy"
+OP_TYPE = "JMPTokenReduce"
+VERSION = 1
+OPSET = 20
+"""ONNX opset of everything that we export: the newest that TensorRT 10.3 (JetPack 6.1) parses.
+It has Gelu and LayerNormalization as single ops; opset 23 would bring Attention, which
+TensorRT-RTX builds in FP16 and refuses in FP32."""
+
+GRANULARITIES = ("token", "sample")
+IMPORTANCES = ("class", "received")
+
+
+@dataclass(frozen=True)
+class TokenReduce:
+    """Attributes of one reduction (design.md section 1 has the definition).
+
+    Attributes:
+        num_prefix: P, leading tokens that always stay (class, distillation, registers).
+        num_keep: K, patch tokens that stay; at least 1.
+        num_heads: H.
+        head_dim: d, width of a head.
+        scale: factor of the attention logits, d**-0.5 in every ViT of timm.
+        tau: a non-critical token is merged where its similarity reaches tau, else pruned;
+            -1 merges all of them, anything above 1 prunes all of them.
+        granularity: "token" decides for each token, "sample" for all of a sample at once.
+        importance: "class" is the class token's attention row, "received" the mean over all
+            queries, for models without a class token.
+        proportional: add log(size) to the logits when importance is computed; true where the
+            block's own attention does so.
+    """
+
+    num_prefix: int
+    num_keep: int
+    num_heads: int
+    head_dim: int
+    scale: float
+    tau: float
+    granularity: str = "token"
+    importance: str = "class"
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("num_prefix", self.num_prefix >= (1 if self.importance == "class" else 0)),
+            ("num_keep", self.num_keep >= 1),
+            ("num_heads", self.num_heads >= 1),
+            ("head_dim", self.head_dim >= 1),
+            ("scale", 0 < self.scale < float("inf")),
+            ("tau", self.tau == self.tau and abs(self.tau) != float("inf")),
+            ("granularity", self.granularity in GRANULARITIES),
+            ("importance", self.importance in IMPORTANCES),
+        )
+        for name, ok in checks:
+            if not ok:
+                raise GraphError(f"{OP_TYPE}: {name}={getattr(self, name)!r} is not valid")
+
+    def to_onnx(self) -> dict[str, int | float]:
+        """The attributes as the node carries them: enumerations and booleans become integers."""
+        attributes = asdict(self)
+        attributes["granularity"] = GRANULARITIES.index(self.granularity)
+        attributes["importance"] = IMPORTANCES.index(self.importance)
+        attributes["proportional"] = int(self.proportional)
+        return attributes
+
+    @classmethod
+    def from_onnx(cls, attributes: dict[str, Any]) -> TokenReduce:
+        """Reads a node's attributes.
+
+        Raises:
+            GraphError: an attribute is missing, unknown, of the wrong type or out of range.
+        """
+        names = set(cls.__dataclass_fields__)
+        found = set(attributes)
+        if found != names:
+            raise GraphError(
+                f"{OP_TYPE}: missing attributes {sorted(names - found)}, "
+                f"unknown attributes {sorted(found - names)}",
+                "export the model again with this version of jmp_deploy",
+            )
+        values = dict(attributes)
+        for name, value in values.items():
+            kind = float if name in ("scale", "tau") else int
+            if not isinstance(value, kind):
+                raise GraphError(f"{OP_TYPE}: {name}={value!r} should be of type {kind.__name__}")
+        for name, words in (("granularity", GRANULARITIES), ("importance", IMPORTANCES)):
+            if values[name] not in range(len(words)):
+                raise GraphError(f"{OP_TYPE}: {name}={values[name]!r} is not valid")
+            values[name] = words[values[name]]
+        values["proportional"] = bool(values["proportional"])
+        return cls(**values)
+
+
+def body(attributes: TokenReduce) -> onnx.FunctionProto:
+    """The portable implementation of the node as an ONNX local function.
+
+    The arithmetic is float32 whatever T is, so the body serves FP32 and FP16 models unchanged.
+    All nodes of a model share one body, so they must agree in granularity, importance and
+    proportional; K and tau are read from each node.
+
+    The merge is a product with a one-hot matrix, not a scatter: exact zeros add nothing, no
+    engine has to support ScatterElements with a reduction (TensorRT-RTX does not), and the
+    result does not depend on the order of updates. Tokens that are not merged are zeroed
+    first, because 0 * NaN is NaN.
+    """
+    import onnx.parser
+
+    if attributes.importance == "class":
+        row = """
+  q_first = Slice (q_all, zero, one, one)
+  query = Transpose <perm = [0, 2, 1, 3]> (q_first)
+"""
+    else:
+        row = """
+  query = Transpose <perm = [0, 2, 1, 3]> (q_all)
+"""
+    if attributes.proportional:
+        logits = """
+  log_in = Log (size_all)
+  log_row = Unsqueeze (log_in, one)
+  log_logit = Unsqueeze (log_row, one)
+  logits = Add (logits_plain, log_logit)
+"""
+    else:
+        logits = "  logits = Identity (logits_plain)\n"
+    if attributes.granularity == "token":
+        decision = "  reaches = GreaterOrEqual (best, tau)\n"
+    else:
+        decision = """
+  mean_best = ReduceMean <keepdims = 1> (best, one)
+  reaches_sample = GreaterOrEqual (mean_best, tau)
+  best_shape = Shape (best)
+  reaches = Expand (reaches_sample, best_shape)
+"""
+    names = ", ".join(TokenReduce.__dataclass_fields__)
+    text = f"""
+<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
+{OP_TYPE} <{names}> (x, qkv, size) => (y, out_size, log_size)
+{{
+  zero = Constant <value_ints = [0]> ()
+  one = Constant <value_ints = [1]> ()
+  two = Constant <value_ints = [2]> ()
+  minus_one = Constant <value_ints = [-1]> ()
+  zero_f = Constant <value_float = 0.0> ()
+  minus_inf = Constant <value_float = -inf> ()
+  tiny = Constant <value_float = 1e-12> ()
+  lowest = Constant <value_float = -1.0> ()
+  highest = Constant <value_float = 1.0> ()
+  prefix_i = Constant <value_int: int = @num_prefix> ()
+  keep_i = Constant <value_int: int = @num_keep> ()
+  heads_i = Constant <value_int: int = @num_heads> ()
+  dim_i = Constant <value_int: int = @head_dim> ()
+  scale = Constant <value_float: float = @scale> ()
+  tau = Constant <value_float: float = @tau> ()
+  prefix = Unsqueeze (prefix_i, zero)
+  keep = Unsqueeze (keep_i, zero)
+  heads = Unsqueeze (heads_i, zero)
+  dim = Unsqueeze (dim_i, zero)
+
+  x_shape = Shape (x)
+  batch = Slice (x_shape, zero, one)
+  tokens = Slice (x_shape, one, two)
+  patches = Sub (tokens, prefix)
+  batch_tokens = Concat <axis = 0> (batch, tokens)
+  x_f = Cast <to = 1> (x)
+  size_f = Cast <to = 1> (size)
+  size_all = Expand (size_f, batch_tokens)
+
+  width = Mul (heads, dim)
+  width_2 = Mul (width, two)
+  head_shape = Concat <axis = 0> (batch, tokens, heads, dim)
+  q_part = Slice (qkv, zero, width, two)
+  k_part = Slice (qkv, width, width_2, two)
+  q_flat = Cast <to = 1> (q_part)
+  k_flat = Cast <to = 1> (k_part)
+  q_all = Reshape (q_flat, head_shape)
+  k_all = Reshape (k_flat, head_shape)
+
+{row}
+  key = Transpose <perm = [0, 2, 3, 1]> (k_all)
+  query_scaled = Mul (query, scale)
+  logits_plain = MatMul (query_scaled, key)
+{logits}
+  attention = Softmax <axis = -1> (logits)
+  heads_queries = Concat <axis = 0> (one, two)
+  importance_all = ReduceMean <keepdims = 0> (attention, heads_queries)
+  importance_raw = Slice (importance_all, prefix, tokens, one)
+  not_a_number = IsNaN (importance_raw)
+  importance = Where (not_a_number, minus_inf, importance_raw)
+
+  ranked, order = TopK <axis = 1, largest = 1, sorted = 1> (importance, patches)
+  kept_any = Slice (order, zero, keep, one)
+  rest_any = Slice (order, keep, patches, one)
+  rest_count = Sub (patches, keep)
+  kept, kept_at = TopK <axis = 1, largest = 0, sorted = 1> (kept_any, keep)
+  rest, rest_at = TopK <axis = 1, largest = 0, sorted = 1> (rest_any, rest_count)
+  kept_index = Unsqueeze (kept, minus_one)
+  rest_index = Unsqueeze (rest, minus_one)
+
+  key_mean = ReduceMean <keepdims = 0> (k_all, two)
+  key_patches = Slice (key_mean, prefix, tokens, one)
+  norm_raw = ReduceL2 <keepdims = 1> (key_patches, two)
+  norm = Max (norm_raw, tiny)
+  metric = Div (key_patches, norm)
+  metric_kept = GatherND <batch_dims = 1> (metric, kept_index)
+  metric_rest = GatherND <batch_dims = 1> (metric, rest_index)
+  metric_kept_t = Transpose <perm = [0, 2, 1]> (metric_kept)
+  cosine = MatMul (metric_rest, metric_kept_t)
+  similarity = Clip (cosine, lowest, highest)
+  best = ReduceMax <keepdims = 0> (similarity, two)
+  target = ArgMax <axis = 2, keepdims = 0> (similarity)
+{decision}
+
+  x_patches = Slice (x_f, prefix, tokens, one)
+  size_patches = Slice (size_all, prefix, tokens, one)
+  x_kept = GatherND <batch_dims = 1> (x_patches, kept_index)
+  x_rest = GatherND <batch_dims = 1> (x_patches, rest_index)
+  size_kept = GatherND <batch_dims = 1> (size_patches, kept_index)
+  size_rest = GatherND <batch_dims = 1> (size_patches, rest_index)
+  weight = Where (reaches, size_rest, zero_f)
+  zero_scalar = Squeeze (zero)
+  one_scalar = Squeeze (one)
+  positions = Range (zero_scalar, keep_i, one_scalar)
+  positions_col = Unsqueeze (positions, one)
+  target_row = Unsqueeze (target, one)
+  hits = Equal (positions_col, target_row)
+  weight_row = Unsqueeze (weight, one)
+  routes = Where (hits, weight_row, zero_f)
+  reaches_col = Unsqueeze (reaches, two)
+  x_merged = Where (reaches_col, x_rest, zero_f)
+  incoming = MatMul (routes, x_merged)
+  incoming_size = ReduceSum <keepdims = 0> (routes, two)
+  size_kept_col = Unsqueeze (size_kept, two)
+  own = Mul (x_kept, size_kept_col)
+  total = Add (own, incoming)
+  kept_size = Add (size_kept, incoming_size)
+  kept_size_col = Unsqueeze (kept_size, two)
+  mean = Div (total, kept_size_col)
+  has_source = Greater (incoming_size, zero_f)
+  has_source_col = Unsqueeze (has_source, two)
+  y_patches = Where (has_source_col, mean, x_kept)
+
+  x_prefix = Slice (x_f, zero, prefix, one)
+  size_prefix = Slice (size_all, zero, prefix, one)
+  y_f = Concat <axis = 1> (x_prefix, y_patches)
+  out_size_f = Concat <axis = 1> (size_prefix, kept_size)
+  log_size_f = Log (out_size_f)
+  y = CastLike (y_f, x)
+  out_size = CastLike (out_size_f, x)
+  log_size = CastLike (log_size_f, x)
+}}
+"""
+    return onnx.parser.parse_function(text)

@@ -1,0 +1,229 @@
+"""Keep schedules: in which blocks tokens go, how many stay, and what that saves.
+
+A schedule is data: (block, tokens kept) pairs, resolved once for a model and an image size before
+anything is exported. Ways to write one (`parse`):
+
+    paper                blocks at 1/4, 1/2 and 3/4 of the depth, keep rate 0.7 in each
+    spread               the same FLOPs as `paper`, the reduction spread evenly over all blocks
+                         from the third to the last but one
+    3:138,6:97,9:68      explicit: patch tokens kept after block 3, 6, 9 (0-based)
+    r18@2-10             18 tokens fewer in each of blocks 2 to 10
+    FILE.json            {"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97]]}
+
+This module needs neither PyTorch nor timm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ScheduleError
+
+NAMES = ("paper", "spread")
+DEFAULT = "spread"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a ViT that decide what it costs.
+
+    Attributes:
+        name: timm name.
+        depth: number of blocks.
+        num_prefix: class, distillation and register tokens.
+        num_patches: M, patch tokens.
+        attn_dim: heads times head width.
+        head_dim: width of one head.
+        attn_weights: weights in the linear layers of one attention (QKV, projection, gate).
+        mlp_weights: weights in the linear layers of one MLP.
+        stem_macs: patch embedding, MACs per image.
+        head_macs: classifier heads, MACs per image.
+        has_class_token: importance comes from the class token; else from all queries.
+    """
+
+    name: str
+    depth: int
+    num_prefix: int
+    num_patches: int
+    attn_dim: int
+    head_dim: int
+    attn_weights: int
+    mlp_weights: int
+    stem_macs: int
+    head_macs: int
+    has_class_token: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A resolved schedule: `steps` are (block, patch tokens kept) in block order."""
+
+    name: str
+    steps: tuple[tuple[int, int], ...]
+
+
+def parse(spec: str, shape: ModelShape) -> Schedule:
+    """Resolves a schedule written as a name, a list or a file (see the module's docstring).
+
+    Raises:
+        ScheduleError: it cannot be read or does not fit the model.
+    """
+    if spec == "paper":
+        return paper(shape)
+    if spec == "spread":
+        return spread(shape)
+    if re.fullmatch(r"\d+:-?\d+(,\d+:-?\d+)*", spec):
+        steps = [tuple(int(n) for n in pair.split(":")) for pair in spec.split(",")]
+        return resolve("list", [(block, keep) for block, keep in steps], shape)
+    if found := re.fullmatch(r"r(\d+)@(\d+)-(\d+)", spec):
+        count, first, last = (int(group) for group in found.groups())
+        return constant(count, range(first, last + 1), shape)
+    if Path(spec).suffix == ".json" or Path(spec).is_file():
+        return load(Path(spec), shape)
+    raise ScheduleError(
+        f"unknown schedule {spec!r}",
+        f"use {' or '.join(NAMES)}, a list such as 3:138,6:97,9:68, a constant such as r18@2-10, "
+        "or a .json file",
+    )
+
+
+def load(path: Path, shape: ModelShape) -> Schedule:
+    """Reads a schedule file: {"steps": [[block, keep], ...], "model": optional timm name}.
+
+    Raises:
+        ScheduleError: the file is missing or malformed, or was made for another model.
+    """
+    example = '{"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97], [9, 68]]}'
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        steps = [(block, keep) for block, keep in data["steps"]]
+        model = data.get("model", shape.name)
+        if not all(isinstance(n, int) and not isinstance(n, bool) for step in steps for n in step):
+            raise ValueError("steps must be pairs of whole numbers")
+    except OSError as error:
+        raise ScheduleError(f"cannot read schedule file {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ScheduleError(
+            f"{path} is not a schedule file: {error}", f"expected the form {example}"
+        ) from error
+    if model != shape.name:
+        raise ScheduleError(
+            f"{path} is a schedule for {model}, the model is {shape.name}",
+            "make one for this model, or remove the key 'model' to use it all the same",
+        )
+    return resolve(path.stem, steps, shape)
+
+
+def paper(shape: ModelShape) -> Schedule:
+    """The published setting: keep rate 0.7 in blocks 3, 6 and 9 of 12 (quarters of the depth)."""
+    blocks = [shape.depth * quarter // 4 for quarter in (1, 2, 3)]
+    return keep_rate(0.7, blocks, shape, name="paper")
+
+
+def spread(shape: ModelShape) -> Schedule:
+    """The FLOPs of `paper` or just below, with equal steps in blocks 2 .. depth-2.
+
+    Many small steps hold accuracy better than three large ones at the same cost (see
+    docs in README, "Schedules"). The step is the smallest that reaches paper's cost.
+    """
+    budget = macs(shape, paper(shape))
+    blocks = range(2, shape.depth - 1)
+    for count in range(1, shape.num_patches):
+        if count * len(blocks) >= shape.num_patches:
+            break
+        schedule = constant(count, blocks, shape, name="spread")
+        if macs(shape, schedule) <= budget:
+            return schedule
+    raise ScheduleError(
+        f"{shape.name} has too few blocks or patch tokens to spread a reduction over",
+        "use --schedule paper or write the schedule as a list",
+    )
+
+
+def keep_rate(
+    rate: float, blocks: Sequence[int], shape: ModelShape, name: str = "keep-rate"
+) -> Schedule:
+    """Keeps ceil(rate * M) of the M patch tokens that reach each of `blocks`."""
+    if not 0 < rate <= 1:
+        raise ScheduleError(f"keep rate {rate:g} is not in (0, 1]")
+    # Binary fractions: 0.7 * 10 is 7.000000000000001 and must not round up to 8.
+    return _shrink(name, blocks, shape, lambda m: math.ceil(round(rate * m, 9)))
+
+
+def constant(
+    count: int, blocks: Sequence[int], shape: ModelShape, name: str | None = None
+) -> Schedule:
+    """Takes `count` patch tokens away in each of `blocks`."""
+    label = name or f"r{count}"
+    return _shrink(label, blocks, shape, lambda m: m - count)
+
+
+def resolve(name: str, steps: Sequence[tuple[int, int]], shape: ModelShape) -> Schedule:
+    """Checks explicit steps against a model; steps that keep every token are dropped.
+
+    Raises:
+        ScheduleError: a block out of range or named twice, K < 1, K > M, or K that grows.
+    """
+    ordered = sorted(steps)
+    left = shape.num_patches
+    kept: list[tuple[int, int]] = []
+    for position, (block, keep) in enumerate(ordered):
+        if not 0 <= block < shape.depth:
+            raise ScheduleError(
+                f"schedule names block {block}, but {shape.name} has blocks 0 to {shape.depth - 1}"
+            )
+        if position and ordered[position - 1][0] == block:
+            raise ScheduleError(f"schedule names block {block} twice")
+        if keep < 1:
+            raise ScheduleError(f"schedule keeps {keep} tokens in block {block}; at least 1 stays")
+        if keep > left:
+            what = "patch tokens of the image" if not position else "tokens kept before it"
+            raise ScheduleError(
+                f"schedule keeps {keep} tokens in block {block}, more than the {left} {what}",
+                "the number of tokens kept can only fall from block to block",
+            )
+        if keep < left:
+            kept.append((block, keep))
+        left = keep
+    return Schedule(name, tuple(kept))
+
+
+def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool = True) -> int:
+    """Multiply-accumulates for one image, in closed form: what PyTorch's flop counter counts.
+
+    Matrix products and convolutions only, as usual in the field: per block, with N tokens in
+    attention and N' in the MLP, N * attn_weights + 2 * N^2 * attn_dim + N' * mlp_weights. A
+    reduction adds its own products (class row N * attn_dim or all rows N^2 * attn_dim, and the
+    similarity (M-K) * K * head_dim); `jmp_cost=False` leaves them out.
+    """
+    steps = dict(schedule.steps) if schedule else {}
+    total = shape.stem_macs + shape.head_macs
+    patches = shape.num_patches
+    for block in range(shape.depth):
+        tokens = shape.num_prefix + patches
+        total += tokens * shape.attn_weights + 2 * tokens**2 * shape.attn_dim
+        if block in steps:
+            keep = steps[block]
+            if jmp_cost:
+                queries = 1 if shape.has_class_token else tokens
+                total += queries * tokens * shape.attn_dim
+                total += (patches - keep) * keep * shape.head_dim
+            patches = keep
+        total += (shape.num_prefix + patches) * shape.mlp_weights
+    return total
+
+
+def _shrink(
+    name: str, blocks: Sequence[int], shape: ModelShape, rule: Callable[[int], int]
+) -> Schedule:
+    steps = []
+    left = shape.num_patches
+    for block in sorted(blocks):
+        left = rule(left)
+        steps.append((block, left))
+    return resolve(name, steps, shape)
