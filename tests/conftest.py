@@ -1,0 +1,61 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+# Before anything imports huggingface_hub, which reads it once: a test that silently downloads
+# weights passes on one machine and hangs on another.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SAMPLE_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+
+
+@cache
+def gpu_missing() -> str | None:
+    """Why no test can use a GPU here, or None where one works."""
+    if shutil.which("nvidia-smi") is None and not Path("/etc/nv_tegra_release").exists():
+        return "no NVIDIA driver on this machine"
+    try:
+        import torch
+    except ImportError:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        return None if "GPU 0" in done.stdout else "nvidia-smi lists no GPU"
+    return None if torch.cuda.is_available() else "PyTorch finds no usable GPU"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and (reason := gpu_missing()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Paths of six natural photos, PNG and JPEG, of several sizes and shapes.
+
+    Four come with scikit-image's wheel, two with scikit-learn's; nothing is downloaded.
+    """
+    from PIL import Image
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    folder = tmp_path_factory.mktemp("photos")
+    paths = []
+    for name in SAMPLE_PHOTOS:
+        path = folder / f"{name}.png"
+        Image.fromarray(getattr(data, name)()).save(path)
+        paths.append(path)
+    samples = load_sample_images()
+    for name, pixels in zip(samples.filenames, samples.images, strict=True):
+        path = folder / Path(name).name
+        Image.fromarray(pixels).save(path, quality=95)
+        paths.append(path)
+    return paths
