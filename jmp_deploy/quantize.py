@@ -1,0 +1,65 @@
+"""Precision written into the ONNX: FP16 casts (INT8 Q/DQ is issue 5's).
+
+TensorRT builds strongly typed networks from what the model says, so one model serves TensorRT 10,
+11 and TensorRT-RTX, and ONNX Runtime runs exactly the precision that the engine will have.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from .export import load_model, save_model
+
+FP16_MAX = float(np.finfo(np.float16).max)
+FP16_TINY = 2.0**-24  # smallest subnormal
+
+
+def to_fp16(source: Path, target: Path) -> Path:
+    """Portable FP32 model -> portable FP16 model with FP32 inputs and outputs.
+
+    LayerNormalization, Gelu and Softmax stay single ops, which engines compute in FP32 inside;
+    JMPTokenReduce takes and gives FP16, its body works in FP32.
+
+    Raises:
+        GraphError: not a readable model.
+    """
+    from onnxconverter_common.float16 import convert_float_to_float16
+
+    proto = load_model(source)
+    functions = list(proto.functions)
+    # The converter would take a look at local functions for nothing: their bodies are type-free.
+    del proto.functions[:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logging.root.level
+        logging.root.setLevel(logging.ERROR)
+        try:
+            half = convert_float_to_float16(
+                proto,
+                min_positive_val=FP16_TINY,
+                max_finite_val=FP16_MAX,
+                keep_io_types=True,
+                disable_shape_infer=True,
+                op_block_list=[],
+            )
+        finally:
+            logging.root.setLevel(level)
+    half.functions.extend(functions)
+    save_model(half, target)
+    return target
+
+
+def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of weights per data type, e.g. {"FLOAT16": 44000000, "INT64": 120}."""
+    sizes: dict[str, int] = {}
+    for tensor in proto.graph.initializer:
+        name = onnx.TensorProto.DataType.Name(tensor.data_type)
+        count = int(np.prod(tensor.dims)) if tensor.dims else 1
+        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        sizes[name] = sizes.get(name, 0) + count * width
+    return sizes
