@@ -1,0 +1,118 @@
+# shellcheck shell=bash
+# Sourced, not run: gives the scripts one virtual environment, .venv in the repository root.
+#
+#   source scripts/_env.sh
+#   jmp_env export,rtx          # afterwards $PYTHON is the environment's python, $ROOT the checkout
+#
+# JMP_PYTHON names the Python to make it with (default: a python3 of 3.10-3.13 on PATH).
+# pip is used as the user has configured it: no option here chooses where packages come from.
+# Interrupt it at any time: the next run goes on, because the stamp is written last.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="$ROOT/.venv"
+PYTHON="$VENV/bin/python"
+JMP_NEEDED_GB=8 # .venv with export, rtx and dev takes 6.7; pip unpacks beside it
+
+jmp_die() {
+  printf 'error: %s\n' "$1" >&2
+  shift
+  for line in "$@"; do printf '  %s\n' "$line" >&2; done
+  exit 2
+}
+
+# jmp_step "what" command...: one line, the time it took, and the end of its output if it failed.
+jmp_step() {
+  local what="$1" start=$SECONDS log
+  shift
+  log="$(mktemp "${TMPDIR:-/tmp}/jmp_step.XXXXXX")"
+  printf '  %-58s ' "$what"
+  if "$@" >"$log" 2>&1 </dev/null; then
+    printf 'done (%d s)\n' $((SECONDS - start))
+    rm -f "$log"
+  else
+    printf 'FAILED (%d s)\n' $((SECONDS - start))
+    grep -v "^WARNING: Location" "$log" | tail -n 25 >&2
+    printf '  the whole output: %s\n' "$log" >&2
+    return 1
+  fi
+}
+
+jmp_usable_python() { # is "$1" a Python that can make the environment?
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+jmp_find_python() {
+  local candidate
+  if [[ -n "${JMP_PYTHON:-}" ]]; then
+    "$JMP_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 ||
+      jmp_die "JMP_PYTHON=$JMP_PYTHON is not a working Python 3.10 or newer"
+    printf '%s\n' "$JMP_PYTHON"
+    return
+  fi
+  for candidate in python3 python3.12 python3.11 python3.13 python3.10; do
+    if jmp_usable_python "$candidate"; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  jmp_die "no Python 3.10-3.13 on PATH (python3 is: $(python3 --version 2>&1 || echo absent))" \
+    "Install one, e.g. apt-get install python3 python3-venv, or name one: JMP_PYTHON=/path/to/python3"
+}
+
+jmp_free_gb() { # whole GB free where "$1" lies
+  df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }'
+}
+
+jmp_make_venv() {
+  local base
+  if [[ -x "$PYTHON" ]] && "$PYTHON" -m pip --version >/dev/null 2>&1; then
+    jmp_usable_python "$PYTHON" || [[ -n "${JMP_PYTHON:-}" ]] ||
+      jmp_die "$VENV holds $("$PYTHON" --version 2>&1), not 3.10-3.13" "Remove it: rm -r '$VENV'"
+    return
+  fi
+  base="$(jmp_find_python)" || exit 2
+  "$base" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
+    jmp_die "$base cannot make virtual environments" "Debian, Ubuntu: apt-get install python3-venv"
+  [[ -w "$ROOT" ]] || jmp_die "cannot write to $ROOT"
+  # --clear: what an interrupted run or a removed Python left there is of no use
+  jmp_step "$("$base" --version) -> .venv" "$base" -m venv --clear "$VENV" || exit 2
+}
+
+# jmp_env EXTRA,EXTRA...: makes .venv and installs this checkout into it with these extras.
+jmp_env() {
+  local wanted="$1" stamp="$VENV/jmp_stamp" key have="" free tmp
+  jmp_make_venv
+  key="$("$PYTHON" - "$ROOT" <<'END'
+import hashlib, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+parts = [(root / "pyproject.toml").read_bytes(), sys.version.encode(), str(root).encode()]
+print(hashlib.sha256(b"\0".join(parts)).hexdigest())
+END
+)"
+  [[ -f "$stamp" ]] && have="$(sed -n 2p "$stamp")"
+  # all that is wanted and all that was there, so that two scripts do not undo each other's work
+  wanted="$(printf '%s,%s' "$wanted" "$have" | tr ',' '\n' | sed '/^$/d' | sort -u | paste -sd, -)"
+  if [[ -f "$stamp" && "$(sed -n 1p "$stamp")" == "$key" && "$wanted" == "$have" ]]; then
+    printf '  packages [%s] are installed\n' "$have"
+    return
+  fi
+  if [[ "$have" != *export* ]]; then
+    free="$(jmp_free_gb "$ROOT")"
+    ((free >= JMP_NEEDED_GB)) || [[ -d "$VENV/lib" && $(du -sk "$VENV" | cut -f1) -gt 5000000 ]] ||
+      jmp_die "$free GB free in $ROOT, $JMP_NEEDED_GB are needed (PyTorch brings its CUDA libraries)" \
+        "Make room there, or work in a checkout on a larger disk"
+  fi
+  # pip downloads into TMPDIR first; a small tmpfs there fills up with PyTorch's wheels
+  tmp="${TMPDIR:-/tmp}"
+  if (($(jmp_free_gb "$tmp") < 4)); then
+    tmp="$VENV/tmp"
+    mkdir -p "$tmp"
+  fi
+  rm -f "$stamp"
+  TMPDIR="$tmp" jmp_step "packages [$wanted] (some GB: minutes)" \
+    "$PYTHON" -m pip install --disable-pip-version-check -e "$ROOT[$wanted]" ||
+    jmp_die "pip could not install the packages" \
+      "No network? Not enough disk? Mend it and run this again: what was downloaded is kept."
+  printf '%s\n%s\n' "$key" "$wanted" >"$stamp.new"
+  mv "$stamp.new" "$stamp"
+}

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The whole test suite on any machine with Python 3.10-3.13 and a C++ compiler:
+#
+#   scripts/test.sh                       all of it
+#   scripts/test.sh -k schedule           arguments go to pytest
+#
+# Style, types, the plugin's sources with warnings as errors, then pytest. Every step runs, whatever
+# the others said; the exit code is 0 only if all passed. Tests that need a GPU are skipped where
+# there is none.
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+cd "$ROOT" || exit 2
+
+echo "jmp_deploy tests: environment"
+jmp_env export,rtx,dev
+BIN="$VENV/bin"
+# Types of TensorRT for mypy. Its dependency, TensorRT itself, is neither needed nor everywhere to
+# be had, hence --no-deps; without the stubs mypy knows a little less.
+if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("tensorrt-stubs")' 2>/dev/null; then
+  jmp_step "tensorrt-stubs, for mypy" "$PYTHON" -m pip install --no-deps tensorrt-stubs || true
+fi
+
+failed=()
+check() { # check NAME COMMAND...
+  jmp_step "$@" || failed+=("$1")
+}
+
+# Needs no TensorRT, only its headers; a copy of the tree is built, so nothing is left behind.
+compile_plugin() {
+  local build="$ROOT/build/plugin-werror"
+  rm -rf "$build"
+  PATH="$BIN:$PATH" "$PYTHON" "$ROOT/scripts/_configure_plugin.py" "$build" &&
+    PATH="$BIN:$PATH" cmake --build "$build" --parallel 2
+}
+
+echo "jmp_deploy tests: sources"
+check "ruff check" "$BIN/ruff" check .
+check "ruff format" "$BIN/ruff" format --check .
+check "mypy" "$BIN/mypy" jmp_deploy
+check "plugin, warnings as errors" compile_plugin
+
+echo "jmp_deploy tests: pytest"
+"$PYTHON" -m pytest -n 2 "$@" </dev/null || failed+=("pytest")
+
+if ((${#failed[@]})); then
+  printf 'FAILED: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2
+  exit 1
+fi
