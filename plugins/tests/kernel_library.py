@@ -1,0 +1,159 @@
+"""The C launcher of token_reduce_kernel.h, through ctypes.
+
+Serves three users: the host tests (NumPy arrays, the kernel compiled for the CPU), the GPU tests
+and the GPU timings (device pointers, the kernel compiled by nvcc). Needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FLOAT32, FLOAT16 = 0, 1
+DTYPES = {np.dtype(np.float32): FLOAT32, np.dtype(np.float16): FLOAT16}
+
+
+class Params(ctypes.Structure):
+    """JmpTokenReduceParams, field by field."""
+
+    _fields_ = (
+        ("num_prefix", ctypes.c_int32),
+        ("num_keep", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("tau", ctypes.c_float),
+        ("granularity", ctypes.c_int32),
+        ("importance", ctypes.c_int32),
+        ("proportional", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("batch", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
+        ("qkv_width", ctypes.c_int32),
+        ("size_batch", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """y [B, P+K, C], out_size and log_size [B, P+K], destination int32 [B, N]."""
+
+    y: np.ndarray
+    out_size: np.ndarray
+    log_size: np.ndarray
+    destination: np.ndarray
+
+
+def make_params(x: Any, qkv: Any, size: Any, dtype: int, **attributes: Any) -> Params:
+    """Params for tensors of these shapes (anything with `.shape`) and the node's attributes."""
+    return Params(
+        **attributes,
+        dtype=dtype,
+        batch=x.shape[0],
+        tokens=x.shape[1],
+        channels=x.shape[2],
+        qkv_width=qkv.shape[2],
+        size_batch=size.shape[0],
+    )
+
+
+class KernelLibrary:
+    """A shared library built from token_reduce_kernel.cu."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        params = ctypes.POINTER(Params)
+        library.jmp_token_reduce_check.argtypes = [params, ctypes.c_char_p, ctypes.c_size_t]
+        library.jmp_token_reduce_check.restype = ctypes.c_int
+        library.jmp_token_reduce_workspace_bytes.argtypes = [params]
+        library.jmp_token_reduce_workspace_bytes.restype = ctypes.c_size_t
+        library.jmp_token_reduce.argtypes = [params] + [ctypes.c_void_p] * 9
+        library.jmp_token_reduce.restype = ctypes.c_int
+        library.jmp_token_reduce_error_string.argtypes = [ctypes.c_int]
+        library.jmp_token_reduce_error_string.restype = ctypes.c_char_p
+        self._library = library
+
+    def check(self, params: Params) -> str | None:
+        """What is wrong with `params`, or None."""
+        message = ctypes.create_string_buffer(256)
+        wrong = self._library.jmp_token_reduce_check(ctypes.byref(params), message, len(message))
+        return message.value.decode() if wrong else None
+
+    def workspace_bytes(self, params: Params) -> int:
+        """Scratch bytes that a launch with `params` needs."""
+        return int(self._library.jmp_token_reduce_workspace_bytes(ctypes.byref(params)))
+
+    def launch(self, params: Params, *pointers: int | None, stream: int = 0) -> None:
+        """Launch with the addresses x, qkv, size, y, out_size, log_size, destination, workspace.
+
+        Raises:
+            RuntimeError: the launcher returned a CUDA error.
+        """
+        error = self._library.jmp_token_reduce(ctypes.byref(params), *pointers, stream)
+        if error:
+            text = self._library.jmp_token_reduce_error_string(error).decode()
+            raise RuntimeError(f"jmp_token_reduce: {text} ({error})")
+
+    def run_host(
+        self,
+        x: np.ndarray,
+        qkv: np.ndarray,
+        size: np.ndarray,
+        *,
+        want_destination: bool = True,
+        **attributes: Any,
+    ) -> Outputs:
+        """Run a CPU build on contiguous NumPy arrays of one dtype (float32 or float16).
+
+        Outputs and workspace are full of NaN before the launch, so what it forgets to write shows.
+        """
+        params = make_params(x, qkv, size, DTYPES[x.dtype], **attributes)
+        places = params.num_prefix + params.num_keep
+        batch, tokens, channels = x.shape
+        outputs = Outputs(
+            y=np.full((batch, places, channels), np.nan, x.dtype),
+            out_size=np.full((batch, places), np.nan, x.dtype),
+            log_size=np.full((batch, places), np.nan, x.dtype),
+            destination=np.full((batch, tokens), np.iinfo(np.int32).min, np.int32),
+        )
+        workspace = np.full(self.workspace_bytes(params), 0xFF, np.uint8)
+        arrays = [x, qkv, size, outputs.y, outputs.out_size, outputs.log_size]
+        assert all(array.flags.c_contiguous for array in arrays)
+        assert len({array.dtype for array in arrays}) == 1
+        destination = outputs.destination.ctypes.data if want_destination else None
+        self.launch(
+            params, *(array.ctypes.data for array in arrays), destination, workspace.ctypes.data
+        )
+        return outputs
+
+
+def write_case(
+    path: Path, x: np.ndarray, qkv: np.ndarray, size: np.ndarray, **attributes: Any
+) -> None:
+    """Write a case file for host_driver.cpp."""
+    params = make_params(x, qkv, size, DTYPES[x.dtype], **attributes)
+    path.write_bytes(bytes(params) + x.tobytes() + qkv.tobytes() + size.tobytes())
+
+
+def read_outputs(path: Path, x: np.ndarray, places: int) -> Outputs:
+    """Read what host_driver.cpp wrote for a case with input `x` and `places` = P+K."""
+    batch, tokens, channels = x.shape
+    content = path.read_bytes()
+    arrays, offset = [], 0
+    for shape, dtype in (
+        ((batch, places, channels), x.dtype),
+        ((batch, places), x.dtype),
+        ((batch, places), x.dtype),
+        ((batch, tokens), np.dtype(np.int32)),
+    ):
+        count = int(np.prod(shape))
+        arrays.append(np.frombuffer(content, dtype, count, offset).reshape(shape))
+        offset += count * dtype.itemsize
+    if offset != len(content):
+        raise ValueError(f"{path}: {len(content)} bytes, expected {offset}")
+    return Outputs(*arrays)

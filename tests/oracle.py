@@ -1,0 +1,216 @@
+"""Float64 oracle of the node JMPTokenReduce, written from its contract alone.
+
+Plain loops, one sample at a time, no shared code with `jmp_deploy.reduction` or the CUDA kernel:
+three implementations that agree were written three times. Besides the result it returns how close
+every decision was, so that a test can tell a near tie (two correct float32 programs may differ)
+from a bug.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKEN, SAMPLE = 0, 1
+CLASS_ROW, RECEIVED = 0, 1
+PRUNED = -1
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What the node returns, what it decided, and by how much.
+
+    With B samples, N tokens, P prefix tokens, M = N - P patch tokens, K kept, C channels:
+
+    Attributes:
+        y: [B, P+K, C] reduced tokens.
+        out_size: [B, P+K] patches that each output token stands for.
+        log_size: [B, P+K] natural logarithm of `out_size`.
+        kept: [B, K] input index of each critical token, ascending.
+        destination: [B, N] output position that an input token went to; -1 = pruned.
+        importance: [B, N] mean attention that the token receives; prefix tokens included.
+        similarity: [B, N] v of the non-critical patch tokens; NaN elsewhere.
+        select_margin: [B] importance of the K-th token minus that of the next; inf when K = M.
+        decide_margin: [B, N] |v - tau| (token) or |mean v - tau| (sample); inf where no decision.
+        target_margin: [B, N] similarity to the best critical token minus that to the second
+            best; inf where there is no second or no decision.
+    """
+
+    y: Float
+    out_size: Float
+    log_size: Float
+    kept: Int
+    destination: Int
+    importance: Float
+    similarity: Float
+    select_margin: Float
+    decide_margin: Float
+    target_margin: Float
+
+    def clear(self, margin: float) -> NDArray[np.bool_]:
+        """[B] True for samples in which no decision was closer than `margin`.
+
+        An exact tie (margin 0) is not clear: a test of ties must use values that every
+        implementation computes exactly, and then compare without this mask.
+        """
+        return (
+            (self.select_margin > margin)
+            & (self.decide_margin.min(axis=1) > margin)
+            & (self.target_margin.min(axis=1) > margin)
+        )
+
+
+def token_reduce(
+    x: np.ndarray,
+    qkv: np.ndarray,
+    size: np.ndarray,
+    *,
+    num_prefix: int,
+    num_keep: int,
+    num_heads: int,
+    head_dim: int,
+    scale: float,
+    tau: float,
+    granularity: int = TOKEN,
+    importance: int = CLASS_ROW,
+    proportional: int = 1,
+) -> Reduced:
+    """Run the node in float64.
+
+    Args:
+        x: [B, N, C] residual stream.
+        qkv: [B, N, W] projection: queries of all heads, then keys of all heads, then anything.
+        size: [B, N] or [1, N] token sizes.
+        The rest: the node's attributes.
+
+    Returns:
+        Outputs, decisions and margins.
+    """
+    batch, tokens, channels = x.shape
+    out_tokens = num_prefix + num_keep
+    result = Reduced(
+        y=np.zeros((batch, out_tokens, channels)),
+        out_size=np.zeros((batch, out_tokens)),
+        log_size=np.zeros((batch, out_tokens)),
+        kept=np.zeros((batch, num_keep), dtype=np.int64),
+        destination=np.full((batch, tokens), PRUNED, dtype=np.int64),
+        importance=np.zeros((batch, tokens)),
+        similarity=np.full((batch, tokens), np.nan),
+        select_margin=np.full(batch, np.inf),
+        decide_margin=np.full((batch, tokens), np.inf),
+        target_margin=np.full((batch, tokens), np.inf),
+    )
+    size = np.broadcast_to(size, (batch, tokens))
+    with np.errstate(all="ignore"):  # NaN and inf are legal inputs
+        for b in range(batch):
+            _reduce_sample(
+                result,
+                b,
+                x[b].astype(np.float64),
+                qkv[b].astype(np.float64),
+                size[b].astype(np.float64),
+                num_prefix=num_prefix,
+                num_keep=num_keep,
+                num_heads=num_heads,
+                head_dim=head_dim,
+                scale=scale,
+                tau=tau,
+                granularity=granularity,
+                importance=importance,
+                proportional=proportional,
+            )
+    return result
+
+
+def _reduce_sample(
+    result: Reduced,
+    b: int,
+    x: Float,
+    qkv: Float,
+    size: Float,
+    *,
+    num_prefix: int,
+    num_keep: int,
+    num_heads: int,
+    head_dim: int,
+    scale: float,
+    tau: float,
+    granularity: int,
+    importance: int,
+    proportional: int,
+) -> None:
+    tokens = x.shape[0]
+    inner = num_heads * head_dim
+    query = qkv[:, :inner].reshape(tokens, num_heads, head_dim)
+    key = qkv[:, inner : 2 * inner].reshape(tokens, num_heads, head_dim)
+
+    # 1. Importance: attention that a key token receives, mean over heads (and query rows).
+    rows = [0] if importance == CLASS_ROW else list(range(tokens))
+    received = np.zeros(tokens)
+    for head in range(num_heads):
+        for row in rows:
+            logits = scale * (key[:, head] @ query[row, head])
+            if proportional:
+                logits = logits + np.log(size)
+            weights = np.exp(logits - logits.max())
+            received += weights / weights.sum()
+    received /= num_heads * len(rows)
+    result.importance[b] = received
+
+    # 2. Critical set: largest first, ties to the lower index, NaN last.
+    patches = range(num_prefix, tokens)
+    order = sorted(patches, key=lambda t: (np.isnan(received[t]), -np.nan_to_num(received[t]), t))
+    critical = sorted(order[:num_keep])
+    others = sorted(order[num_keep:])
+    result.kept[b] = critical
+    if others:
+        result.select_margin[b] = received[order[num_keep - 1]] - received[order[num_keep]]
+    for t in range(num_prefix):
+        result.destination[b, t] = t
+    for slot, t in enumerate(critical):
+        result.destination[b, t] = num_prefix + slot
+
+    # 3. Similarity of each other token to its nearest critical token. A NaN never wins.
+    metric = key.mean(axis=1)
+    metric = metric / np.maximum(np.sqrt((metric**2).sum(axis=1)), 1e-12)[:, None]
+    nearest: dict[int, int] = {}
+    for i in others:
+        best, best_slot, second = np.nan, -1, -np.inf
+        for slot, j in enumerate(critical):
+            s = np.clip(metric[i] @ metric[j], -1.0, 1.0)
+            if np.isnan(s):
+                continue
+            if best_slot < 0 or s > best:
+                second = best if best_slot >= 0 else second
+                best, best_slot = s, slot
+            elif s > second:
+                second = s
+        result.similarity[b, i] = best
+        result.target_margin[b, i] = best - second
+        nearest[i] = best_slot
+
+    # 4. Decision: a comparison with NaN is false, so such a token is pruned.
+    if others:
+        values = np.array([result.similarity[b, i] for i in others])
+        judged = values if granularity == TOKEN else np.full(len(others), values.mean())
+        for i, value in zip(others, judged, strict=True):
+            result.decide_margin[b, i] = abs(value - tau)
+            if value >= tau and nearest[i] >= 0:
+                result.destination[b, i] = num_prefix + nearest[i]
+
+    # 5. and 6. Merge by size; a token without sources is copied.
+    for out in range(num_prefix + num_keep):
+        members = [t for t in range(tokens) if result.destination[b, t] == out]
+        base = out if out < num_prefix else critical[out - num_prefix]
+        if len(members) == 1:
+            result.y[b, out] = x[base]
+        else:
+            weighted = sum((size[t] * x[t] for t in members), np.zeros(x.shape[1]))
+            result.y[b, out] = weighted / sum(size[t] for t in members)
+        result.out_size[b, out] = sum(size[t] for t in members)
+        result.log_size[b, out] = np.log(result.out_size[b, out])
