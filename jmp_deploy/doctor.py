@@ -1,0 +1,142 @@
+"""What this machine has and what it can do, with the command that mends each gap.
+
+Runs with the base install alone, in a few seconds; `probes` does the looking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import probes
+from .probes import Check
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["CAN", "Check", "as_json", "collect", "render"]
+
+CAN = "this machine can"
+"""Area of the closing checks: status "ok" is yes, "missing" is no."""
+
+
+def collect() -> list[Check]:
+    """Looks at everything; never raises. The last checks, of area `CAN`, are the summary."""
+    checks: list[Check] = []
+    for area, probe in probes.AREAS.items():
+        checks += _guarded(area, probe)
+    return [*checks, *_guarded(CAN, lambda: _abilities(checks))]
+
+
+def as_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """The report for programs: every check, and the summary by name as {"yes", "reason"}."""
+    return {
+        "checks": [asdict(check) for check in checks if check.area != CAN],
+        "can": {
+            check.name: {"yes": check.status == "ok", "reason": check.found, "fix": check.fix}
+            for check in checks
+            if check.area == CAN
+        },
+    }
+
+
+def render(checks: Sequence[Check]) -> RenderableType:
+    """The report for people: a table per area, then the commands that mend the gaps.
+
+    Print it with `console.print(..., crop=False)`: a command longer than the terminal is wide is
+    left to the terminal to wrap, so that it can be copied whole.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"ok": "green", "warn": "yellow", "missing": "red", "yes": "green", "no": "red"}
+    parts: list[RenderableType] = []
+    for area in dict.fromkeys(check.area for check in checks):
+        table = Table.grid(padding=(0, 2))
+        table.add_column(width=9)
+        table.add_column(min_width=22, no_wrap=True)
+        table.add_column(overflow="fold")
+        for check in checks:
+            if check.area == area:
+                word: str = check.status
+                if area == CAN:
+                    word = "yes" if check.status == "ok" else "no"
+                table.add_row(Text(f"  {word}", styles[word]), check.name, Text(check.found))
+        parts += [Text(area, "bold"), table, Text("")]
+    fixes: dict[str, list[str]] = {}
+    for check in checks:
+        if check.fix and check.area != CAN:
+            fixes.setdefault(check.fix, []).append(check.name)
+    if fixes:
+        parts.append(Text("to mend it", "bold"))
+    for command, names in fixes.items():
+        several = f"{len(names)} of the above" if len(names) > 4 else ", ".join(names)
+        parts.append(Text(f"  {several}:", "dim"))
+        parts.append(Text(f"    {command}", no_wrap=True, overflow="ignore"))
+    return Group(*parts)
+
+
+def _guarded(area: str, probe: Callable[[], Iterator[Check]]) -> list[Check]:
+    # A look at a strange machine may fail in ways that nobody foresaw; the rest of the report
+    # still helps, and the reason is what somebody will need to see.
+    found: list[Check] = []
+    try:
+        found.extend(probe())
+    except Exception as error:
+        reason = f"could not be looked at: {probes.one_line(error) or type(error).__name__}"
+        found.append(Check(area, area, "warn", reason))
+    return found
+
+
+def _abilities(checks: Sequence[Check]) -> Iterator[Check]:
+    """Yes or no to each thing that one may want here, and why."""
+    known = {check.name: check for check in checks}
+
+    def lacking(names: Sequence[str], *, warnings_count: bool = False) -> list[Check]:
+        bad = ("missing", "warn") if warnings_count else ("missing",)
+        unknown = Check("", "", "missing", "not looked at")
+        found = [(name, known.get(name, unknown)) for name in names]
+        return [
+            Check(c.area, name, c.status, c.found, c.fix) for name, c in found if c.status in bad
+        ]
+
+    def verdict(name: str, gaps: Sequence[Check], yes: str) -> Check:
+        if not gaps:
+            return Check(CAN, name, "ok", yes)
+        reason = "; ".join(f"{gap.name}: {gap.found}" for gap in gaps[:3])
+        if len(gaps) > 3:
+            reason += f"; and {len(gaps) - 3} more"
+        fixes = {gap.fix for gap in gaps if gap.fix}
+        return Check(CAN, name, "missing", reason, fixes.pop() if len(fixes) == 1 else None)
+
+    def version(name: str) -> str:
+        return f"{name} {known[name].found.split(';')[0]}" if name in known else name
+
+    export = [*probes.EXPORT_NEEDS, "onnxruntime", "polygraphy"]
+    yield verdict("export models", lacking(export), f"{version('PyTorch')}, {version('timm')}")
+
+    built = known.get("plugin library")
+    compiled = built is not None and built.status == "ok"
+    plugin = [] if compiled else lacking(["C++ compiler", "plugin toolchain"])
+    where = f"built: {built.found}" if built is not None and compiled else "by itself, once"
+    yield verdict("build the plugin", plugin, where)
+
+    gpu = lacking(["GPU"])
+    tensorrt = lacking(["TensorRT"], warnings_count=True)
+    rtx = lacking(["TensorRT-RTX"], warnings_count=True)
+    common = [*lacking(["polygraphy"]), *plugin]
+    yes = f"{version('TensorRT')}, for this GPU"
+    yield verdict("build with TensorRT", [*tensorrt, *gpu, *common], yes)
+    yes = f"{version('TensorRT-RTX')}, ahead of time: for RTX GPUs, none needed here"
+    yield verdict("build with TensorRT-RTX", [*rtx, *common], yes)
+
+    runner = "TensorRT" if not tensorrt or rtx else "TensorRT-RTX"
+    gaps = [*gpu, *(tensorrt if runner == "TensorRT" else rtx), *lacking(["cuda-bindings"])]
+    if runner == "TensorRT-RTX" and not gpu and "TensorRT-RTX:" in known["GPU"].found:
+        gaps.append(known["GPU"])
+    yield verdict("run engines", gaps, f"with {version(runner)}")
+
+    portable = lacking(["onnxruntime"])
+    yield verdict("run portable models", portable, version("onnxruntime"))
