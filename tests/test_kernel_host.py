@@ -180,7 +180,7 @@ def assert_legal(got: Outputs, x: np.ndarray, size: np.ndarray, attrs: dict[str,
             assert got.out_size[b, place].tobytes() == size[b, token].tobytes()
 
 
-# --- Against the oracle ----------------------------------------------------------------------------
+# --- Against the oracle --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -349,7 +349,7 @@ def test_large_numbers_do_not_overflow_the_softmax(library: KernelLibrary) -> No
     assert_matches(library.run_host(*case, **attrs), case, attrs)
 
 
-# --- Batches and bad numbers -----------------------------------------------------------------------
+# --- Batches and bad numbers ---------------------------------------------------------------------
 
 
 def assert_same_bits(a: Outputs, b: Outputs, rows: slice) -> None:
@@ -402,7 +402,7 @@ def test_nan_importance_selects_the_first_and_prunes_the_rest(library: KernelLib
     np.testing.assert_array_equal(got.y[0], x[0, :7])
 
 
-# --- Refusals --------------------------------------------------------------------------------------
+# --- Refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_the_documented_sizes_are_accepted(library: KernelLibrary) -> None:
     assert metric_alone < library.workspace_bytes(params) < 1.2 * metric_alone
 
 
-# --- Half precision of the stand-in -----------------------------------------------------------------
+# --- Half precision of the stand-in --------------------------------------------------------------
 
 
 def test_half_conversion_is_that_of_ieee(build_dir: Path) -> None:
@@ -508,7 +508,7 @@ def test_half_conversion_is_that_of_ieee(build_dir: Path) -> None:
     assert ok.all()
 
 
-# --- Sanitizers --------------------------------------------------------------------------------------
+# --- Sanitizers ----------------------------------------------------------------------------------
 
 
 def run_driver(

@@ -1,0 +1,495 @@
+// See token_reduce_plugin.h. Every noexcept method catches, logs through TensorRT's logger (or to
+// stderr before there is one) and returns an error value: TensorRT then names the layer and stops.
+#include "token_reduce_plugin.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+
+namespace jmp_deploy {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldType;
+
+constexpr int32_t kSuccess = 0;
+constexpr int32_t kFailure = -1;
+
+std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
+
+void log_error(std::string const& message) noexcept {
+  try {
+    std::string const text = std::string(kPluginName) + ": " + message;
+    nvinfer1::ILoggerFinder* finder = logger_finder.load();
+    nvinfer1::ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
+    if (logger != nullptr) {
+      logger->log(nvinfer1::ILogger::Severity::kERROR, text.c_str());
+    } else {
+      std::fprintf(stderr, "%s\n", text.c_str());
+    }
+  } catch (...) {
+    std::fprintf(stderr, "%s: an error, and another while reporting it\n", kPluginName);
+  }
+}
+
+// --- Attributes ----------------------------------------------------------------------------------
+
+// One row per attribute: its name and where it lives in the struct.
+struct Attribute {
+  char const* name;
+  int32_t JmpTokenReduceParams::*integer;  // exactly one of the two is set
+  float JmpTokenReduceParams::*real;
+};
+
+constexpr Attribute kAttributes[] = {
+    {"num_prefix", &JmpTokenReduceParams::num_prefix, nullptr},
+    {"num_keep", &JmpTokenReduceParams::num_keep, nullptr},
+    {"num_heads", &JmpTokenReduceParams::num_heads, nullptr},
+    {"head_dim", &JmpTokenReduceParams::head_dim, nullptr},
+    {"scale", nullptr, &JmpTokenReduceParams::scale},
+    {"tau", nullptr, &JmpTokenReduceParams::tau},
+    {"granularity", &JmpTokenReduceParams::granularity, nullptr},
+    {"importance", &JmpTokenReduceParams::importance, nullptr},
+    {"proportional", &JmpTokenReduceParams::proportional, nullptr},
+};
+constexpr size_t kNbAttributes = sizeof(kAttributes) / sizeof(kAttributes[0]);
+
+// The value of a field may lie at any address, hence the copy.
+template <typename T>
+T read_as(PluginField const& field) {
+  T value;
+  std::memcpy(&value, field.data, sizeof value);
+  return value;
+}
+
+int32_t read_integer(PluginField const& field) {
+  int64_t value = 0;
+  if (field.type == PluginFieldType::kINT32) {
+    value = read_as<int32_t>(field);
+  } else if (static_cast<int32_t>(field.type) == 10) {  // kINT64: not in the headers of 10.0
+    value = read_as<int64_t>(field);
+  } else {
+    throw std::invalid_argument(std::string(field.name) + ": expected an integer, found type " +
+                                std::to_string(static_cast<int32_t>(field.type)));
+  }
+  if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument(std::string(field.name) + ": expected 32 bits, found " +
+                                std::to_string(value));
+  }
+  return static_cast<int32_t>(value);
+}
+
+float read_real(PluginField const& field) {
+  if (field.type == PluginFieldType::kFLOAT32) return read_as<float>(field);
+  if (field.type == PluginFieldType::kFLOAT64) {
+    double const value = read_as<double>(field);
+    // The conversion of a double outside float's range is undefined.
+    if (std::isfinite(value) && std::abs(value) > std::numeric_limits<float>::max()) {
+      throw std::invalid_argument(std::string(field.name) + ": too large for float32");
+    }
+    return static_cast<float>(value);
+  }
+  throw std::invalid_argument(std::string(field.name) + ": expected a float, found type " +
+                              std::to_string(static_cast<int32_t>(field.type)));
+}
+
+std::string all_names() {
+  std::string names;
+  for (Attribute const& attribute : kAttributes) {
+    names += (names.empty() ? "" : ", ") + std::string(attribute.name);
+  }
+  return names;
+}
+
+// Reads and checks all attributes; throws std::invalid_argument with a message for the log.
+JmpTokenReduceParams parse_attributes(nvinfer1::PluginFieldCollection const* collection) {
+  if (collection == nullptr || (collection->nbFields > 0 && collection->fields == nullptr)) {
+    throw std::invalid_argument("no attributes given; expected " + all_names());
+  }
+  JmpTokenReduceParams params{};
+  bool found[kNbAttributes] = {};
+  for (int32_t i = 0; i < collection->nbFields; ++i) {
+    PluginField const& field = collection->fields[i];
+    std::string const name = field.name == nullptr ? "" : field.name;
+    size_t at = 0;
+    while (at < kNbAttributes && name != kAttributes[at].name) ++at;
+    if (at == kNbAttributes) {
+      throw std::invalid_argument("unknown attribute \"" + name + "\"; expected " + all_names());
+    }
+    if (found[at]) throw std::invalid_argument(name + ": given twice");
+    if (field.data == nullptr || field.length != 1) {
+      throw std::invalid_argument(name + ": expected one number, found " +
+                                  std::to_string(field.data == nullptr ? 0 : field.length));
+    }
+    Attribute const& attribute = kAttributes[at];
+    if (attribute.integer != nullptr) {
+      params.*attribute.integer = read_integer(field);
+    } else {
+      params.*attribute.real = read_real(field);
+    }
+    found[at] = true;
+  }
+  for (size_t at = 0; at < kNbAttributes; ++at) {
+    if (!found[at]) {
+      throw std::invalid_argument(std::string(kAttributes[at].name) + ": attribute missing");
+    }
+  }
+  char message[256];
+  if (jmp_token_reduce_check_attributes(&params, message, sizeof message) != 0) {
+    throw std::invalid_argument(message);
+  }
+  return params;
+}
+
+// Fields for all attributes; with values that point into `params` if there is one.
+std::vector<PluginField> make_fields(JmpTokenReduceParams const* params) {
+  std::vector<PluginField> fields;
+  for (Attribute const& attribute : kAttributes) {
+    bool const integer = attribute.integer != nullptr;
+    void const* data = nullptr;
+    if (params != nullptr) {
+      data = integer ? static_cast<void const*>(&(params->*attribute.integer))
+                     : static_cast<void const*>(&(params->*attribute.real));
+    }
+    fields.emplace_back(attribute.name, data,
+                        integer ? PluginFieldType::kINT32 : PluginFieldType::kFLOAT32, 1);
+  }
+  return fields;
+}
+
+// --- Shapes and types ------------------------------------------------------------------------------
+
+constexpr char const* kInputNames[kNbInputs] = {"x", "qkv", "size"};
+constexpr int32_t kInputRanks[kNbInputs] = {3, 3, 2};
+
+bool is_supported(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF; }
+
+std::string name_of(DataType type) {
+  if (type == DataType::kFLOAT) return "float32";
+  if (type == DataType::kHALF) return "float16";
+  return "type " + std::to_string(static_cast<int32_t>(type));
+}
+
+void expect_counts(int32_t nb_inputs, int32_t nb_outputs) {
+  if (nb_inputs != kNbInputs || nb_outputs != kNbOutputs) {
+    throw std::invalid_argument("expected 3 inputs (x, qkv, size) and 3 outputs, found " +
+                                std::to_string(nb_inputs) + " and " + std::to_string(nb_outputs));
+  }
+}
+
+void expect_rank(int32_t input, int32_t rank) {
+  if (rank != kInputRanks[input]) {
+    throw std::invalid_argument(std::string(kInputNames[input]) + ": expected " +
+                                std::to_string(kInputRanks[input]) + " dimensions, found " +
+                                std::to_string(rank));
+  }
+}
+
+std::string text_of(Dims const& dims) {
+  std::string text = "[";
+  for (int32_t i = 0; i < dims.nbDims; ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(dims.d[i]);
+  }
+  return text + "]";
+}
+
+// Dims hold 64 bits since TensorRT 10.
+int32_t narrow(char const* what, int64_t value) {
+  if (value < 0 || value > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument(std::string(what) + ": expected 0 to 2^31 - 1, found " +
+                                std::to_string(value));
+  }
+  return static_cast<int32_t>(value);
+}
+
+}  // namespace
+
+TokenReducePlugin::TokenReducePlugin(JmpTokenReduceParams const& attributes,
+                                     std::string plugin_namespace, std::string name)
+    : attributes_(attributes), namespace_(std::move(plugin_namespace)), name_(std::move(name)) {
+  fields_ = make_fields(&attributes_);
+}
+
+// Not the default: the fields point into the object.
+TokenReducePlugin::TokenReducePlugin(TokenReducePlugin const& other)
+    : TokenReducePlugin(other.attributes_, other.namespace_, other.name_) {}
+
+void TokenReducePlugin::report(std::string const& message) const noexcept {
+  try {
+    log_error(name_.empty() ? message : "layer " + name_ + ": " + message);
+  } catch (...) {
+    log_error(message);
+  }
+}
+
+JmpTokenReduceParams TokenReducePlugin::complete(Dims const& x, Dims const& qkv, Dims const& size,
+                                                 DataType type) const {
+  expect_rank(0, x.nbDims);
+  expect_rank(1, qkv.nbDims);
+  expect_rank(2, size.nbDims);
+  if (!is_supported(type)) {
+    throw std::invalid_argument("expected float32 or float16 inputs, found " + name_of(type));
+  }
+  if (qkv.d[0] != x.d[0] || qkv.d[1] != x.d[1] || size.d[1] != x.d[1]) {
+    throw std::invalid_argument(
+        "expected x [B, N, C], qkv [B, N, W], size [B, N] or [1, N] with one B and one N, found x " +
+        text_of(x) + ", qkv " + text_of(qkv) + ", size " + text_of(size));
+  }
+  JmpTokenReduceParams params = attributes_;
+  params.dtype = type == DataType::kHALF ? JMP_FLOAT16 : JMP_FLOAT32;
+  params.batch = narrow("batch", x.d[0]);
+  params.tokens = narrow("tokens", x.d[1]);
+  params.channels = narrow("channels", x.d[2]);
+  params.qkv_width = narrow("qkv width", qkv.d[2]);
+  params.size_batch = narrow("batch of size", size.d[0]);
+  char message[256];
+  if (jmp_token_reduce_check(&params, message, sizeof message) != 0) {
+    throw std::invalid_argument(message);
+  }
+  return params;
+}
+
+// --- IPluginV3 -----------------------------------------------------------------------------------
+
+nvinfer1::IPluginCapability* TokenReducePlugin::getCapabilityInterface(
+    nvinfer1::PluginCapabilityType type) noexcept {
+  switch (type) {
+    case nvinfer1::PluginCapabilityType::kCORE:
+      return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD:
+      return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kRUNTIME:
+      return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+nvinfer1::IPluginV3* TokenReducePlugin::clone() noexcept {
+  try {
+    return new TokenReducePlugin(*this);
+  } catch (std::exception const& error) {
+    report(error.what());
+    return nullptr;
+  }
+}
+
+// --- IPluginV3OneCore ------------------------------------------------------------------------------
+
+nvinfer1::AsciiChar const* TokenReducePlugin::getPluginName() const noexcept {
+  return kPluginName;
+}
+
+nvinfer1::AsciiChar const* TokenReducePlugin::getPluginVersion() const noexcept {
+  return kPluginVersion;
+}
+
+nvinfer1::AsciiChar const* TokenReducePlugin::getPluginNamespace() const noexcept {
+  return namespace_.c_str();
+}
+
+// --- IPluginV3OneBuild -----------------------------------------------------------------------------
+
+int32_t TokenReducePlugin::getNbOutputs() const noexcept { return kNbOutputs; }
+
+int32_t TokenReducePlugin::getOutputDataTypes(DataType* output_types, int32_t nb_outputs,
+                                              DataType const* input_types,
+                                              int32_t nb_inputs) const noexcept {
+  try {
+    expect_counts(nb_inputs, nb_outputs);
+    for (int32_t i = 0; i < kNbInputs; ++i) {
+      if (!is_supported(input_types[i]) || input_types[i] != input_types[0]) {
+        throw std::invalid_argument(
+            "expected x, qkv and size all in float32 or all in float16, found " +
+            name_of(input_types[0]) + ", " + name_of(input_types[1]) + ", " +
+            name_of(input_types[2]));
+      }
+    }
+    for (int32_t i = 0; i < kNbOutputs; ++i) output_types[i] = input_types[0];
+    return kSuccess;
+  } catch (std::exception const& error) {
+    report(error.what());
+    return kFailure;
+  }
+}
+
+int32_t TokenReducePlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nb_inputs,
+                                           nvinfer1::DimsExprs const* /*shape_inputs*/,
+                                           int32_t /*nb_shape_inputs*/,
+                                           nvinfer1::DimsExprs* outputs, int32_t nb_outputs,
+                                           nvinfer1::IExprBuilder& builder) noexcept {
+  try {
+    expect_counts(nb_inputs, nb_outputs);
+    for (int32_t i = 0; i < kNbInputs; ++i) expect_rank(i, inputs[i].nbDims);
+    auto const* batch = inputs[0].d[0];
+    auto const* places = builder.constant(attributes_.num_prefix + attributes_.num_keep);
+    outputs[0].nbDims = 3;
+    outputs[0].d[0] = batch;
+    outputs[0].d[1] = places;
+    outputs[0].d[2] = inputs[0].d[2];
+    for (int32_t i = 1; i < kNbOutputs; ++i) {
+      outputs[i].nbDims = 2;
+      outputs[i].d[0] = batch;
+      outputs[i].d[1] = places;
+    }
+    return kSuccess;
+  } catch (std::exception const& error) {
+    report(error.what());
+    return kFailure;
+  }
+}
+
+bool TokenReducePlugin::supportsFormatCombination(int32_t position,
+                                                  nvinfer1::DynamicPluginTensorDesc const* in_out,
+                                                  int32_t nb_inputs,
+                                                  int32_t nb_outputs) noexcept {
+  if (position < 0 || position >= nb_inputs + nb_outputs) return false;
+  auto const& desc = in_out[position].desc;
+  return desc.format == nvinfer1::TensorFormat::kLINEAR && is_supported(desc.type) &&
+         desc.type == in_out[0].desc.type;
+}
+
+int32_t TokenReducePlugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in,
+                                           int32_t nb_inputs,
+                                           nvinfer1::DynamicPluginTensorDesc const* /*out*/,
+                                           int32_t nb_outputs) noexcept {
+  try {
+    expect_counts(nb_inputs, nb_outputs);
+    static_cast<void>(complete(in[0].min, in[1].min, in[2].min, in[0].desc.type));
+    static_cast<void>(complete(in[0].max, in[1].max, in[2].max, in[0].desc.type));
+    return kSuccess;
+  } catch (std::exception const& error) {
+    report(error.what());
+    return kFailure;
+  }
+}
+
+size_t TokenReducePlugin::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs,
+                                           int32_t nb_inputs,
+                                           nvinfer1::DynamicPluginTensorDesc const* /*outputs*/,
+                                           int32_t nb_outputs) const noexcept {
+  try {
+    expect_counts(nb_inputs, nb_outputs);
+    JmpTokenReduceParams const params =
+        complete(inputs[0].max, inputs[1].max, inputs[2].max, inputs[0].desc.type);
+    return jmp_token_reduce_workspace_bytes(&params);
+  } catch (std::exception const& error) {
+    report(error.what());  // configurePlugin, or onShapeChange, fails on the same
+    return 0;
+  }
+}
+
+// --- IPluginV3OneRuntime ---------------------------------------------------------------------------
+
+int32_t TokenReducePlugin::onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nb_inputs,
+                                         nvinfer1::PluginTensorDesc const* /*out*/,
+                                         int32_t nb_outputs) noexcept {
+  try {
+    expect_counts(nb_inputs, nb_outputs);
+    static_cast<void>(complete(in[0].dims, in[1].dims, in[2].dims, in[0].type));
+    return kSuccess;
+  } catch (std::exception const& error) {
+    report(error.what());
+    return kFailure;
+  }
+}
+
+int32_t TokenReducePlugin::enqueue(nvinfer1::PluginTensorDesc const* input_desc,
+                                   nvinfer1::PluginTensorDesc const* /*output_desc*/,
+                                   void const* const* inputs, void* const* outputs,
+                                   void* workspace, cudaStream_t stream) noexcept {
+  try {
+    JmpTokenReduceParams const params =
+        complete(input_desc[0].dims, input_desc[1].dims, input_desc[2].dims, input_desc[0].type);
+    int const error = jmp_token_reduce(&params, inputs[0], inputs[1], inputs[2], outputs[0],
+                                       outputs[1], outputs[2], nullptr, workspace, stream);
+    if (error == 0) return kSuccess;
+    report(std::string("CUDA: ") + jmp_token_reduce_error_string(error));
+    return kFailure;
+  } catch (std::exception const& error) {
+    report(error.what());
+    return kFailure;
+  }
+}
+
+nvinfer1::IPluginV3* TokenReducePlugin::attachToContext(
+    nvinfer1::IPluginResourceContext* /*context*/) noexcept {
+  return clone();
+}
+
+nvinfer1::PluginFieldCollection const* TokenReducePlugin::getFieldsToSerialize() noexcept {
+  collection_.nbFields = static_cast<int32_t>(fields_.size());
+  collection_.fields = fields_.data();
+  return &collection_;
+}
+
+// --- IPluginCreatorV3One ---------------------------------------------------------------------------
+
+TokenReduceCreator::TokenReduceCreator(char const* plugin_namespace)
+    : namespace_(plugin_namespace), fields_(make_fields(nullptr)) {}
+
+nvinfer1::IPluginV3* TokenReduceCreator::createPlugin(
+    nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fields,
+    nvinfer1::TensorRTPhase /*phase*/) noexcept {
+  try {
+    return new TokenReducePlugin(parse_attributes(fields), namespace_,
+                                 name == nullptr ? "" : name);
+  } catch (std::exception const& error) {
+    try {
+      bool const named = name != nullptr && *name != '\0';
+      log_error((named ? "layer " + std::string(name) + ": " : "") + error.what());
+    } catch (...) {
+      log_error("out of memory");
+    }
+    return nullptr;
+  }
+}
+
+nvinfer1::PluginFieldCollection const* TokenReduceCreator::getFieldNames() noexcept {
+  collection_.nbFields = static_cast<int32_t>(fields_.size());
+  collection_.fields = fields_.data();
+  return &collection_;
+}
+
+nvinfer1::AsciiChar const* TokenReduceCreator::getPluginName() const noexcept {
+  return kPluginName;
+}
+
+nvinfer1::AsciiChar const* TokenReduceCreator::getPluginVersion() const noexcept {
+  return kPluginVersion;
+}
+
+nvinfer1::AsciiChar const* TokenReduceCreator::getPluginNamespace() const noexcept {
+  return namespace_;
+}
+
+}  // namespace jmp_deploy
+
+// --- What TensorRT looks for in the library ----------------------------------------------------------
+
+#define JMP_EXPORT extern "C" __attribute__((visibility("default")))
+
+JMP_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
+JMP_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators);
+
+void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  if (finder != nullptr) jmp_deploy::logger_finder.store(finder);
+}
+
+// Two creators for one plugin: an ONNX importer looks it up by the node's attribute
+// `plugin_namespace`, which is "" if absent, or, in newer versions, by the node's domain.
+nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators) {
+  static jmp_deploy::TokenReduceCreator without_namespace("");
+  static jmp_deploy::TokenReduceCreator in_our_namespace("jmp_deploy");
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&without_namespace,
+                                                                &in_our_namespace};
+  nb_creators = 2;
+  return creators;
+}
