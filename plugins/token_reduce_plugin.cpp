@@ -1,16 +1,16 @@
-// See token_reduce_plugin.h. Every noexcept method catches, logs through TensorRT's logger (or to
-// stderr before there is one) and returns an error value: TensorRT then names the layer and stops.
+// See token_reduce_plugin.h. Every noexcept method catches, logs an error and returns an error
+// value: TensorRT then stops with an error of its own.
 #include "token_reduce_plugin.h"
 
-#include <atomic>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <limits>
 #include <memory>
 #include <stdexcept>
 #include <utility>
+
+#include "tensorrt_log.h"
 
 namespace jmp_deploy {
 namespace {
@@ -23,20 +23,11 @@ using nvinfer1::PluginFieldType;
 constexpr int32_t kSuccess = 0;
 constexpr int32_t kFailure = -1;
 
-std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
-
-void log_error(std::string const& message) noexcept {
+void report_error(std::string const& message) noexcept {
   try {
-    std::string const text = std::string(kPluginName) + ": " + message;
-    nvinfer1::ILoggerFinder* finder = logger_finder.load();
-    nvinfer1::ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
-    if (logger != nullptr) {
-      logger->log(nvinfer1::ILogger::Severity::kERROR, text.c_str());
-    } else {
-      std::fprintf(stderr, "%s\n", text.c_str());
-    }
+    log_error(std::string(kPluginName) + ": " + message);
   } catch (...) {
-    std::fprintf(stderr, "%s: an error, and another while reporting it\n", kPluginName);
+    log_error(message);
   }
 }
 
@@ -224,9 +215,9 @@ TokenReducePlugin::TokenReducePlugin(TokenReducePlugin const& other)
 
 void TokenReducePlugin::report(std::string const& message) const noexcept {
   try {
-    log_error(name_.empty() ? message : "layer " + name_ + ": " + message);
+    report_error(name_.empty() ? message : "layer " + name_ + ": " + message);
   } catch (...) {
-    log_error(message);
+    report_error(message);
   }
 }
 
@@ -444,9 +435,9 @@ nvinfer1::IPluginV3* TokenReduceCreator::createPlugin(
   } catch (std::exception const& error) {
     try {
       bool const named = name != nullptr && *name != '\0';
-      log_error((named ? "layer " + std::string(name) + ": " : "") + error.what());
+      report_error((named ? "layer " + std::string(name) + ": " : "") + error.what());
     } catch (...) {
-      log_error("out of memory");
+      report_error("out of memory");
     }
     return nullptr;
   }
@@ -480,7 +471,7 @@ JMP_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
 JMP_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators);
 
 void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
-  if (finder != nullptr) jmp_deploy::logger_finder.store(finder);
+  jmp_deploy::set_logger_finder(finder);
 }
 
 // Two creators for one plugin: an ONNX importer looks it up by the node's attribute

@@ -1,0 +1,96 @@
+// TensorRT 11 put IVersionedInterface under ILogger and ILoggerFinder, which moved their methods in
+// the vtable: a plugin compiled with the headers of 10 that calls findLogger() in 11, or the other
+// way round, calls something else. All other interfaces of the plugin are the same in both. So the
+// layout is chosen here, when the library that owns the finder is known, not by the headers.
+#include "tensorrt_log.h"
+
+#include <NvInferRuntime.h>
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+
+namespace jmp_deploy {
+
+// The layouts of TensorRT 10 and of 11. Only ever called, never made nor destroyed: hence no
+// destructors, whose slots come after the ones that we call. Not in an unnamed namespace: the
+// compiler would see that nobody implements them and call its trap for pure virtual functions.
+namespace layout {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wnon-virtual-dtor"
+struct Logger10 {
+  virtual void log(int32_t severity, char const* message) noexcept = 0;
+};
+struct Finder10 {
+  virtual Logger10* findLogger() = 0;
+};
+struct Logger11 : nvinfer1::IVersionedInterface {
+  virtual void log(int32_t severity, char const* message) noexcept = 0;
+};
+struct Finder11 : nvinfer1::IVersionedInterface {
+  virtual Logger11* findLogger() = 0;
+};
+#pragma GCC diagnostic pop
+}  // namespace layout
+
+namespace {
+
+constexpr int32_t kError = static_cast<int32_t>(nvinfer1::ILogger::Severity::kERROR);
+
+enum class Layout { kUnknown, kTensorRT10, kTensorRT11 };
+
+// By the version of the library that the finder's vtable lies in.
+Layout layout_of(void* finder) noexcept {
+  void* vtable = nullptr;
+  std::memcpy(&vtable, finder, sizeof vtable);
+  Dl_info info;
+  if (dladdr(vtable, &info) == 0) return Layout::kUnknown;
+  void* library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+  if (library == nullptr) return Layout::kUnknown;
+  auto const version = [library](char const* symbol) {
+    using Getter = int32_t (*)();
+    auto const getter = reinterpret_cast<Getter>(dlsym(library, symbol));
+    return getter == nullptr ? -1 : getter();
+  };
+  int32_t const major = version("getInferLibMajorVersion");
+  int32_t const minor = version("getInferLibMinorVersion");
+  dlclose(library);  // only gives back what RTLD_NOLOAD counted
+  if (major == 10) return Layout::kTensorRT10;
+  if (major >= 11) return Layout::kTensorRT11;
+  // TensorRT-RTX: 1.0 has the old layout by its documentation, 1.7 the new one by trial; nobody
+  // told us where between them it changed.
+  if (major == 1 && minor >= 7) return Layout::kTensorRT11;
+  if (major == 1 && minor == 0) return Layout::kTensorRT10;
+  return Layout::kUnknown;
+}
+
+std::atomic<void*> logger_finder{nullptr};
+
+template <typename Finder>
+bool log_with(void* finder, char const* message) {
+  auto* logger = static_cast<Finder*>(finder)->findLogger();
+  if (logger == nullptr) return false;
+  logger->log(kError, message);
+  return true;
+}
+
+}  // namespace
+
+void set_logger_finder(void* finder) noexcept {
+  if (finder != nullptr) logger_finder.store(finder);
+}
+
+void log_error(std::string const& message) noexcept {
+  try {
+    void* finder = logger_finder.load();
+    Layout const found = finder == nullptr ? Layout::kUnknown : layout_of(finder);
+    if (found == Layout::kTensorRT10 && log_with<layout::Finder10>(finder, message.c_str())) return;
+    if (found == Layout::kTensorRT11 && log_with<layout::Finder11>(finder, message.c_str())) return;
+  } catch (...) {
+    // findLogger() may throw; stderr remains
+  }
+  std::fprintf(stderr, "%s\n", message.c_str());
+}
+
+}  // namespace jmp_deploy
