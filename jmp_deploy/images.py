@@ -116,7 +116,8 @@ def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
             image = image.resize(size, resample)
     pixels = _center_crop(np.asarray(image, dtype=np.uint8), spec.height, spec.width)
     scaled_pixels = pixels.astype(np.float32) / np.float32(255)
-    normal = (scaled_pixels - np.float32(spec.mean)) / np.float32(spec.std)
+    mean, std = (np.asarray(values, dtype=np.float32) for values in (spec.mean, spec.std))
+    normal = (scaled_pixels - mean) / std
     return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
 
 

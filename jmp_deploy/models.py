@@ -198,7 +198,7 @@ def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module,
         )
     model.load_state_dict(state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return model, {"kind": "file", "file": path.name, "sha256": digest}
+    return model, {"kind": "file", "path": str(path.resolve()), "sha256": digest}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:

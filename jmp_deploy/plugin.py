@@ -231,7 +231,13 @@ def load_plugin(trt: Any, path: Path) -> None:
 
 
 def _missing_namespaces(registry: Any) -> list[str]:
-    return [n for n in NAMESPACES if registry.get_creator(NAME, VERSION, n) is None]
+    """Read off the list: `get_creator` logs an error for every creator that is not there."""
+    ours = {
+        creator.plugin_namespace
+        for creator in registry.all_creators
+        if (creator.name, creator.plugin_version) == (NAME, VERSION)
+    }
+    return [namespace for namespace in NAMESPACES if namespace not in ours]
 
 
 # --- The build itself ----------------------------------------------------------------------------

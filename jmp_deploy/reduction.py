@@ -63,7 +63,7 @@ def make_plan(qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
 
     Args and errors as for `token_reduce`. Works in float32 (float64 stays float64).
     """
-    batch, tokens, _ = qkv.shape
+    tokens = qkv.shape[1]
     prefix, keep = attributes.num_prefix, attributes.num_keep
     if tokens - prefix < keep:
         raise ScheduleError(
@@ -102,9 +102,7 @@ def apply_plan(
 
     weight = torch.where(plan.merged, patch_sizes.gather(1, plan.rest), 0)
     # Where, not a product with zero: a pruned NaN must leave no trace.
-    incoming = torch.where(
-        plan.merged[..., None], _rows(patches, plan.rest) * weight[..., None], 0
-    )
+    incoming = torch.where(plan.merged[..., None], _rows(patches, plan.rest) * weight[..., None], 0)
     own, own_size = _rows(patches, plan.kept), patch_sizes.gather(1, plan.kept)
     channels = plan.target[..., None].expand_as(incoming)
     total = (own * own_size[..., None]).scatter_add(1, channels, incoming)

@@ -1,0 +1,351 @@
+"""The pipeline: weights -> patch -> export -> precision -> check -> fuse -> engine -> manifest.
+
+Everything is made in a folder of its own inside the target and moved into place at the end, so an
+artifact that is there stays whole until its successor is, and an interrupted build leaves nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import engine as engines
+from . import manifest
+from .errors import ArtifactError, EngineError, ScheduleError
+from .files import atomic_path, make_writable_dir, sha256
+from .images import find_images, load_batch, preprocess, sample_photos
+
+if TYPE_CHECKING:
+    from .models import LoadedModel
+    from .node import TokenReduce
+
+PRECISIONS = ("fp16", "fp32")
+STRATEGIES = ("jmp", "merge", "prune")
+REFERENCE_IMAGES = 4
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `build` is asked for; the command line's flags of the same names.
+
+    Attributes:
+        model: short or timm name.
+        out: artifact folder.
+        weights: "auto", "pretrained", "random" or a path.
+        precision: "fp16" or "fp32".
+        schedule: spelling for `schedule.parse`.
+        keep_rate, blocks: the other way to write a schedule; both or neither.
+        tau, granularity: see `node.TokenReduce`.
+        strategy: "jmp" uses tau; "merge" and "prune" are tau = -1 and tau = 2.
+        proportional: proportional attention.
+        dense: no JMP: the baseline.
+        img_size: pixels, or None for the model's own.
+        batch: (min, opt, max) of the engine's profile.
+        engine: "auto", "tensorrt", "rtx" or "none".
+        targets: architectures for TensorRT-RTX.
+        workspace_mb: builder memory in MiB.
+        images: photos for the check; empty takes sample photos.
+        seed: of random weights.
+    """
+
+    model: str
+    out: Path
+    weights: str = "auto"
+    precision: str = "fp16"
+    schedule: str = "spread"
+    keep_rate: float | None = None
+    blocks: tuple[int, ...] | None = None
+    tau: float = 0.7
+    granularity: str = "token"
+    strategy: str = "jmp"
+    proportional: bool = True
+    dense: bool = False
+    img_size: int | None = None
+    batch: tuple[int, int, int] = (1, 8, 32)
+    engine: str = "auto"
+    targets: tuple[str, ...] = ()
+    workspace_mb: int | None = None
+    images: tuple[Path, ...] = ()
+    seed: int = 0
+    rebuild: str = field(default="python -m jmp_deploy build", compare=False)
+
+
+def build(
+    options: BuildOptions,
+    *,
+    on_stage: OnStage = lambda name: None,
+    on_progress: engines.Progress | None = None,
+) -> dict[str, Any]:
+    """Builds an artifact and returns its manifest.
+
+    Raises:
+        JmpDeployError: with what went wrong; the target folder is as it was before. A check
+            outside its tolerances is no error: the artifact is kept and `check.ok` is false.
+    """
+    least, best, most = options.batch
+    if not 1 <= least <= best <= most:
+        raise EngineError(
+            f"batch {least},{best},{most} is not MIN <= OPT <= MAX with MIN >= 1",
+            "write --batch 8 for a fixed batch, or --batch 1,8,32",
+        )
+    targets = engines.python_targets(options.targets)
+    choice = engines.choose(options.engine)
+    _refuse_odd_target(options.out)
+    is_new = not options.out.exists()
+    make_writable_dir(options.out)
+    clock = _Clock(on_stage)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=options.out))
+    try:
+        data = _portable(options, staging, clock)
+        # PyTorch's copy of the model is out of reach here; what it held goes back before a builder
+        # on a device with little memory starts.
+        gc.collect()
+        found = _deployable(options, staging, clock, data)
+        data["engine"], data["no_engine"] = None, choice.reason
+        if choice.flavour:
+            spec = engines.EngineSpec(
+                options.batch, (3, *_image_size(data)), targets, options.workspace_mb
+            )
+            facts = _engine(options, staging, clock, choice.flavour, spec, found, on_progress)
+            data["engine"] = {"flavour": choice.flavour, "why": choice.reason, **facts}
+            data["no_engine"] = None
+        data["stages"] = clock.stages
+        names = sorted(path.name for path in staging.iterdir() if path.name in _LISTED)
+        manifest.write(staging, data, names)
+        _move_into_place(staging, options.out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new and not any(options.out.iterdir()):
+            options.out.rmdir()
+    return manifest.read(options.out)
+
+
+_LISTED = (manifest.PORTABLE, manifest.DEPLOYABLE, manifest.ENGINE, manifest.REFERENCE)
+
+
+def _portable(options: BuildOptions, staging: Path, clock: _Clock) -> dict[str, Any]:
+    """Model to checked portable ONNX and reference; returns the manifest's first part."""
+    from . import export, quantize
+    from .models import load_model
+
+    with clock("weights"):
+        loaded = load_model(
+            options.model, options.weights, img_size=options.img_size, seed=options.seed
+        )
+    with clock("patch"):
+        jmp = None if options.dense else _patch(loaded, options)
+    size = (loaded.preprocess.height, loaded.preprocess.width)
+    output = "logits" if loaded.model.num_classes > 0 else "features"
+    with clock("export"):
+        portable = staging / manifest.PORTABLE
+        fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
+        export.export_onnx(loaded.model, fp32, image_size=size)
+    if options.precision == "fp16":
+        with clock("fp16"):
+            quantize.to_fp16(fp32, portable)
+            fp32.unlink()
+    with clock("check"):
+        check = _check(options, loaded, portable, output)
+    return {
+        "tools": manifest.tool_versions(),
+        "model": {
+            "name": loaded.name,
+            "asked_for": options.model,
+            "image_size": size[0],
+            "output": output,
+        },
+        "weights": loaded.origin,
+        "preprocess": asdict(loaded.preprocess),
+        "class_names": loaded.class_names,
+        "jmp": jmp,
+        "macs": _macs(loaded, jmp),
+        "precision": options.precision,
+        "batch": list(options.batch),
+        "check": check,
+        "rebuild": options.rebuild,
+    }
+
+
+def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
+    from . import schedule as schedules
+    from .patch import model_shape, patch
+
+    shape = model_shape(loaded.model)
+    if (options.keep_rate is None) != (options.blocks is None):
+        raise ScheduleError("--keep-rate and --blocks go together: --keep-rate 0.7 --blocks 3,6,9")
+    if options.keep_rate is not None and options.blocks is not None:
+        schedule = schedules.keep_rate(options.keep_rate, options.blocks, shape)
+    else:
+        schedule = schedules.parse(options.schedule, shape)
+    if not schedule.steps:
+        raise ScheduleError(
+            "the schedule keeps every token", "use --dense to build the model without JMP"
+        )
+    tau = {"jmp": options.tau, "merge": -1.0, "prune": 2.0}[options.strategy]
+    patch(
+        loaded.model,
+        schedule,
+        tau=tau,
+        granularity=options.granularity,
+        proportional=options.proportional,
+    )
+    return {
+        "schedule_name": schedule.name,
+        "schedule": [list(step) for step in schedule.steps],
+        "strategy": options.strategy,
+        "tau": tau,
+        "granularity": options.granularity,
+        "proportional": options.proportional,
+    }
+
+
+def _macs(loaded: LoadedModel, jmp: dict[str, Any] | None) -> dict[str, int]:
+    from . import schedule as schedules
+    from .patch import model_shape
+
+    shape = model_shape(loaded.model)
+    dense = schedules.macs(shape)
+    if jmp is None:
+        return {"model": dense, "dense": dense}
+    steps = [(block, keep) for block, keep in jmp["schedule"]]
+    reduced = schedules.resolve(jmp["schedule_name"], steps, shape)
+    return {"model": schedules.macs(shape, reduced), "dense": dense}
+
+
+def _check(
+    options: BuildOptions, loaded: LoadedModel, portable: Path, output: str
+) -> dict[str, Any]:
+    """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
+    from . import compare, runtime
+
+    if options.images:
+        paths = find_images(options.images)
+        names = [path.name for path in paths]
+        images = load_batch(paths, loaded.preprocess)
+    else:
+        photos = sample_photos()
+        names = [name for name, _ in photos]
+        images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
+    runtime.quiet_polygraphy()
+    runners = [
+        compare.torch_runner(loaded.model, output),
+        runtime.onnxruntime_runner(portable),
+    ]
+    pairs, times = compare.run_and_pair(runners, images, options.batch, options.precision)
+    with runners[0] as torch_again:
+        stored = torch_again.infer({runtime.INPUT: images[:REFERENCE_IMAGES]})[output]
+    with (
+        atomic_path(portable.parent / manifest.REFERENCE) as temporary,
+        temporary.open("wb") as file,
+    ):
+        np.savez_compressed(
+            file,
+            images=images[:REFERENCE_IMAGES],
+            output=stored,
+            names=np.array(names[:REFERENCE_IMAGES]),
+        )
+    return {
+        "ok": all(pair.ok for pair in pairs),
+        "images": names,
+        "pairs": [vars(pair) for pair in pairs],
+        "runtime_ms": times,
+    }
+
+
+def _deployable(
+    options: BuildOptions, staging: Path, clock: _Clock, data: dict[str, Any]
+) -> list[TokenReduce]:
+    from .fuse import to_deployable
+
+    with clock("fuse"):
+        found = to_deployable(staging / manifest.PORTABLE, staging / manifest.DEPLOYABLE)
+    expected = [keep for _, keep in data["jmp"]["schedule"]] if data["jmp"] else []
+    if [attributes.num_keep for attributes in found] != expected:
+        raise ArtifactError(
+            f"the exported model keeps {[a.num_keep for a in found]} tokens, expected {expected}"
+        )
+    return found
+
+
+def _engine(
+    options: BuildOptions,
+    staging: Path,
+    clock: _Clock,
+    flavour: str,
+    spec: engines.EngineSpec,
+    reductions: list[TokenReduce],
+    on_progress: engines.Progress | None,
+) -> dict[str, Any]:
+    plugin = None
+    if reductions:
+        from .plugin import plugin_library
+
+        with clock("plugin"):
+            plugin = plugin_library()
+    cache = options.out / manifest.TIMING_CACHE
+    if cache.is_file():
+        shutil.copy2(cache, staging / manifest.TIMING_CACHE)
+    with clock("engine"):
+        facts = engines.build_engine(
+            staging / manifest.DEPLOYABLE,
+            staging / manifest.ENGINE,
+            flavour,
+            spec,
+            plugin=plugin,
+            timing_cache=staging / manifest.TIMING_CACHE,
+            log=staging / manifest.BUILD_LOG,
+            on_progress=on_progress,
+        )
+    if facts["plugin_layers"] != len(reductions):
+        raise EngineError(
+            f"the engine has {facts['plugin_layers']} plugin layers, expected {len(reductions)}"
+        )
+    digest = {"file": plugin.name, "sha256": sha256(plugin)} if plugin else None
+    return {**facts, "plugin": digest}
+
+
+def _image_size(data: dict[str, Any]) -> tuple[int, int]:
+    return data["preprocess"]["height"], data["preprocess"]["width"]
+
+
+def _refuse_odd_target(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file, not a folder", "choose another folder with -o")
+
+
+def _move_into_place(staging: Path, out: Path) -> None:
+    """Replaces the files of an artifact one by one, the manifest last."""
+    made = {path.name for path in staging.iterdir()}
+    (out / manifest.FILE).unlink(missing_ok=True)
+    for name in (*_LISTED, manifest.BUILD_LOG):
+        if name not in made:
+            (out / name).unlink(missing_ok=True)
+    for name in sorted(made - {manifest.FILE}):
+        (staging / name).replace(out / name)
+    (staging / manifest.FILE).replace(out / manifest.FILE)
+
+
+class _Clock:
+    """Announces each stage and keeps how long it took."""
+
+    def __init__(self, on_stage: OnStage) -> None:
+        self.on_stage = on_stage
+        self.stages: list[dict[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.on_stage(name)
+        started = time.monotonic()
+        yield
+        self.stages.append({"name": name, "seconds": round(time.monotonic() - started, 2)})

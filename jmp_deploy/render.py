@@ -1,0 +1,252 @@
+"""Tables for people. Everything here has a JSON twin; nothing here computes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+RANDOM_WARNING = (
+    "RANDOM WEIGHTS: this artifact can be timed, inspected and compared with PyTorch; "
+    "what it answers means nothing."
+)
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> Table:
+    """Two columns: a name and what is to be said of it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def artifact(data: dict[str, Any], folder: str) -> RenderableType:
+    """The summary that ends `build` and opens `inspect` and `report`."""
+    macs, jmp, check, engine = data["macs"], data["jmp"], data["check"], data["engine"]
+    rows = [
+        ("artifact", folder),
+        ("model", f"{data['model']['name']} at {data['model']['image_size']} pixels"),
+        ("weights", weights(data["weights"])),
+        ("precision", f"{data['precision'].upper()}, inputs and outputs FP32"),
+        ("batch", "min {}, opt {}, max {}".format(*data["batch"])),
+        ("GMACs", _gmacs(macs)),
+    ]
+    if jmp:
+        steps = ", ".join(f"{block}:{keep}" for block, keep in jmp["schedule"])
+        rows.append(("schedule", f"{jmp['schedule_name']} ({steps})"))
+        rows.append(("decision", _decision(jmp)))
+    else:
+        rows.append(("schedule", "none: dense baseline"))
+    pair = check["pairs"][0]
+    verdict = "ok" if check["ok"] else "OUTSIDE TOLERANCE"
+    rows.append(
+        (
+            "check",
+            f"{verdict}: ONNX Runtime against PyTorch on {len(check['images'])} photos: "
+            f"{agreement(pair)}",
+        )
+    )
+    if engine:
+        rows.append(("engine", engine_line(engine)))
+    else:
+        rows.append(("engine", f"none: {data['no_engine']}"))
+    sizes = ", ".join(f"{name} {entry['bytes'] / 1e6:.1f}" for name, entry in data["files"].items())
+    rows.append(("sizes (MB)", sizes))
+    parts: list[RenderableType] = [facts(rows)]
+    if data["weights"]["kind"] == "random":
+        parts.append(Text(RANDOM_WARNING, style="bold red"))
+    return Group(*parts)
+
+
+def weights(origin: dict[str, Any]) -> str:
+    """Where weights came from, in words."""
+    if origin["kind"] == "pretrained":
+        return f"pretrained ({origin['source']})"
+    if origin["kind"] == "file":
+        return f"{origin['path']} (sha256 {origin['sha256'][:12]}...)"
+    why = f"; no pretrained ones: {origin['reason']}" if "reason" in origin else ""
+    return f"RANDOM (seed {origin['seed']}{why})"
+
+
+def engine_line(engine: dict[str, Any]) -> str:
+    """How an engine was made, in words."""
+    plugins = engine["plugin_layers"]
+    return (
+        f"{engine['builder']} {engine['version']} for {', '.join(engine['targets'])}, "
+        f"{engine['bytes'] / 1e6:.1f} MB in {engine['seconds']:.1f} s, "
+        f"{plugins} plugin layer{'s' if plugins != 1 else ''} ({engine['why']})"
+    )
+
+
+def agreement(pair: dict[str, Any]) -> str:
+    """The figures of a pair of backends, in words."""
+    words = f"cosine {pair['cosine']:.6f}, largest difference {pair['max_abs']:.2g}"
+    if pair["top1_agreement"] is not None:
+        words += f", top-1 agreement {pair['top1_agreement']:.0%}"
+    return words
+
+
+def comparison(result: dict[str, Any]) -> RenderableType:
+    """The table of `compare`."""
+    table = Table(title=f"{result['images']} images, {result['precision'].upper()}", expand=False)
+    for name in ("a", "b", "output"):
+        table.add_column(name)
+    for name in ("cosine (min)", "max abs", "max rel", "top-1 agreement"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for pair in result["pairs"]:
+        top1 = pair["top1_agreement"]
+        table.add_row(
+            pair["a"],
+            pair["b"],
+            pair["output"],
+            f"{pair['cosine']:.6f}",
+            _number(pair["max_abs"]),
+            _number(pair["max_rel"]),
+            "-" if top1 is None else f"{top1:.1%}",
+            Text("ok", "green") if pair["ok"] else Text("outside", "bold red"),
+        )
+    lines: list[RenderableType] = [table]
+    lines.append(f"tolerance: cosine >= {result['tolerance']['cosine']} for every image")
+    for name, reason in result["skipped"].items():
+        lines.append(f"not compared: {name}: {reason}")
+    if result["random_weights"]:
+        lines.append(Text(RANDOM_WARNING, style="bold red"))
+    return Group(*lines)
+
+
+def predictions(records: Sequence[dict[str, Any]], backend: str, reason: str) -> RenderableType:
+    """The table of `run`."""
+    table = Table(title=f"run with {backend} ({reason})", title_justify="left")
+    table.add_column("image", overflow="fold")
+    has_classes = "top" in records[0]
+    table.add_column("top classes" if has_classes else "features")
+    for record in records:
+        if has_classes:
+            cell = "\n".join(f"{entry['score']:6.1%}  {entry['label']}" for entry in record["top"])
+        else:
+            values = record["features"]
+            norm = math.sqrt(sum(v * v for v in values))
+            head = ", ".join(f"{v:.3f}" for v in values[:4])
+            cell = f"[{head}, ...] {len(values)} values, norm {norm:.3f}"
+        table.add_row(record["image"], cell)
+    return table
+
+
+def inspection(result: dict[str, Any]) -> RenderableType:
+    """The tables of `inspect`."""
+    parts: list[RenderableType] = []
+    if result["kind"] == "artifact":
+        parts.append(artifact(result["manifest"], result["path"]))
+        parts.append(Text("all files are as they were built", "green"))
+    if onnx := result.get("onnx"):
+        operators = ", ".join(f"{count} {name}" for name, count in onnx["operators"].items())
+        stored = ", ".join(f"{n / 1e6:.1f} MB {kind}" for kind, n in onnx["weights_bytes"].items())
+        parts.append(
+            facts(
+                [
+                    ("ONNX", f"{onnx['form']}, opsets {onnx['opset']}"),
+                    ("operators", operators),
+                    ("weights", stored),
+                ]
+            )
+        )
+        if onnx["reductions"]:
+            parts.append(_reductions(onnx["reductions"]))
+    if network := result.get("network"):
+        parts.append(_network(network))
+    if engine := result.get("engine"):
+        parts.append(
+            facts(
+                [
+                    ("engine", f"{engine['builder']} {engine['version']}"),
+                    ("device memory", f"{engine['device_memory'] / 1e6:.1f} MB"),
+                    ("layers", str(len(engine["layers"]))),
+                ]
+            )
+        )
+    for part, reason in result["missing"].items():
+        parts.append(Text(f"no {part}: {reason}", "yellow"))
+    return Group(*parts)
+
+
+def report(data: dict[str, Any], folder: str, comparison_result: dict[str, Any] | None) -> Group:
+    """The closing table of the quickstart: what was made, by what, and what could not be."""
+    stages = Table(title="time", title_justify="left", expand=False)
+    stages.add_column("stage")
+    stages.add_column("seconds", justify="right")
+    for stage in data["stages"]:
+        stages.add_row(stage["name"], f"{stage['seconds']:.1f}")
+    stages.add_row("all", f"{sum(stage['seconds'] for stage in data['stages']):.1f}", style="bold")
+    tools = ", ".join(f"{name} {version}" for name, version in data["tools"].items())
+    parts: list[RenderableType] = [artifact(data, folder), facts([("tools", tools)]), stages]
+    missing = []
+    if comparison_result:
+        parts.append(comparison(comparison_result))
+        missing = [f"{name}: {why}" for name, why in comparison_result["skipped"].items()]
+    if data["engine"] is None:
+        missing.append(f"engine: {data['no_engine']}")
+    lines = missing or ["nothing: every backend ran"]
+    parts.append(facts([("this machine could not", "\n".join(lines))]))
+    return Group(*parts)
+
+
+def _network(network: dict[str, Any]) -> RenderableType:
+    counts = Counter(layer["type"] for layer in network["layers"])
+    rows = [
+        ("parser", f"{network['builder']} {network['version']}"),
+        ("layers", ", ".join(f"{count} {name}" for name, count in counts.most_common())),
+    ]
+    for word in ("inputs", "outputs"):
+        rows.append((word, "; ".join(_tensor(tensor) for tensor in network[word])))
+    table = Table(title="plugin layers in the network", title_justify="left")
+    table.add_column("position", justify="right")
+    table.add_column("layer")
+    table.add_column("outputs")
+    for index, layer in enumerate(network["layers"]):
+        if layer["type"].startswith("PLUGIN"):
+            shapes = "; ".join(_tensor(tensor) for tensor in layer["outputs"])
+            table.add_row(str(index), layer["name"], shapes)
+    return Group(facts(rows), table) if table.row_count else facts(rows)
+
+
+def _reductions(reductions: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="reductions", title_justify="left")
+    names = ("num_prefix", "num_keep", "num_heads", "head_dim", "tau", "granularity", "importance")
+    table.add_column("node")
+    for name in names:
+        table.add_column(name.replace("num_", ""), justify="right")
+    for reduction in reductions:
+        table.add_row(reduction["name"], *(f"{reduction[name]}"[:6] for name in names))
+    return table
+
+
+def _tensor(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']} {tensor['dtype']} {tensor['shape']}"
+
+
+def _gmacs(macs: dict[str, int]) -> str:
+    model, dense = macs["model"], macs["dense"]
+    if model == dense:
+        return f"{dense / 1e9:.3f}"
+    return (
+        f"{model / 1e9:.3f}, dense {dense / 1e9:.3f}: {model / dense - 1:+.1%}; "
+        f"the FLOPs promise {dense / model:.2f}x"
+    )
+
+
+def _decision(jmp: dict[str, Any]) -> str:
+    if jmp["strategy"] != "jmp":
+        return f"{jmp['strategy']} only"
+    return f"merge where similarity >= {jmp['tau']:g}, else prune, per {jmp['granularity']}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.3g}"

@@ -1,0 +1,177 @@
+"""Runs what was built, through Polygraphy's runners: the engine on a GPU, the portable model on
+ONNX Runtime. Needs neither PyTorch nor timm nor ONNX tools."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import manifest
+from .device import gpus
+from .engine import MODULES
+from .errors import EngineError, MissingPackageError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+INPUT = "images"
+BACKENDS = ("engine", "onnxruntime")
+
+
+def pick_backend(folder: Path, data: dict[str, Any], wanted: str = "auto") -> tuple[str, str]:
+    """Chooses what runs an artifact here: the engine where possible, else ONNX Runtime.
+
+    Returns:
+        (backend, reason).
+
+    Raises:
+        EngineError: the one asked for, or all of them, cannot run here.
+    """
+    obstacles = {"engine": _engine_obstacle(folder, data), "onnxruntime": _onnx_obstacle(folder)}
+    if wanted != "auto":
+        if obstacles[wanted]:
+            raise EngineError(f"cannot run with {wanted}: {obstacles[wanted]}")
+        return wanted, "asked for"
+    if not obstacles["engine"]:
+        return "engine", f"{gpus()[0].name} is here"
+    if not obstacles["onnxruntime"]:
+        return "onnxruntime", f"no engine: {obstacles['engine']}"
+    raise EngineError(
+        f"nothing here can run {folder}: engine: {obstacles['engine']}; "
+        f"onnxruntime: {obstacles['onnxruntime']}",
+        f"run it where a GPU is, or build it again: {data['rebuild']}",
+    )
+
+
+def open_runner(folder: Path, data: dict[str, Any], backend: str) -> Any:
+    """A Polygraphy runner (a context manager with `infer`), its file checked beforehand.
+
+    Raises:
+        ArtifactError: the file is missing or altered.
+        MissingPackageError: Polygraphy or ONNX Runtime is not installed.
+    """
+    quiet_polygraphy()
+    if backend == "onnxruntime":
+        manifest.verify(folder, data, manifest.PORTABLE)
+        return onnxruntime_runner(folder / manifest.PORTABLE)
+    manifest.verify(folder, data, manifest.ENGINE)
+    return _engine_runner(folder / manifest.ENGINE, data["engine"])
+
+
+def onnxruntime_runner(model: Path, name: str = "onnxruntime") -> Any:
+    """A runner of a portable model on the CPU."""
+    import onnxruntime
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+
+    def session() -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
+        providers = ["CPUExecutionProvider"]
+        try:
+            return onnxruntime.InferenceSession(str(model), options, providers=providers)
+        except Exception as error:  # its exceptions share no public base class
+            reason = str(error).splitlines()[0]
+            raise EngineError(f"ONNX Runtime cannot open {model}: {reason}") from error
+
+    return OnnxrtRunner(session, name=name)
+
+
+def infer(runner: Any, images: NDArray[np.float32], batch: tuple[int, int, int]) -> dict[str, Any]:
+    """Runs any number of images in batches that the engine's profile allows.
+
+    Args:
+        runner: an active runner.
+        images: [B, 3, H, W].
+        batch: (min, opt, max) of the profile. Short batches are padded up to min.
+
+    Returns:
+        output name -> [B, ...].
+    """
+    least, _, most = batch
+    parts: list[dict[str, Any]] = []
+    for start in range(0, len(images), most):
+        piece = images[start : start + most]
+        padding = max(0, least - len(piece))
+        if padding:
+            piece = np.concatenate([piece, np.repeat(piece[-1:], padding, axis=0)])
+        outputs = runner.infer({INPUT: piece})
+        stop = len(piece) - padding
+        parts.append({name: np.array(value[:stop]) for name, value in outputs.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def quiet_polygraphy() -> None:
+    """Lets Polygraphy say only what is wrong; progress is ours to show."""
+    try:
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise MissingPackageError(
+            "polygraphy is not installed", 'pip install "jmp-deploy[runtime]"'
+        ) from error
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+
+
+def _engine_obstacle(folder: Path, data: dict[str, Any]) -> str | None:
+    engine = data.get("engine")
+    if not engine:
+        return "none was built"
+    if not (folder / manifest.ENGINE).is_file():
+        return f"{manifest.ENGINE} is missing"
+    if not gpus():
+        return "no GPU is here"
+    module = MODULES[engine["flavour"]]
+    if find_spec(module) is None or find_spec("polygraphy") is None:
+        return f"it needs {module} and polygraphy"
+    return None
+
+
+def _onnx_obstacle(folder: Path) -> str | None:
+    if not (folder / manifest.PORTABLE).is_file():
+        return f"{manifest.PORTABLE} is missing"
+    for package in ("onnxruntime", "polygraphy"):
+        if find_spec(package) is None:
+            return f'{package} is not installed (pip install "jmp-deploy[runtime]")'
+    return None
+
+
+def _engine_runner(path: Path, engine: dict[str, Any]) -> Any:
+    """A runner of an engine; version and architecture are compared before it is opened."""
+    flavour = engine["flavour"]
+    if flavour == "rtx":
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+        from polygraphy import config
+
+        config.USE_TENSORRT_RTX = True  # in case polygraphy was imported before
+    trt = __import__(MODULES[flavour])
+    if trt.__version__ != engine["version"]:
+        raise EngineError(
+            f"{path} was built by {engine['builder']} {engine['version']}, here is "
+            f"{trt.__version__}",
+            "build it again with the version that is here",
+        )
+    here = "sm_{}{}".format(*gpus()[0].compute_capability)
+    if engine["targets"] and here not in engine["targets"]:
+        raise EngineError(
+            f"{path} was built for {', '.join(engine['targets'])}; {gpus()[0].name} is {here}",
+            "build it again on this device, or with --targets",
+        )
+    from polygraphy.backend.common import bytes_from_path
+    from polygraphy.backend.trt import TrtRunner, engine_from_bytes
+    from polygraphy.exception import PolygraphyException
+
+    if engine["plugin"]:
+        from .plugin import load_plugin, plugin_library
+
+        load_plugin(trt, plugin_library())
+
+    def deserialize() -> Any:
+        try:
+            return engine_from_bytes(bytes_from_path(str(path)))
+        except PolygraphyException as error:
+            raise EngineError(f"{MODULES[flavour]} cannot open {path}: {error}") from error
+
+    return TrtRunner(deserialize, name="engine")
