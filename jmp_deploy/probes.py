@@ -331,7 +331,7 @@ def _host_compiler() -> Check:
 
 def _toolchain() -> Iterator[Check]:
     """nvcc and the TensorRT headers, as the plugin's own build would find them."""
-    from .plugin import find_toolchain
+    from .toolchain import find_toolchain
 
     try:
         found = find_toolchain()

@@ -31,7 +31,12 @@ jmp_step() {
     rm -f "$log"
   else
     printf 'FAILED (%d s)\n' $((SECONDS - start))
-    grep -v "^WARNING: Location" "$log" | tail -n 25 >&2
+    # pip's own words for the reason, where it has some, are worth more than a build's traceback
+    if grep -q "^ *ERROR: " "$log"; then
+      grep "^ *ERROR: " "$log" | sort -u >&2
+    else
+      grep -v "^WARNING: Location" "$log" | tail -n 25 >&2
+    fi
     printf '  the whole output: %s\n' "$log" >&2
     return 1
   fi
@@ -55,7 +60,7 @@ jmp_find_python() {
       return
     fi
   done
-  jmp_die "no Python 3.10-3.13 on PATH (python3 is: $(python3 --version 2>&1 || echo absent))" \
+  jmp_die "no Python 3.10-3.13 on PATH (python3: $({ python3 --version || echo none; } 2>/dev/null))" \
     "Install one, e.g. apt-get install python3 python3-venv, or name one: JMP_PYTHON=/path/to/python3"
 }
 
@@ -66,8 +71,13 @@ jmp_free_gb() { # whole GB free where "$1" lies
 jmp_make_venv() {
   local base
   if [[ -x "$PYTHON" ]] && "$PYTHON" -m pip --version >/dev/null 2>&1; then
-    jmp_usable_python "$PYTHON" || [[ -n "${JMP_PYTHON:-}" ]] ||
-      jmp_die "$VENV holds $("$PYTHON" --version 2>&1), not 3.10-3.13" "Remove it: rm -r '$VENV'"
+    base="${JMP_PYTHON:-}"
+    if [[ -n "$base" && "$("$base" --version 2>&1)" != "$("$PYTHON" --version 2>&1)" ]]; then
+      jmp_die "$VENV holds $("$PYTHON" --version), JMP_PYTHON is $("$base" --version 2>&1)" \
+        "To make it anew: rm -r '$VENV'"
+    fi
+    jmp_usable_python "$PYTHON" || [[ -n "$base" ]] ||
+      jmp_die "$VENV holds $("$PYTHON" --version), expected 3.10-3.13" "Remove it: rm -r '$VENV'"
     return
   fi
   base="$(jmp_find_python)" || exit 2

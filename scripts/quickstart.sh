@@ -53,7 +53,7 @@ headline "6. run: features of the photos"
 jmp run "$ARTIFACT" "$PHOTOS"/*.png --json "$ARTIFACT.run.json"
 
 headline "7. what came out"
-jmp report "$ARTIFACT"
+jmp report "$ARTIFACT" --compare "$ARTIFACT.compare.json"
 echo
 echo "next: $PYTHON -m jmp_deploy --help"
 exit "$agreed"
