@@ -23,6 +23,14 @@ PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(PLUGINS / "tests")]
 
 import oracle  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    Case,
+    assert_legal,
+    assert_matches,
+    attributes,
+    random_case,
+    tied_case,
+)
 from kernel_library import (  # noqa: E402
     FLOAT16,
     FLOAT32,
@@ -36,10 +44,6 @@ from kernel_library import (  # noqa: E402
 KERNEL = PLUGINS / "token_reduce_kernel.cu"
 DRIVER = PLUGINS / "tests" / "host_driver.cpp"
 FLAGS = ["-std=c++17", "-g", "-pthread", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
-CLEAR = 2e-6  # float32 rounding of an importance or a similarity stays well below this
-TOLERANCE = {np.float32: 2e-6, np.float16: 1e-3}  # relative: a few ulps; one ulp
-
-Case = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 # --- Building ------------------------------------------------------------------------------------
@@ -88,96 +92,6 @@ def thread_driver(build_dir: Path) -> Path:
 def address_driver(build_dir: Path) -> Path:
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     return compile_driver(build_dir / "driver_asan", *flags)
-
-
-# --- Cases ---------------------------------------------------------------------------------------
-
-
-def attributes(**changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "num_prefix": 1,
-        "num_keep": 6,
-        "num_heads": 2,
-        "head_dim": 8,
-        "scale": 8**-0.5,
-        "tau": 0.3,
-        "granularity": oracle.TOKEN,
-        "importance": oracle.CLASS_ROW,
-        "proportional": 1,
-    }
-    return values | changes
-
-
-def random_case(
-    seed: int,
-    attrs: dict[str, Any],
-    *,
-    batch: int = 2,
-    tokens: int = 15,
-    channels: int = 10,
-    parts: int = 3,
-    extra: int = 0,
-    broadcast: bool = False,
-    dtype: Any = np.float32,
-) -> Case:
-    """Normal x and qkv, whole sizes 1 to 4. `parts` * H * d + `extra` columns of qkv."""
-    rng = np.random.default_rng(seed)
-    width = parts * attrs["num_heads"] * attrs["head_dim"] + extra
-    x = rng.standard_normal((batch, tokens, channels)).astype(dtype)
-    qkv = rng.standard_normal((batch, tokens, width)).astype(dtype)
-    size = rng.integers(1, 5, (1 if broadcast else batch, tokens)).astype(dtype)
-    return x, qkv, size
-
-
-def tied_case(seed: int, attrs: dict[str, Any], *, batch: int, tokens: int) -> Case:
-    """Values for which float32 is exact: one head, keys with one or four entries of +-1.
-
-    Their length is 1 or 2, so similarities are multiples of 1/4; there are only a few different
-    keys, so importances and similarities tie all the time, exactly, in every implementation.
-    """
-    assert attrs["num_heads"] == 1
-    rng = np.random.default_rng(seed)
-    d = attrs["head_dim"]
-    pool = np.zeros((5, d), np.float32)
-    for row in pool:
-        chosen = rng.choice(d, 1 if rng.random() < 0.5 else 4, replace=False)
-        row[chosen] = rng.choice([-1.0, 1.0], len(chosen))
-    keys = pool[rng.integers(0, len(pool), (batch, tokens))]
-    query = rng.integers(-1, 2, (batch, tokens, d)).astype(np.float32)
-    qkv = np.ascontiguousarray(np.concatenate([query, keys], axis=2))
-    x = rng.standard_normal((batch, tokens, 5)).astype(np.float32)
-    return x, qkv, np.ones((1, tokens), np.float32)
-
-
-def assert_matches(got: Outputs, case: Case, attrs: dict[str, Any], *, exact: bool = False) -> int:
-    """Compare with the oracle; returns the number of samples that had no near tie.
-
-    `exact`: every decision of this case is computed exactly, so ties must be broken alike.
-    """
-    x, _, size = case
-    want = oracle.token_reduce(*case, **attrs)
-    clear = np.ones(len(x), bool) if exact else want.clear(CLEAR)
-    np.testing.assert_array_equal(got.destination[clear], want.destination[clear])
-    tolerance = TOLERANCE[x.dtype.type]
-    for name in ("y", "out_size", "log_size"):
-        found, expected = getattr(got, name)[clear], getattr(want, name)[clear]
-        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance, err_msg=name)
-    assert_legal(got, x, np.broadcast_to(size, x.shape[:2]), attrs)
-    return int(clear.sum())
-
-
-def assert_legal(got: Outputs, x: np.ndarray, size: np.ndarray, attrs: dict[str, Any]) -> None:
-    """What holds whatever the values: the form of the result, and copies bit for bit."""
-    prefix, keep = attrs["num_prefix"], attrs["num_keep"]
-    for b, places in enumerate(got.destination):
-        assert places.min() >= -1 and places.max() < prefix + keep
-        np.testing.assert_array_equal(places[:prefix], np.arange(prefix))
-        counts = np.bincount(places[places >= 0], minlength=prefix + keep)
-        assert counts.min() >= 1, "an output position without a token"
-        for place in np.flatnonzero(counts == 1):
-            token = int(np.flatnonzero(places == place)[0])
-            assert got.y[b, place].tobytes() == x[b, token].tobytes()
-            assert got.out_size[b, place].tobytes() == size[b, token].tobytes()
 
 
 # --- Against the oracle --------------------------------------------------------------------------

@@ -1,0 +1,262 @@
+"""The CUDA kernel on a GPU against the float64 oracle. Needs nvcc and PyTorch; no TensorRT.
+
+`scripts/gpu_check.sh` runs these. The library comes from JMP_KERNEL_LIBRARY, or is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(REPO / "tests"), str(REPO / "plugins" / "tests")]
+
+import oracle  # noqa: E402
+from kernel_cases import (  # noqa: E402
+    Case,
+    assert_legal,
+    assert_matches,
+    attributes,
+    random_case,
+    tied_case,
+)
+from kernel_library import DTYPES, KernelLibrary, Outputs, Params, make_params  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+GUARD = 4096  # bytes around every buffer that nobody may touch
+DEIT_S = {"num_keep": 138, "num_heads": 6, "head_dim": 64, "scale": 0.125}
+# Products of 64 numbers and sums of dozens of tokens, in another order than the oracle's.
+TOLERANCE = {np.float32: 1e-5, np.float16: 1e-3}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> KernelLibrary:
+    given = os.environ.get("JMP_KERNEL_LIBRARY")
+    if given:
+        return KernelLibrary(Path(given))
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH, and JMP_KERNEL_LIBRARY is not set")
+    path = tmp_path_factory.mktemp("kernel") / "kernel.so"
+    source = REPO / "plugins" / "token_reduce_kernel.cu"
+    options = ["-O3", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC"]
+    subprocess.run([nvcc, *options, str(source), "-o", str(path)], check=True)
+    return KernelLibrary(path)
+
+
+class Guarded:
+    """A device buffer of exactly `count` bytes between two guards; all 0xff at first."""
+
+    def __init__(self, count: int, content: np.ndarray | None = None) -> None:
+        import torch
+
+        self.count = count
+        self.bytes = torch.full((count + 2 * GUARD,), 0xFF, dtype=torch.uint8, device=DEVICE)
+        if content is not None:
+            self.write(content)
+
+    @property
+    def pointer(self) -> int:
+        return int(self.bytes.data_ptr()) + GUARD
+
+    def write(self, content: np.ndarray) -> None:
+        import torch
+
+        flat = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
+        self.bytes[GUARD : GUARD + self.count] = torch.from_numpy(flat.copy()).to(DEVICE)
+
+    def read(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        inside = self.bytes[GUARD : GUARD + self.count].cpu().numpy()
+        return inside.view(dtype).reshape(shape)
+
+    def untouched(self) -> bool:
+        import torch
+
+        ends = torch.cat([self.bytes[:GUARD], self.bytes[-GUARD:]])
+        return bool((ends == 0xFF).all())
+
+
+class Launch:
+    """Device buffers of one case, for one or more launches."""
+
+    def __init__(self, library: KernelLibrary, case: Case, attrs: dict[str, Any]) -> None:
+        x, qkv, size = case
+        self.library, self.dtype = library, x.dtype
+        self.params: Params = make_params(x, qkv, size, DTYPES[x.dtype], **attrs)
+        places = self.params.num_prefix + self.params.num_keep
+        self.shapes = [(len(x), places, x.shape[2]), (len(x), places), (len(x), places)]
+        self.inputs = [Guarded(array.nbytes, array) for array in case]
+        self.outputs = [Guarded(int(np.prod(s)) * x.dtype.itemsize) for s in self.shapes]
+        self.destination = Guarded(4 * x.shape[0] * x.shape[1])
+        self.workspace = Guarded(library.workspace_bytes(self.params))
+        self.destination_shape = x.shape[:2]
+
+    def launch(self, stream: int = 0) -> None:
+        buffers = [*self.inputs, *self.outputs, self.destination, self.workspace]
+        self.library.launch(self.params, *(b.pointer for b in buffers), stream=stream)
+
+    def result(self) -> Outputs:
+        import torch
+
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        for buffer in (*self.inputs, *self.outputs, self.destination, self.workspace):
+            assert buffer.untouched(), "something wrote outside a buffer"
+        arrays = [b.read(s, self.dtype) for b, s in zip(self.outputs, self.shapes, strict=True)]
+        return Outputs(*arrays, self.destination.read(self.destination_shape, np.int32))
+
+
+def run(library: KernelLibrary, case: Case, attrs: dict[str, Any]) -> Outputs:
+    launch = Launch(library, case, attrs)
+    launch.launch()
+    return launch.result()
+
+
+def same_bits(a: Outputs, b: Outputs, rows: slice = slice(None)) -> bool:
+    names = ("y", "out_size", "log_size", "destination")
+    return all(getattr(a, n).tobytes() == getattr(b, n)[rows].tobytes() for n in names)
+
+
+def check(library: KernelLibrary, case: Case, attrs: dict[str, Any]) -> int:
+    got = run(library, case, attrs)
+    return assert_matches(got, case, attrs, tolerance=TOLERANCE[case[0].dtype.type])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("granularity", [oracle.TOKEN, oracle.SAMPLE])
+@pytest.mark.parametrize("importance", [oracle.CLASS_ROW, oracle.RECEIVED])
+@pytest.mark.parametrize("proportional", [0, 1])
+@pytest.mark.parametrize("tau", [-1.0, 0.3, 1.5])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_every_option(
+    library: KernelLibrary,
+    dtype: Any,
+    granularity: int,
+    importance: int,
+    proportional: int,
+    tau: float,
+    parts: int,
+) -> None:
+    attrs = attributes(
+        granularity=granularity,
+        importance=importance,
+        proportional=proportional,
+        tau=tau,
+        num_keep=23,
+        head_dim=32,
+    )
+    case = random_case(1, attrs, batch=4, tokens=41, channels=72, parts=parts, dtype=dtype)
+    assert check(library, case, attrs) >= 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("prefix", [1, 2, 5])
+def test_the_size_of_deit_s(library: KernelLibrary, dtype: Any, prefix: int) -> None:
+    attrs = attributes(**DEIT_S, num_prefix=prefix)
+    case = random_case(2, attrs, batch=4, tokens=196 + prefix, channels=384, dtype=dtype)
+    assert check(library, case, attrs) >= 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "patches", "keep", "head_dim", "channels"),
+    [(0, 1, 1, 1, 1), (0, 255, 100, 33, 129), (1, 7, 7, 8, 3), (5, 300, 1, 256, 64)],
+)
+def test_odd_sizes(
+    library: KernelLibrary, prefix: int, patches: int, keep: int, head_dim: int, channels: int
+) -> None:
+    attrs = attributes(
+        num_prefix=prefix,
+        num_keep=keep,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        tau=0.05,
+        importance=oracle.RECEIVED,
+    )
+    case = random_case(
+        3, attrs, batch=3, tokens=prefix + patches, channels=channels, extra=1, broadcast=True
+    )
+    check(library, case, attrs)
+
+
+def test_many_tokens(library: KernelLibrary) -> None:
+    attrs = attributes(num_keep=2867, num_heads=1, head_dim=16, scale=0.25, tau=0.8)
+    case = random_case(4, attrs, batch=1, tokens=4097, channels=8)
+    got = run(library, case, attrs)
+    assert_legal(got, case[0], case[2], attrs)
+    assert (got.destination[0] >= 0).sum() > 2868 and (got.destination[0] < 0).any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ties_go_to_the_lower_index(library: KernelLibrary, seed: int) -> None:
+    attrs = attributes(num_heads=1, head_dim=16, num_keep=9, scale=0.5, tau=0.25)
+    case = tied_case(seed, attrs, batch=8, tokens=33)
+    assert_matches(run(library, case, attrs), case, attrs, exact=True, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("importance", [oracle.CLASS_ROW, oracle.RECEIVED])
+@pytest.mark.parametrize("granularity", [oracle.TOKEN, oracle.SAMPLE])
+def test_a_sample_is_the_same_alone_in_a_batch_and_again(
+    library: KernelLibrary, dtype: Any, importance: int, granularity: int
+) -> None:
+    attrs = attributes(**DEIT_S, importance=importance, granularity=granularity)
+    case = random_case(5, attrs, batch=33, tokens=197, channels=384, dtype=dtype)
+    together = run(library, case, attrs)
+    for _ in range(3):
+        assert same_bits(run(library, case, attrs), together)
+    for b in (0, 16, 32):
+        rows = slice(b, b + 1)
+        x, qkv, size = (np.ascontiguousarray(array[rows]) for array in case)
+        assert same_bits(run(library, (x, qkv, size), attrs), together, rows)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_bad_numbers_stay_in_their_sample(library: KernelLibrary, bad: float, where: int) -> None:
+    attrs = attributes(**DEIT_S, tau=-1.0)
+    clean = random_case(6, attrs, batch=3, tokens=197, channels=64)
+    x, qkv, size = (array.copy() for array in clean)
+    (x, qkv, size)[where][1] = bad
+    want, got = run(library, clean, attrs), run(library, (x, qkv, size), attrs)
+    for rows in (slice(0, 1), slice(2, 3)):
+        for name in ("y", "out_size", "log_size", "destination"):
+            assert getattr(got, name)[rows].tobytes() == getattr(want, name)[rows].tobytes()
+    assert_legal(got, x, size, attrs)
+
+
+def test_graph_capture_and_replay(library: KernelLibrary) -> None:
+    import torch
+
+    attrs = attributes(**DEIT_S)
+    first = random_case(7, attrs, batch=2, tokens=197, channels=384, dtype=np.float16)
+    second = random_case(8, attrs, batch=2, tokens=197, channels=384, dtype=np.float16)
+    launch = Launch(library, first, attrs)
+    launch.launch()  # modules are loaded before the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch.launch(stream=torch.cuda.current_stream().cuda_stream)
+    for case in (second, first):
+        for buffer, array in zip(launch.inputs, case, strict=True):
+            buffer.write(array)
+        torch.cuda.synchronize()
+        graph.replay()
+        assert same_bits(launch.result(), run(library, case, attrs))
+
+
+def test_a_refused_call_launches_nothing(library: KernelLibrary) -> None:
+    attrs = attributes()
+    launch = Launch(library, random_case(9, attrs), attrs)
+    launch.params.num_keep = 15
+    with pytest.raises(RuntimeError, match="invalid"):
+        launch.launch()
+    assert np.isnan(launch.result().y).all()
