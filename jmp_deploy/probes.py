@@ -184,7 +184,7 @@ def _gpu() -> Iterator[Check]:
         yield Check("GPU", "driver", "warn" if old else "ok", driver[1] + note)
     if gpus():
         return
-    found = "none found: engines can be built here, not run"
+    found = "none found: no engine can run here"
     if driver:
         found = "the kernel driver is loaded, but libcuda lists no GPU (in a container: start it "
         found += "with --gpus all)"
