@@ -1,0 +1,127 @@
+"""The node's portable body, run by ONNX Runtime, against the float64 oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from jmp_deploy import node
+from jmp_deploy.errors import GraphError
+from jmp_deploy.node import TokenReduce
+from jmp_deploy.reduction import token_reduce
+from tests.tiny import attributes, expected, inputs
+
+
+RANK = {"x": 3, "qkv": 3, "size": 2, "y": 3, "out_size": 2, "log_size": 2}
+
+
+def run_body(x, qkv, size, attrs: TokenReduce):
+    kind = {np.dtype("f4"): TensorProto.FLOAT, np.dtype("f2"): TensorProto.FLOAT16}[x.dtype]
+    names_in, names_out = ("x", "qkv", "size"), ("y", "out_size", "log_size")
+    reduction = helper.make_node(
+        node.OP_TYPE, names_in, names_out, domain=node.DOMAIN, **attrs.to_onnx()
+    )
+    graph = helper.make_graph(
+        [reduction],
+        "one",
+        [helper.make_tensor_value_info(n, kind, [None] * RANK[n]) for n in names_in],
+        [helper.make_tensor_value_info(n, kind, [None] * RANK[n]) for n in names_out],
+    )
+    opsets = [helper.make_opsetid("", node.OPSET), helper.make_opsetid(node.DOMAIN, 1)]
+    model = helper.make_model(
+        graph, functions=[node.body(attrs)], opset_imports=opsets, ir_version=10
+    )
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return session.run(None, {"x": x, "qkv": qkv, "size": size})
+
+
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+@pytest.mark.parametrize("importance", ["class", "received"])
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("tau", [-1.0, 0.3, 2.0])
+def test_equals_the_oracle(granularity, importance, proportional, dtype, tau):
+    attrs = attributes(
+        granularity=granularity, importance=importance, proportional=proportional, tau=tau
+    )
+    arrays = inputs(8, attrs=attrs, dtype=dtype)
+    want = expected(*arrays, attrs)
+    clear = want.clear(1e-5)
+    assert clear.sum() >= 4
+    y, out_size, log_size = run_body(*arrays, attrs)
+    assert y.dtype == out_size.dtype == log_size.dtype == dtype
+    tolerance = 2e-5 if dtype == np.float32 else 2**-10
+    np.testing.assert_allclose(y[clear], want.y[clear], rtol=tolerance, atol=tolerance)
+    np.testing.assert_array_equal(out_size[clear], want.out_size[clear].astype(dtype))
+    np.testing.assert_allclose(log_size[clear], want.log_size[clear], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "patches", "keep", "batch", "parts"),
+    [(1, 1, 1, 1, 3), (2, 13, 1, 33, 2), (5, 16, 16, 2, 3), (1, 196, 138, 2, 3)],
+)
+def test_odd_sizes(prefix, patches, keep, batch, parts):
+    attrs = attributes(num_prefix=prefix, num_keep=keep)
+    arrays = inputs(batch, patches, attrs=attrs, parts=parts)
+    want = expected(*arrays, attrs)
+    clear = want.clear(1e-5)
+    assert clear.any()
+    y, _, _ = run_body(*arrays, attrs)
+    np.testing.assert_allclose(y[clear], want.y[clear], rtol=2e-5, atol=2e-5)
+
+
+def test_without_a_prefix():
+    attrs = attributes(num_prefix=0, importance="received")
+    arrays = inputs(4, attrs=attrs)
+    want = expected(*arrays, attrs)
+    y, _, _ = run_body(*arrays, attrs)
+    clear = want.clear(1e-5)
+    assert clear.any()
+    np.testing.assert_allclose(y[clear], want.y[clear], rtol=2e-5, atol=2e-5)
+
+
+def test_ties_and_broadcast_sizes_as_in_the_reference():
+    attrs = attributes(num_keep=4, tau=-1.0, scale=0.5)
+    x, qkv, size = inputs(3, 9, attrs=attrs)
+    qkv[:], size[:] = 0.5, 1
+    ours = run_body(x, qkv, size[:1], attrs)
+    tensors = (torch.from_numpy(value) for value in (x, qkv, size))
+    for mine, theirs in zip(ours, token_reduce(*tensors, attrs), strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-6, atol=1e-6)
+    assert ours[1][0].tolist() == [1, 6, 1, 1, 1]
+
+
+def test_nan_in_one_sample_leaves_the_others_alone():
+    attrs = attributes()
+    x, qkv, size = inputs(3, attrs=attrs)
+    clean = run_body(x, qkv, size, attrs)
+    x[1, 4], qkv[1, 5] = np.nan, np.nan
+    for ours, theirs in zip(run_body(x, qkv, size, attrs), clean, strict=True):
+        np.testing.assert_array_equal(ours[[0, 2]], theirs[[0, 2]])
+
+
+def test_attributes_survive_onnx():
+    attrs = attributes(granularity="sample", importance="received", proportional=False, tau=0.5)
+    assert TokenReduce.from_onnx(attrs.to_onnx()) == attrs
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tau": None}, "missing attributes \\['tau'\\]"),
+        ({"extra": 1}, "unknown attributes \\['extra'\\]"),
+        ({"num_keep": 1.5}, "num_keep=1.5 should be of type int"),
+        ({"granularity": 7}, "granularity=7 is not valid"),
+    ],
+)
+def test_wrong_attributes_are_named(change, message):
+    values = {**attributes().to_onnx(), **change}
+    with pytest.raises(GraphError, match=message):
+        TokenReduce.from_onnx({name: value for name, value in values.items() if value is not None})
