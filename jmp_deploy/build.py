@@ -115,7 +115,11 @@ def build(
         data["engine"], data["no_engine"] = None, choice.reason
         if choice.flavour:
             spec = engines.EngineSpec(
-                options.batch, (3, *_image_size(data)), targets, options.workspace_mb
+                batch=options.batch,
+                image=(3, *_image_size(data)),
+                targets=targets,
+                workspace_mb=options.workspace_mb,
+                precision=options.precision,
             )
             facts = _engine(options, staging, clock, choice.flavour, spec, found, on_progress)
             data["engine"] = {"flavour": choice.flavour, "why": choice.reason, **facts}
@@ -304,7 +308,7 @@ def _engine(
             spec,
             plugin=plugin,
             timing_cache=staging / manifest.TIMING_CACHE,
-            log=staging / manifest.BUILD_LOG,
+            log=options.out / manifest.BUILD_LOG,
             on_progress=on_progress,
         )
     if facts["plugin_layers"] != len(reductions):
@@ -328,7 +332,7 @@ def _move_into_place(staging: Path, out: Path) -> None:
     """Replaces the files of an artifact one by one, the manifest last."""
     made = {path.name for path in staging.iterdir()}
     (out / manifest.FILE).unlink(missing_ok=True)
-    for name in (*_LISTED, manifest.BUILD_LOG):
+    for name in _LISTED:
         if name not in made:
             (out / name).unlink(missing_ok=True)
     for name in sorted(made - {manifest.FILE}):

@@ -52,12 +52,14 @@ class EngineSpec:
         targets: GPU architectures such as "sm_86" for TensorRT-RTX's ahead-of-time build; empty:
             the GPU at hand, or without one every architecture that TensorRT-RTX knows.
         workspace_mb: limit of the builder's scratch memory in MiB, or None for its default.
+        precision: of the model; FP32 leaves Turing out of the default targets.
     """
 
     batch: tuple[int, int, int]
     image: tuple[int, int, int]
     targets: tuple[str, ...] = ()
     workspace_mb: int | None = None
+    precision: str = "fp16"
 
 
 def choose(preference: str = "auto") -> Choice:
@@ -76,7 +78,7 @@ def choose(preference: str = "auto") -> Choice:
     if verdicts["tensorrt"] is None:
         return Choice("tensorrt", f"TensorRT is installed and {gpus()[0].name} is here")
     if verdicts["rtx"] is None:
-        return Choice("rtx", f"it builds without a GPU; TensorRT: {verdicts['tensorrt'][0]}")
+        return Choice("rtx", f"TensorRT: {verdicts['tensorrt'][0]}")
     reasons = "; ".join(f"{flavour}: {why[0]}" for flavour, why in verdicts.items() if why)
     return Choice(None, reasons)
 
@@ -101,7 +103,7 @@ def build_engine(
         spec: profile, targets and limits.
         plugin: our plugin library; needed if the model has reductions.
         timing_cache: file that is read if it exists, and written.
-        log: file for the builder's messages.
+        log: file for the builder's messages, kept when the build fails too.
 
     Returns:
         Facts for the manifest: builder version, seconds, bytes, layers of the network.
@@ -120,6 +122,7 @@ def build_engine(
                 "batch": spec.batch,
                 "image": spec.image,
                 "targets": [_capability(name) for name in spec.targets],
+                "precision": spec.precision,
                 "use_gpu": flavour == "rtx" and not spec.targets and bool(gpus()),
                 "workspace_mb": spec.workspace_mb,
                 # Without a GPU nothing is timed; a cache would only fill the log with errors.
@@ -173,15 +176,21 @@ def worker_environment(flavour: str) -> dict[str, str]:
     return environment
 
 
+def installed(flavour: str) -> bool:
+    """Whether a builder is there; type stubs make an empty namespace package of its name."""
+    spec = find_spec(MODULES[flavour])
+    return spec is not None and spec.origin is not None
+
+
 def _obstacle(flavour: str) -> tuple[str, str] | None:
     """Why a flavour cannot build here, and what to do; None if it can."""
-    if find_spec(MODULES[flavour]) is None:
+    if not installed(flavour):
         return f"{MODULES[flavour]} is not installed", f'pip install "jmp-deploy[{flavour}]"'
     if find_spec("polygraphy") is None:
         return "polygraphy is not installed", f'pip install "jmp-deploy[{flavour}]"'
     if flavour == "tensorrt" and not gpus():
         return (
-            "no GPU is here, and TensorRT builds only on the GPU that it builds for",
+            "no GPU is here to build on",
             'use --engine rtx (pip install "jmp-deploy[rtx]"), or build on the device',
         )
     return None
@@ -232,12 +241,13 @@ def _work(
             temporary.write_text(text, encoding="utf-8")
     if failure is not None:
         words = f": {_builder_words(text)}" if failure["log_says_more"] else ""
-        raise EngineError(failure["message"] + words, failure["hint"])
+        hint = failure["hint"] + (f"; the builder's log is {log}" if log else "")
+        raise EngineError(failure["message"] + words, hint)
     if result is None or code != 0:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise EngineError(
             f"the {MODULES[request['flavour']]} process ended with {how}: {_builder_words(text)}",
-            _obituary_hint(code),
+            _obituary_hint(code, log),
         )
     return result
 
@@ -252,10 +262,10 @@ def _builder_words(text: str) -> str:
     return (nodes[:1] or others[-1:] or lines[-1:] or ["it said nothing"])[0]
 
 
-def _obituary_hint(code: int) -> str:
+def _obituary_hint(code: int, log: Path | None) -> str:
     if code in (-signal.SIGKILL, 137):
         return "most likely out of memory: try a smaller --batch or --workspace, or add swap"
-    return "run `python -m jmp_deploy doctor`, and see the build log for more"
+    return "run `python -m jmp_deploy doctor`" + (f"; the builder's log is {log}" if log else "")
 
 
 def _capability(name: str) -> list[int]:

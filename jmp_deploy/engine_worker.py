@@ -66,8 +66,7 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     except PolygraphyException as error:
         raise EngineError(
             f"{MODULES[request['flavour']]} could not build the engine",
-            "see the build log; too little memory is the usual cause: try a smaller --batch "
-            "or --workspace",
+            "if memory ran out, try a smaller --batch or --workspace",
         ) from error
     data = memoryview(plan)
     Path(request["engine"]).write_bytes(data)
@@ -187,7 +186,9 @@ def _targets(trt: Any, request: dict[str, Any]) -> list[tuple[int, int]]:
         for name in dir(trt.ComputeCapability)
         if name.startswith("SM")
     ]
-    wanted = [(major, minor) for major, minor in request["targets"]] or known
+    # TensorRT-RTX has no FP32 matrix products for Turing.
+    usual = [pair for pair in known if request["precision"] != "fp32" or pair != (7, 5)]
+    wanted = [(major, minor) for major, minor in request["targets"]] or usual
     for major, minor in wanted:
         if (major, minor) not in known:
             names = ",".join(f"sm_{a}{b}" for a, b in sorted(known))

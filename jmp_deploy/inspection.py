@@ -95,7 +95,7 @@ def _artifact(folder: Path) -> dict[str, Any]:
 
 def _network(model: Path, facts: dict[str, Any] | None) -> dict[str, Any]:
     """The model as a TensorRT parser sees it."""
-    flavour = next((f for f in ("tensorrt", "rtx") if find_spec(engine.MODULES[f])), None)
+    flavour = next((f for f in engine.FLAVOURS if engine.installed(f)), None)
     if flavour is None or find_spec("polygraphy") is None:
         raise ArtifactError("neither TensorRT nor TensorRT-RTX with Polygraphy is installed")
     plugin = None
@@ -111,7 +111,7 @@ def _network(model: Path, facts: dict[str, Any] | None) -> dict[str, Any]:
 def _engine(path: Path, data: dict[str, Any] | None) -> dict[str, Any]:
     flavour = (data or {}).get("engine", {}).get("flavour")
     if flavour is None:
-        flavour = next((f for f in ("tensorrt", "rtx") if find_spec(engine.MODULES[f])), "tensorrt")
+        flavour = next((f for f in engine.FLAVOURS if engine.installed(f)), "tensorrt")
     plugin = None
     if gpus() and (data is None or data["engine"]["plugin"]):
         from .plugin import plugin_library

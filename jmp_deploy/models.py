@@ -153,9 +153,9 @@ def _pretrained(
     except trouble as error:
         if fall_back:
             model, origin = _random(timm_name, size, seed)
-            return model, {**origin, "fallback_for": "pretrained", "reason": _first_line(error)}
+            return model, {**origin, "fallback_for": "pretrained", "reason": _why(error)}
         raise WeightsError(
-            f"no pretrained weights for {timm_name}: {_first_line(error)}",
+            f"no pretrained weights for {timm_name}: {_why(error)}",
             "pass --weights FILE.safetensors, connect to the hub, or use --weights random "
             "(for timing only)",
         ) from error
@@ -305,6 +305,13 @@ def _quiet_timm() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _why(error: BaseException) -> str:
+    """Why pretrained weights could not be had; the hub's own words for "offline" fill a screen."""
+    if type(error).__name__ == "LocalEntryNotFoundError":
+        return "the hub cannot be reached and its cache has none"
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

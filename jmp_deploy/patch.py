@@ -24,10 +24,10 @@ Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, Tensor, T
 DEFAULT_TAU = 0.7
 
 
-class JMPBlocks(nn.Sequential):
+class JMPBlocks(nn.ModuleList):
     """The blocks of a ViT with token reduction in some of them.
 
-    Modifies, against `nn.Sequential` of timm `Block`s:
+    Modifies, against the `nn.Sequential` of timm `Block`s in whose place it stands:
     - a block with a reduction runs its own layers in timm's order, with `token_reduce` between
       the attention residual and the MLP;
     - blocks after the first reduction get log(token size) as attention mask (proportional
@@ -35,7 +35,8 @@ class JMPBlocks(nn.Sequential):
 
     Blocks before the first reduction run exactly as in timm. Running the blocks one by one from
     outside (`for block in model.blocks`, as `forward_intermediates` and gradient checkpointing do)
-    would skip the reduction, so iteration is refused; `children()` lists them.
+    would skip the reduction, so iteration and slices are refused; `children()` lists them. (Not an
+    `nn.Sequential` itself, because timm's checkpointing goes round the iteration of those.)
 
     Attributes:
         reductions: block index -> attributes of the reduction in it.
@@ -43,15 +44,13 @@ class JMPBlocks(nn.Sequential):
     """
 
     def __init__(self, blocks: nn.Sequential, reductions: dict[int, TokenReduce]) -> None:
-        super().__init__()
-        for name, block in blocks.named_children():
-            self.add_module(name, block)
+        super().__init__(blocks.children())
         self.train(blocks.training)
         self.original = (blocks,)  # in a tuple, so that it is not registered a second time
         self.reductions = reductions
         self.reduce: Reduce = token_reduce
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, P + K_last, C]."""
         size = x.new_ones(1, x.shape[1])
         mask: Tensor | None = None
@@ -69,7 +68,15 @@ class JMPBlocks(nn.Sequential):
         return x
 
     def __iter__(self) -> Iterator[nn.Module]:
-        raise ModelError(
+        raise self._refusal()
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):
+            raise self._refusal()
+        return super().__getitem__(index)
+
+    def _refusal(self) -> ModelError:
+        return ModelError(
             "the blocks of a JMP-patched model cannot be run one by one: tokens are lost between",
             "call the model as a whole, without gradient checkpointing and intermediate features, "
             "or take JMP out first with jmp_deploy.patch.unpatch(model)",
@@ -177,14 +184,18 @@ def refuse_unsupported(model: nn.Module) -> None:
 def _attend(attention: nn.Module, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """timm's `Attention.forward`, keeping hold of the queries and keys.
 
+    One thing differs, to the same effect: Q, K and V are split off along the last dimension. timm
+    reshapes to five dimensions and unbinds, and where our plugin reads the same QKV tensor,
+    TensorRT-RTX 1.7 then fails to build ("formats.cpp: CHECK(def_tactic_desc)").
+
     Returns:
         The attention's output [B, N, C], and the QKV projection as its GEMM left it [B, N, 3*D];
         with QK norm instead the normalised queries and keys side by side [B, N, 2*D].
     """
     batch, tokens, _ = x.shape
     packed = attention.qkv(x)
-    shape = (batch, tokens, 3, attention.num_heads, attention.head_dim)
-    q, k, v = packed.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+    shape = (batch, tokens, attention.num_heads, attention.head_dim)
+    q, k, v = (part.reshape(shape).transpose(1, 2) for part in packed.chunk(3, dim=-1))
     has_qk_norm = not isinstance(attention.q_norm, nn.Identity)
     q, k = attention.q_norm(q), attention.k_norm(k)
     if attention.fused_attn:

@@ -217,14 +217,23 @@ def _network(network: dict[str, Any]) -> RenderableType:
     return Group(facts(rows), table) if table.row_count else facts(rows)
 
 
-def _reductions(reductions: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="reductions", title_justify="left")
-    names = ("num_prefix", "num_keep", "num_heads", "head_dim", "tau", "granularity", "importance")
-    table.add_column("node")
-    for name in names:
-        table.add_column(name.replace("num_", ""), justify="right")
+def _reductions(reductions: Sequence[dict[str, Any]]) -> RenderableType:
+    first = reductions[0]
+    words = ", ".join(
+        f"{name} {first[name]}"
+        for name in ("num_prefix", "num_heads", "head_dim", "granularity", "importance")
+    )
+    table = Table(title=f"reductions ({words})", title_justify="left")
+    table.add_column("node", no_wrap=True)
+    for name in ("position", "keep", "tau"):
+        table.add_column(name, justify="right")
     for reduction in reductions:
-        table.add_row(reduction["name"], *(f"{reduction[name]}"[:6] for name in names))
+        table.add_row(
+            reduction["name"],
+            str(reduction["position"]),
+            str(reduction["num_keep"]),
+            f"{reduction['tau']:.4g}",
+        )
     return table
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import manifest
 from .device import gpus
-from .engine import MODULES
+from .engine import MODULES, installed
 from .errors import EngineError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _engine_obstacle(folder: Path, data: dict[str, Any]) -> str | None:
     if not gpus():
         return "no GPU is here"
     module = MODULES[engine["flavour"]]
-    if find_spec(module) is None or find_spec("polygraphy") is None:
+    if not installed(engine["flavour"]) or find_spec("polygraphy") is None:
         return f"it needs {module} and polygraphy"
     return None
 
