@@ -55,5 +55,5 @@ jmp run "$ARTIFACT" "$PHOTOS"/*.png --json "$ARTIFACT.run.json"
 headline "7. what came out"
 jmp report "$ARTIFACT" --compare "$ARTIFACT.compare.json"
 echo
-echo "next: $PYTHON -m jmp_deploy --help"
+echo "next: .venv/bin/python -m jmp_deploy --help"
 exit "$agreed"
