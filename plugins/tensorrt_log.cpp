@@ -13,25 +13,29 @@
 
 namespace jmp_deploy {
 
-// The layouts of TensorRT 10 and of 11. Only ever called, never made nor destroyed: hence no
-// destructors, whose slots come after the ones that we call. Not in an unnamed namespace: the
-// compiler would see that nobody implements them and call its trap for pure virtual functions.
+// The layouts of TensorRT 10 and of 11. Only ever called, never made nor destroyed. Not in an
+// unnamed namespace: the compiler would see that nobody implements them and call its trap for pure
+// virtual functions instead.
 namespace layout {
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wnon-virtual-dtor"
 struct Logger10 {
   virtual void log(int32_t severity, char const* message) noexcept = 0;
+  virtual ~Logger10() = default;
 };
 struct Finder10 {
   virtual Logger10* findLogger() = 0;
+  virtual ~Finder10() = default;
 };
-struct Logger11 : nvinfer1::IVersionedInterface {
+struct Versioned11 {
+  virtual int32_t getAPILanguage() const noexcept = 0;
+  virtual void getInterfaceInfo() const noexcept = 0;  // returns a struct; never called
+  virtual ~Versioned11() = default;
+};
+struct Logger11 : Versioned11 {
   virtual void log(int32_t severity, char const* message) noexcept = 0;
 };
-struct Finder11 : nvinfer1::IVersionedInterface {
+struct Finder11 : Versioned11 {
   virtual Logger11* findLogger() = 0;
 };
-#pragma GCC diagnostic pop
 }  // namespace layout
 
 namespace {

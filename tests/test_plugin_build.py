@@ -24,11 +24,17 @@ from jmp_deploy import plugin, toolchain
 from jmp_deploy.errors import EngineError, ToolchainError
 
 REPO = Path(__file__).resolve().parent.parent
-ENVIRONMENT = ("JMP_NVCC", "CUDA_HOME", "CUDA_PATH", "CXX", "TENSORRT_ROOT", "JMP_DEPLOY_PLUGIN")
+ENVIRONMENT = ("JMP_NVCC", "CUDA_HOME", "CUDA_PATH", "CXX", "TENSORRT_ROOT")
 
 
 @pytest.fixture(autouse=True)
+def no_prebuilt_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JMP_DEPLOY_PLUGIN", raising=False)
+
+
+@pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is found where; the real build may use what this machine's user set."""
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
 
@@ -95,7 +101,9 @@ def version_text(major: int, minor: int, patch: int) -> str:
 
 
 @pytest.fixture
-def fake_tools(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fake_tools(
+    tmp_path: Path, cache: Path, clean_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A toolchain that is found at once and compiles in no time; returns its nvcc."""
     nvcc = fake_nvcc(tmp_path / "cuda")
     monkeypatch.setenv("JMP_NVCC", str(nvcc))
@@ -277,14 +285,16 @@ def test_a_prebuilt_library_of_another_machine_is_refused(
 # --- Finding the toolchain -----------------------------------------------------------------------
 
 
-def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_nvcc(clean_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: iter(()))
     with pytest.raises(ToolchainError, match="nvcc") as caught:
         plugin.find_toolchain()
     assert "pip install" in (caught.value.hint or "")
 
 
-def test_a_given_nvcc_must_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_nvcc_must_work(
+    clean_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("JMP_NVCC", str(tmp_path / "nvcc"))
     with pytest.raises(ToolchainError, match=r"JMP_NVCC.*does not run"):
         plugin.find_toolchain()
@@ -307,7 +317,9 @@ def test_an_nvcc_that_does_not_run_is_passed_over(
     assert plugin.find_toolchain().nvcc == good
 
 
-def test_the_wheels_nvcc_is_found_without_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheels_nvcc_is_found_without_any_other(
+    clean_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = find_spec("nvidia")
     folders = [Path(f) for f in (spec.submodule_search_locations or [])] if spec else []
     wheels = [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
@@ -435,7 +447,7 @@ for namespace, fields in json.loads(sys.argv[2]):
 print("RESULT" + json.dumps(results))
 """
 
-GOOD = [
+GOOD: list[list[Any]] = [
     ["num_prefix", "i", 1],
     ["num_keep", "i", 138],
     ["num_heads", "i", 6],
@@ -454,7 +466,7 @@ def changed(name: str, *new: Any) -> list[list[Any]]:
     return [f for field in GOOD for f in (replacement if field[0] == name else [field])]
 
 
-BAD = {
+BAD: dict[str, tuple[list[list[Any]], list[str]]] = {
     "unknown": ([*GOOD, ["colour", "i", 1]], ["colour", "num_prefix"]),
     "missing": (changed("tau"), ["tau", "missing"]),
     "twice": ([*GOOD, GOOD[0]], ["num_prefix", "twice"]),
@@ -573,7 +585,7 @@ def onnx_model(
         helper.make_tensor_value_info(name, codes[types[0]], None)
         for name in ("y", "out_size", "log_size")
     ]
-    attributes = {name: value for name, _, value in GOOD} | {"plugin_version": "1"}
+    attributes: dict[str, Any] = {name: value for name, _, value in GOOD} | {"plugin_version": "1"}
     if namespace is not None:
         attributes["plugin_namespace"] = namespace
     names = ["x", "qkv", "size"], ["y", "out_size", "log_size"]

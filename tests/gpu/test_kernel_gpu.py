@@ -111,8 +111,12 @@ class Launch:
             torch.cuda.synchronize()
         for buffer in (*self.inputs, *self.outputs, self.destination, self.workspace):
             assert buffer.untouched(), "something wrote outside a buffer"
-        arrays = [b.read(s, self.dtype) for b, s in zip(self.outputs, self.shapes, strict=True)]
-        return Outputs(*arrays, self.destination.read(self.destination_shape, np.int32))
+        y, out_size, log_size = (
+            buffer.read(shape, self.dtype)
+            for buffer, shape in zip(self.outputs, self.shapes, strict=True)
+        )
+        destination = self.destination.read(self.destination_shape, np.int32)
+        return Outputs(y, out_size, log_size, destination)
 
 
 def run(library: KernelLibrary, case: Case, attrs: dict[str, Any]) -> Outputs:
