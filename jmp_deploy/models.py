@@ -100,10 +100,9 @@ def load_model(
         ModelError: unknown or unsupported model.
         WeightsError: weights that cannot be had, read or fitted.
     """
-    from .patch import refuse_unsupported
-
     timm_name, default_size = resolve_name(name)
     size = img_size or default_size
+    _refuse_early(timm_name, size)
     if weights in ("auto", "pretrained"):
         model, origin = _pretrained(timm_name, size, fall_back=weights == "auto", seed=seed)
     elif weights == "random":
@@ -111,8 +110,17 @@ def load_model(
     else:
         model, origin = _from_file(timm_name, size, Path(weights))
     model.eval().requires_grad_(False)
-    refuse_unsupported(model)
     return LoadedModel(model, timm_name, origin, _preprocess(model), _class_names(model))
+
+
+def _refuse_early(timm_name: str, size: int | None) -> None:
+    """Refuses an unsupported model before weights are fetched or memory is taken for it."""
+    import torch
+
+    from .patch import refuse_unsupported
+
+    with torch.device("meta"):
+        refuse_unsupported(_create(timm_name, size))
 
 
 def _create(timm_name: str, size: int | None, **options: Any) -> nn.Module:

@@ -15,7 +15,6 @@ from jmp_deploy.node import TokenReduce
 from jmp_deploy.reduction import token_reduce
 from tests.tiny import attributes, expected, inputs
 
-
 RANK = {"x": 3, "qkv": 3, "size": 2, "y": 3, "out_size": 2, "log_size": 2}
 
 

@@ -63,7 +63,7 @@ def test_float64_reference_has_float64_accuracy():
 @pytest.mark.parametrize("importance", ["class", "received"])
 def test_ties_in_importance_keep_the_lower_index(importance):
     attrs = attributes(num_keep=4, importance=importance, scale=0.5)
-    x, qkv, size = inputs(2, 9, attrs=attrs)
+    _, qkv, size = inputs(2, 9, attrs=attrs)
     qkv[:] = 0.5  # all logits equal and exact
     size[:] = 1
     plan = make_plan(torch.from_numpy(qkv), torch.from_numpy(size), attrs)
@@ -83,7 +83,7 @@ def test_identical_tokens_merge_into_the_first():
 
 def test_zero_keys_resemble_nothing():
     attrs = attributes(tau=0.1)
-    x, qkv, size = inputs(1, attrs=attrs)
+    _, qkv, size = inputs(1, attrs=attrs)
     qkv[:, :, 24:48] = 0
     plan = make_plan(torch.from_numpy(qkv), torch.from_numpy(size), attrs)
     assert (plan.similarity == 0).all() and not plan.merged.any()
@@ -130,7 +130,7 @@ def test_tau_above_one_prunes_everything(granularity):
 
 def test_sample_granularity_decides_for_each_sample_alone():
     attrs = attributes(granularity="sample")
-    x, qkv, size = inputs(16, attrs=attrs, seed=5)
+    _, qkv, size = inputs(16, attrs=attrs, seed=5)
     plan = make_plan(torch.from_numpy(qkv), torch.from_numpy(size), attrs)
     per_sample = plan.merged.float().mean(1)
     assert set(per_sample.tolist()) == {0.0, 1.0}

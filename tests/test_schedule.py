@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_spread_costs_no_more_than_paper_in_equal_steps():
     steps = schedule.parse("spread", DEIT_S).steps
     assert [block for block, _ in steps] == list(range(2, 11))
     counts = [196, *(keep for _, keep in steps)]
-    assert len({a - b for a, b in zip(counts, counts[1:], strict=False)}) == 1
+    assert len({a - b for a, b in pairwise(counts)}) == 1
     cost = schedule.macs(DEIT_S, schedule.spread(DEIT_S))
     paper = schedule.macs(DEIT_S, schedule.paper(DEIT_S))
     assert 0.97 * paper < cost <= paper
@@ -112,5 +113,5 @@ def test_bad_keep_rates(rate):
 
 def test_a_model_too_small_to_spread_is_told_so():
     shape = ModelShape(**{**vars(DEIT_S), "num_patches": 4})
-    with pytest.raises(ScheduleError, match="--schedule paper|too few"):
+    with pytest.raises(ScheduleError, match="too few blocks"):
         schedule.parse("spread", shape)
