@@ -24,7 +24,7 @@ Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, Tensor, T
 DEFAULT_TAU = 0.7
 
 
-class JMPBlocks(nn.ModuleList):
+class JMPBlocks(nn.Module):
     """The blocks of a ViT with token reduction in some of them.
 
     Modifies, against the `nn.Sequential` of timm `Block`s in whose place it stands:
@@ -36,7 +36,7 @@ class JMPBlocks(nn.ModuleList):
     Blocks before the first reduction run exactly as in timm. Running the blocks one by one from
     outside (`for block in model.blocks`, as `forward_intermediates` and gradient checkpointing do)
     would skip the reduction, so iteration and slices are refused; `children()` lists them. (Not an
-    `nn.Sequential` itself, because timm's checkpointing goes round the iteration of those.)
+    `nn.Sequential` itself: timm's checkpointing takes the children of those.)
 
     Attributes:
         reductions: block index -> attributes of the reduction in it.
@@ -44,7 +44,9 @@ class JMPBlocks(nn.ModuleList):
     """
 
     def __init__(self, blocks: nn.Sequential, reductions: dict[int, TokenReduce]) -> None:
-        super().__init__(blocks.children())
+        super().__init__()
+        for name, block in blocks.named_children():
+            self.add_module(name, block)
         self.train(blocks.training)
         self.original = (blocks,)  # in a tuple, so that it is not registered a second time
         self.reductions = reductions
@@ -73,7 +75,10 @@ class JMPBlocks(nn.ModuleList):
     def __getitem__(self, index: int | slice) -> nn.Module:
         if isinstance(index, slice):
             raise self._refusal()
-        return super().__getitem__(index)
+        return list(self.children())[index]
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def _refusal(self) -> ModelError:
         return ModelError(

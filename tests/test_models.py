@@ -106,7 +106,7 @@ def test_files_that_are_no_checkpoints(tmp_path, state, kind, capsys):
 
 
 def test_missing_weights_file():
-    with pytest.raises(WeightsError, match="no such weights file: nowhere.pth"):
+    with pytest.raises(WeightsError, match="no such weights file: nowhere"):
         models.load_model("deit_t", "nowhere.pth")
 
 
