@@ -99,6 +99,8 @@ def build(
             f"batch {least},{best},{most} is not MIN <= OPT <= MAX with MIN >= 1",
             "write --batch 8 for a fixed batch, or --batch 1,8,32",
         )
+    if (options.keep_rate is None) != (options.blocks is None):
+        raise ScheduleError("--keep-rate and --blocks go together: --keep-rate 0.7 --blocks 3,6,9")
     targets = engines.python_targets(options.targets)
     choice = engines.choose(options.engine)
     _refuse_odd_target(options.out)
@@ -186,8 +188,6 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
     from .patch import model_shape, patch
 
     shape = model_shape(loaded.model)
-    if (options.keep_rate is None) != (options.blocks is None):
-        raise ScheduleError("--keep-rate and --blocks go together: --keep-rate 0.7 --blocks 3,6,9")
     if options.keep_rate is not None and options.blocks is not None:
         schedule = schedules.keep_rate(options.keep_rate, options.blocks, shape)
     else:

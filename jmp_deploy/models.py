@@ -120,7 +120,15 @@ def _refuse_early(timm_name: str, size: int | None) -> None:
     from .patch import refuse_unsupported
 
     with torch.device("meta"):
-        refuse_unsupported(_create(timm_name, size))
+        model = _create(timm_name, size)
+    refuse_unsupported(model)
+    patch = model.patch_embed.patch_size[0]
+    if size is not None and size % patch:
+        # timm would cut the rest of the image off without a word
+        raise ModelError(
+            f"image size {size} is not a multiple of the patch size {patch} of {timm_name}",
+            f"use --img-size {size // patch * patch or patch}",
+        )
 
 
 def _create(timm_name: str, size: int | None, **options: Any) -> nn.Module:

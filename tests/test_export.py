@@ -135,8 +135,7 @@ def plain(tmp_path_factory):
     return model, folder
 
 
-def test_a_dense_model_passes_through(plain, tmp_path, images):
-    model, _ = plain
+def test_a_dense_model_passes_through(tmp_path, images):
     dense = tiny_vit()
     export.export_onnx(dense, tmp_path / "d.onnx", image_size=(32, 32))
     assert fuse.to_deployable(tmp_path / "d.onnx", tmp_path / "d.trt.onnx") == []
@@ -248,7 +247,7 @@ def test_truncated_files_are_recognised(plain, tmp_path, size):
 def test_a_model_that_the_parser_refuses_is_an_error_in_its_words(plain, tmp_path):
     _, folder = plain
     spec = engine.EngineSpec((1, 1, 1), (3, 32, 32))
-    with pytest.raises(EngineError, match="cannot parse .*Plugin not found") as caught:
+    with pytest.raises(EngineError, match=r"cannot parse .*Plugin not found") as caught:
         engine.build_engine(folder / "model.trt.onnx", tmp_path / "e", "rtx", spec)
     assert "model.trt.onnx" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
@@ -258,7 +257,7 @@ def test_a_model_that_the_parser_refuses_is_an_error_in_its_words(plain, tmp_pat
 def test_the_builders_log_is_kept_when_it_fails(plain, tmp_path):
     _, folder = plain
     spec = engine.EngineSpec((1, 1, 1), (3, 32, 32), targets=("sm_75",), precision="fp32")
-    with pytest.raises(EngineError, match="could not build the engine: .*Turing") as caught:
+    with pytest.raises(EngineError, match=r"could not build the engine: .*Turing") as caught:
         engine.build_engine(
             folder / "model.trt.onnx",
             tmp_path / "e",
