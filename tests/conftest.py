@@ -59,3 +59,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         Image.fromarray(pixels).save(path, quality=95)
         paths.append(path)
     return paths
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """An artifact of DeiT-Ti with seeded weights from a file, built by the command line."""
+    from safetensors.torch import save_file
+
+    from jmp_deploy.cli import main
+    from jmp_deploy.models import load_model
+
+    folder = tmp_path_factory.mktemp("cli")
+    save_file(load_model("deit_t", "random").model.state_dict(), folder / "w.safetensors")
+    command = ["build", "deit_t", "--weights", str(folder / "w.safetensors")]
+    command += ["-o", str(folder / "a"), "--json", str(folder / "build.json")]
+    assert main(command) == 0
+    return folder / "a"

@@ -21,19 +21,6 @@ needs_rtx = pytest.mark.skipif(not engine.installed("rtx"), reason="TensorRT-RTX
 without_gpu = pytest.mark.skipif(bool(gpus()), reason="tells what happens without a GPU")
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """An artifact of DeiT-Ti with seeded weights from a file, built by the command line."""
-    from jmp_deploy.models import load_model
-
-    folder = tmp_path_factory.mktemp("cli")
-    save_file(load_model("deit_t", "random").model.state_dict(), folder / "w.safetensors")
-    command = ["build", "deit_t", "--weights", str(folder / "w.safetensors")]
-    command += ["-o", str(folder / "a"), "--json", str(folder / "build.json")]
-    assert main(command) == 0
-    return folder / "a"
-
-
 @pytest.fixture
 def artifact(built, tmp_path):
     """A copy that a test may spoil."""
