@@ -80,7 +80,7 @@ def compare_artifact(
         except JmpDeployError as error:
             if backends:
                 raise
-            skipped[name] = error.message
+            skipped[name] = error.message.removeprefix(f"{name}: ")
     if len(runners) < 2:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         raise ArtifactError(
@@ -198,8 +198,8 @@ def _runner(
     reference: dict[str, Any] | None,
 ) -> Any:
     if name != "torch":
-        backend, _ = runtime.pick_backend(folder, data, name)
-        return runtime.open_runner(folder, data, backend)
+        runtime.pick_backend(folder, data, name)
+        return runtime.open_runner(folder, data, name)
     output = data["model"]["output"]
     try:
         from .restore import restore_model

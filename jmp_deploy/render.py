@@ -95,26 +95,30 @@ def agreement(pair: dict[str, Any]) -> str:
 
 def comparison(result: dict[str, Any]) -> RenderableType:
     """The table of `compare`."""
-    table = Table(title=f"{result['images']} images, {result['precision'].upper()}", expand=False)
-    for name in ("a", "b", "output"):
-        table.add_column(name)
-    for name in ("cosine (min)", "max abs", "max rel", "top-1 agreement"):
-        table.add_column(name, justify="right")
+    outputs = ", ".join(dict.fromkeys(pair["output"] for pair in result["pairs"]))
+    title = f"{outputs} of {result['images']} images, {result['precision'].upper()}"
+    table = Table(title=title, title_justify="left", expand=False)
+    table.add_column("backends", overflow="fold")
+    for name in ("cosine min", "mean", "max abs", "max rel", "top-1"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for pair in result["pairs"]:
         top1 = pair["top1_agreement"]
         table.add_row(
-            pair["a"],
-            pair["b"],
-            pair["output"],
+            f"{pair['a']} - {pair['b']}",
             f"{pair['cosine']:.6f}",
+            f"{pair['cosine_mean']:.6f}",
             _number(pair["max_abs"]),
             _number(pair["max_rel"]),
             "-" if top1 is None else f"{top1:.1%}",
             Text("ok", "green") if pair["ok"] else Text("outside", "bold red"),
         )
-    lines: list[RenderableType] = [table]
-    lines.append(f"tolerance: cosine >= {result['tolerance']['cosine']} for every image")
+    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result["runtime_ms"].items())
+    lines: list[RenderableType] = [
+        table,
+        f"tolerance: cosine >= {result['tolerance']['cosine']} for every image",
+        f"time per image, cold start included (no benchmark): {times}",
+    ]
     for name, reason in result["skipped"].items():
         lines.append(f"not compared: {name}: {reason}")
     if result["random_weights"]:
@@ -186,13 +190,13 @@ def report(data: dict[str, Any], folder: str, comparison_result: dict[str, Any] 
         stages.add_row(stage["name"], f"{stage['seconds']:.1f}")
     stages.add_row("all", f"{sum(stage['seconds'] for stage in data['stages']):.1f}", style="bold")
     tools = ", ".join(f"{name} {version}" for name, version in data["tools"].items())
-    parts: list[RenderableType] = [artifact(data, folder), facts([("tools", tools)]), stages]
+    parts: list[RenderableType] = [artifact(data, folder), facts([("made with", tools)]), stages]
     missing = []
     if comparison_result:
         parts.append(comparison(comparison_result))
-        missing = [f"{name}: {why}" for name, why in comparison_result["skipped"].items()]
+        missing = [f"run {name}: {why}" for name, why in comparison_result["skipped"].items()]
     if data["engine"] is None:
-        missing.append(f"engine: {data['no_engine']}")
+        missing.append(f"build an engine: {data['no_engine']}")
     lines = missing or ["nothing: every backend ran"]
     parts.append(facts([("this machine could not", "\n".join(lines))]))
     return Group(*parts)

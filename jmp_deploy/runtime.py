@@ -34,7 +34,7 @@ def pick_backend(folder: Path, data: dict[str, Any], wanted: str = "auto") -> tu
     obstacles = {"engine": _engine_obstacle(folder, data), "onnxruntime": _onnx_obstacle(folder)}
     if wanted != "auto":
         if obstacles[wanted]:
-            raise EngineError(f"cannot run with {wanted}: {obstacles[wanted]}")
+            raise EngineError(f"{wanted}: {obstacles[wanted]}")
         return wanted, "asked for"
     if not obstacles["engine"]:
         return "engine", f"{gpus()[0].name} is here"
