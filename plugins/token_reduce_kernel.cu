@@ -248,7 +248,7 @@ __global__ void similarity_kernel(Params p, const int32_t* critical, const int32
       metric + static_cast<int64_t>(sample) * patch_tokens(p) * p.head_dim;
   const int32_t* sample_kept = kept + static_cast<int64_t>(sample) * p.num_keep;
 
-  float best = nanf("");
+  float best = NAN;
   int best_slot = -1;
   for (int s = static_cast<int>(threadIdx.x); s < p.num_keep; s += static_cast<int>(blockDim.x)) {
     const float* other = sample_metric + static_cast<int64_t>(sample_kept[s]) * p.head_dim;
