@@ -165,6 +165,9 @@ def inspect_engine(path: Path, flavour: str, *, plugin: Path | None = None) -> d
 def worker_environment(flavour: str) -> dict[str, str]:
     """The environment in which `flavour` is safe to use."""
     environment = dict(os.environ)
+    # The worker finds this very package, however our caller came to import it.
+    paths = [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if flavour != "rtx":
         environment.pop("POLYGRAPHY_USE_TENSORRT_RTX", None)
         return environment

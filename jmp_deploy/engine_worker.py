@@ -123,7 +123,9 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "builder": MODULES[request["flavour"]],
         "version": trt.__version__,
-        "device_memory": engine.device_memory_size_v2,
+        # 10.0 has only the one, 11 only the other
+        "device_memory": getattr(engine, "device_memory_size_v2", None)
+        or engine.device_memory_size,
         "profiles": engine.num_optimization_profiles,
         "layers": layers.get("Layers", []),
     }

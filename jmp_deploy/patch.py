@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .node import TokenReduce
 from .reduction import token_reduce
-from .schedule import ModelShape, Schedule
+from .schedule import DEFAULT, ModelShape, Schedule, parse
 
 Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, Tensor, Tensor]]
 
@@ -90,7 +90,7 @@ class JMPBlocks(nn.Module):
 
 def patch(
     model: nn.Module,
-    schedule: Schedule,
+    schedule: Schedule | str = DEFAULT,
     *,
     tau: float = DEFAULT_TAU,
     granularity: str = "token",
@@ -100,7 +100,8 @@ def patch(
 
     Args:
         model: VisionTransformer of plain pre-norm blocks: DeiT (distilled too), ViT, DINOv2.
-        schedule: resolved for this model (`schedule.parse` with `model_shape(model)`).
+        schedule: as `schedule.parse` takes it ("spread", "paper", "3:138,6:97", a file), or
+            resolved for this model already.
         tau, granularity: see `node.TokenReduce`.
         proportional: later attention weighs each token by the patches that it stands for.
 
@@ -109,8 +110,11 @@ def patch(
 
     Raises:
         ModelError: the model cannot be patched, with the reason; or is patched already.
+        ScheduleError: the schedule does not fit the model.
     """
     shape = model_shape(model)
+    if isinstance(schedule, str):
+        schedule = parse(schedule, shape)
     if isinstance(model.blocks, JMPBlocks):
         raise ModelError("the model is patched already", "call jmp_deploy.patch.unpatch(model)")
     reductions: dict[int, TokenReduce] = {}

@@ -89,6 +89,11 @@ def test_qk_norm_models_reduce_by_the_normalised_keys():
     torch.testing.assert_close(k, attention.k_norm(raw[1]))
 
 
+def test_schedules_may_be_words():
+    model = patch(tiny_vit(img_size=64, depth=12), "paper")
+    assert sorted(model.blocks.reductions) == [3, 6, 9]
+
+
 def test_unpatching_restores_the_original_exactly():
     model = tiny_vit()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
