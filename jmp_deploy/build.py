@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import engine as engines
-from . import manifest
+from . import interrupt, manifest
 from .errors import ArtifactError, EngineError, ScheduleError
 from .files import atomic_path, make_writable_dir, sha256
 from .images import find_images, load_batch, preprocess, sample_photos
@@ -349,7 +349,9 @@ class _Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        interrupt.check()
         self.on_stage(name)
         started = time.monotonic()
         yield
+        interrupt.check()
         self.stages.append({"name": name, "seconds": round(time.monotonic() - started, 2)})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import interrupt
 from .arguments import make_parser
 from .errors import JmpDeployError
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = make_parser().parse_args(arguments)
         options.rebuild = shlex.join(["python", "-m", "jmp_deploy", *arguments])
-        return HANDLERS[options.command](options)
+        with interrupt.remembered():
+            return HANDLERS[options.command](options)
     except SystemExit as exit_:  # argparse: --help, --version, wrong usage
         return exit_.code if isinstance(exit_.code, int) else 2
     except KeyboardInterrupt:

@@ -242,6 +242,8 @@ def _work(
     if log is not None:
         with atomic_path(log) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    if code in (-signal.SIGINT, 130):  # Ctrl-C goes to both processes
+        raise KeyboardInterrupt
     if failure is not None:
         words = f": {_builder_words(text)}" if failure["log_says_more"] else ""
         hint = failure["hint"] + (f"; the builder's log is {log}" if log else "")

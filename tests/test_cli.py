@@ -334,10 +334,28 @@ def test_ctrl_c_while_the_builder_runs(tmp_path):
     while process.poll() is None and not list(out.glob(".staging-*/model.onnx")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "error: interrupted" in err and "Traceback" not in err
     assert not out.exists()
+
+
+def test_a_ctrl_c_that_a_library_swallowed_still_ends_the_build(artifact, monkeypatch, capsys):
+    import signal
+
+    genuine = export.export_onnx
+
+    def swallow(*args, **kwargs):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            pass  # as a destructor or a C++ callback would
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(export, "export_onnx", swallow)
+    arguments = [str(artifact) if word == "OUT" else word for word in BUILD]
+    fails(capsys, arguments, "interrupted", code=130)
 
 
 def test_a_full_disk(tmp_path):
