@@ -151,8 +151,9 @@ def measure(
     x, y = (np.asarray(value, dtype=np.float64).reshape(len(value), -1) for value in (ours, theirs))
     if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
         return Pair(a, b, output, 0.0, 0.0, math.inf, math.inf, None, False)
+    tiny = float(np.finfo(np.float64).tiny)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    cosine = (x * y).sum(axis=1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    cosine = (x * y).sum(axis=1) / np.maximum(norms, tiny)
     max_abs = float(np.abs(x - y).max())
     top1 = float((x.argmax(axis=1) == y.argmax(axis=1)).mean()) if output == "logits" else None
     return Pair(
@@ -162,7 +163,7 @@ def measure(
         cosine=float(cosine.min()),
         cosine_mean=float(cosine.mean()),
         max_abs=max_abs,
-        max_rel=max_abs / max(float(np.abs(x).max()), np.finfo(np.float64).tiny),
+        max_rel=max_abs / max(float(np.abs(x).max()), tiny),
         top1_agreement=top1,
         ok=bool(cosine.min() >= TOLERANCES[precision]),
     )

@@ -60,7 +60,7 @@ def test_exif_rotation_is_applied(tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "YCbCr"])
 def test_every_mode_becomes_rgb(tmp_path, mode, photos):
-    suffix = "tif" if mode in ("CMYK", "YCbCr") else "png"
+    suffix = "jpg" if mode in ("CMYK", "YCbCr") else "png"
     path = tmp_path / f"a.{suffix}"
     with Image.open(photos[0]) as photo:
         photo.convert(mode).save(path)
