@@ -127,7 +127,7 @@ def _add_build(commands: Any) -> None:
         help="GPUs of a TensorRT-RTX engine (the one that is here, else all that it knows)",
     )
     parser.add_argument(
-        "--workspace", type=_positive, metavar="MIB", help="limit of the builder's scratch memory"
+        "--workspace", type=positive, metavar="MIB", help="limit of the builder's scratch memory"
     )
     parser.add_argument(
         "--images",
@@ -155,7 +155,7 @@ def _add_run(commands: Any) -> None:
         default="auto",
         help="auto takes the engine where a GPU is, else ONNX Runtime (auto)",
     )
-    parser.add_argument("--topk", type=_positive, default=5, metavar="K", help="classes (5)")
+    parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes (5)")
     parser.add_argument(
         "--allow-random", action="store_true", help="run an artifact with random weights"
     )
@@ -260,7 +260,8 @@ def _batch(text: str) -> tuple[int, int, int]:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
     try:
         number = int(text)
     except ValueError as error:

@@ -12,14 +12,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import interrupt
+from . import interrupt, output
 from .arguments import make_parser
 from .errors import JmpDeployError
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
 
 EXTRAS = {
     "torch": "export",
@@ -50,24 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # argparse: --help, --version, wrong usage
         return exit_.code if isinstance(exit_.code, int) else 2
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing half-written is left behind", None, 130)
+        return output.fail("interrupted; nothing half-written is left behind", None, 130)
     except JmpDeployError as error:
-        return _fail(error.message, error.hint, error.exit_code)
+        return output.fail(error.message, error.hint, error.exit_code)
     except ModuleNotFoundError as error:
         name = (error.name or "").split(".")[0]
         extra = EXTRAS.get(name)
         hint = f'pip install "jmp-deploy[{extra}]"' if extra else f"pip install {name}"
-        return _fail(f"this command needs {name}, which is not installed", hint, 2)
+        return output.fail(f"this command needs {name}, which is not installed", hint, 2)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return _fail("out of memory", "try a smaller model, image size or batch", 2)
+        return output.fail("out of memory", "try a smaller model, image size or batch", 2)
     except Exception as error:  # a bug of ours, or a library's: one line for the user all the same
         if os.environ.get("JMP_DEPLOY_DEBUG"):
             traceback.print_exc()
         reason = str(error).strip().split("\n")[0]
-        return _fail(
+        return output.fail(
             f"unexpected {type(error).__name__}: {reason}",
             "set JMP_DEPLOY_DEBUG=1 to see where it comes from",
             2,
@@ -86,7 +83,7 @@ def _build(options: argparse.Namespace) -> int:
         )
     name = options.model.replace("/", "_") + ("-dense" if options.dense else "")
     out = options.out or Path("artifacts") / name
-    with Stages(_console(stderr=True)) as stages:
+    with Stages(output.console(stderr=True)) as stages:
         data = build(
             BuildOptions(
                 model=options.model,
@@ -113,9 +110,9 @@ def _build(options: argparse.Namespace) -> int:
             on_stage=stages.stage,
             on_progress=stages.progress,
         )
-    _show(options, render.artifact(data, str(out)), data)
+    output.show(options, render.artifact(data, str(out)), data)
     if not data["check"]["ok"]:
-        return _fail(
+        return output.fail(
             "the portable model does not agree with PyTorch within tolerance; the artifact is kept",
             f"look closer with `python -m jmp_deploy compare {shlex.quote(str(out))}`",
             1,
@@ -134,7 +131,7 @@ def _run(options: argparse.Namespace) -> int:
         topk=options.topk,
         allow_random=options.allow_random,
     )
-    _show(options, render.predictions(records, backend, reason), records)
+    output.show(options, render.predictions(records, backend, reason), records)
     return 0
 
 
@@ -147,7 +144,7 @@ def _compare(options: argparse.Namespace) -> int:
     result = compare_artifact(
         options.dir, backends=options.backends, images=images, weights=options.weights
     )
-    _show(options, render.comparison(result), result)
+    output.show(options, render.comparison(result), result)
     return 0 if result["ok"] else 1
 
 
@@ -156,7 +153,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from .inspection import inspect_path
 
     result = inspect_path(options.path)
-    _show(options, render.inspection(result), result)
+    output.show(options, render.inspection(result), result)
     return 0
 
 
@@ -177,7 +174,7 @@ def _report(options: argparse.Namespace) -> int:
                 f"{options.compare} is not a result of `compare --json`: {error}"
             ) from error
     value = {"manifest": data, "compare": compared}
-    _show(options, render.report(data, str(options.dir), compared), value)
+    output.show(options, render.report(data, str(options.dir), compared), value)
     return 0
 
 
@@ -185,7 +182,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
     checks = doctor.collect()
-    _show(options, doctor.render(checks), doctor.as_json(checks))
+    output.show(options, doctor.render(checks), doctor.as_json(checks))
     return 0
 
 
@@ -193,60 +190,18 @@ def _plugin(options: argparse.Namespace) -> int:
     from . import plugin, render
 
     if options.action == "build":
-        with _console(stderr=True).status("compiling the plugin"):
+        with output.console(stderr=True).status("compiling the plugin"):
             path = plugin.build_plugin(options.arch, force=options.force)
     else:
         path = plugin.plugin_library(build=False)
     info = {"path": str(path), **plugin.plugin_info(path)}
     rows = [(name, _plain(value)) for name, value in info.items()]
-    _show(options, render.facts(rows), info)
+    output.show(options, render.facts(rows), info)
     return 0
 
 
 def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _show(options: argparse.Namespace, pretty: RenderableType, value: Any) -> None:
-    """Prints for people, and writes JSON if asked; with `--json -` people get standard error."""
-    import json
-
-    from .files import write_bytes
-
-    to_stdout = options.json == "-"
-    # crop: a command that mends something must be readable to its end on a narrow terminal too
-    _console(stderr=to_stdout).print(pretty, crop=False)
-    if options.json is None:
-        return
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
-    if to_stdout:
-        sys.stdout.write(text)
-    else:
-        write_bytes(Path(options.json), text.encode())
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null instead."""
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
-
-
-def _fail(message: str, hint: str | None, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
-    return code
 
 
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
