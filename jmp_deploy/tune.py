@@ -1,0 +1,479 @@
+"""`tune`: the schedule and tau that change a model's answers least, within a budget.
+
+Objective: the mean over unlabelled images of 1 - cosine between the model's output (logits, or
+features where there is no classifier) with JMP and without. Budget: MACs in closed form, or
+latency from a table measured on the device (`latency_table`). The search is in `tune_search`.
+
+What makes it affordable: the dense model runs once, and its block inputs are kept, so that a
+candidate runs only from its first reduction on; most candidates are looked at on a quarter of the
+images; every measurement is written to a state file, from which `resume` goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import latency_table, schedule, tune_search
+from .errors import ImageError, ModelError, ScheduleError, WeightsError
+from .files import write_json
+from .images import find_images, load_batch
+from .tune_search import Keeps
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from .models import LoadedModel
+
+OBJECTIVE = "mean of 1 - cosine between the outputs with and without JMP"
+ALIKE = 1e-3
+FEW = 4
+"""Candidates are screened on one image in four."""
+PREFIX_BYTES = 512 << 20
+"""Memory for kept block inputs of the dense model."""
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What `tune` is asked for; the command line's flags of the same names.
+
+    Attributes:
+        model, weights, img_size: as for `build`.
+        images: files or folders.
+        out: schedule file to write.
+        gmacs, latency_ms, speedup: the budget; exactly one of them. `speedup` is over the dense
+            model, in latency if there is a table, else in MACs.
+        table: latency table, for `latency_ms` and `speedup`.
+        table_batch: which batch size of the table; None: the smallest.
+        tau: fixed threshold; None searches it.
+        seed: which images are taken where there are more than `limit`; and of random weights.
+        limit: most images.
+        batch: images per forward.
+        passes: work to spend, in passes of the dense model over the images.
+        curve: measure the trade-off at other budgets too.
+        resume: go on from the state file of an interrupted run.
+    """
+
+    model: str
+    images: tuple[Path, ...]
+    out: Path
+    weights: str = "auto"
+    img_size: int | None = None
+    gmacs: float | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+    table: Path | None = None
+    table_batch: int | None = None
+    tau: float | None = None
+    seed: int = 0
+    limit: int = 64
+    batch: int = 16
+    passes: float = 60.0
+    curve: bool = False
+    resume: bool = False
+
+
+OnProgress = Callable[[str, float, "float | None"], None]
+"""(phase, share done, best distance so far)"""
+
+
+def tune(
+    options: TuneOptions, *, on_progress: OnProgress = lambda phase, share, best: None
+) -> dict[str, Any]:
+    """Searches a schedule, writes it to `options.out` and returns what was written.
+
+    Raises:
+        ScheduleError: a budget that cannot be met, a table that does not fit, bad options.
+        ImageError: no images.
+        ModelError, WeightsError: as `models.load_model`; or random weights that nobody asked for.
+    """
+    from .models import load_model
+    from .patch import model_shape
+
+    _check_options(options)
+    on_progress("loading", 0.0, None)
+    paths = _choose(find_images(options.images), options.limit, options.seed)
+    loaded = load_model(
+        options.model, options.weights, img_size=options.img_size, seed=options.seed
+    )
+    if "fallback_for" in loaded.origin:
+        raise WeightsError(
+            f"no weights to tune with: {loaded.origin['reason']}",
+            "pass --weights FILE.safetensors (with --weights random the result means nothing)",
+        )
+    shape = model_shape(loaded.model)
+    problem, unit = make_problem(options, shape)
+    tune_search.check(problem, unit)
+    pixels = load_batch(paths, loaded.preprocess)
+    on_progress("dense model", 0.0, None)
+    evaluator = Evaluator(loaded.model, pixels, options.batch)
+    state = _State(
+        options.out.with_name(options.out.name + ".state"),
+        _key(loaded, shape, pixels, options),
+        resume=options.resume,
+    )
+    meter = _Meter(evaluator, state, shape, options.passes, on_progress)
+    found = tune_search.search(
+        problem, meter.measure, tau=options.tau, exhausted=lambda: meter.spent >= options.passes
+    )
+    result: dict[str, Any] = {
+        "model": shape.name,
+        "steps": _pairs(found.keeps, shape.num_patches),
+        "tau": found.tau,
+        "image_size": loaded.preprocess.height,
+        "objective": OBJECTIVE,
+        "distance": found.distance,
+        "cost": _costs(found.keeps, problem, shape),
+        "dense_cost": _costs(problem.dense(), problem, shape),
+        "budget": {"unit": unit, "value": problem.budget},
+        "table": _about_table(options, shape),
+        "plain": {
+            name: None
+            if entry is None
+            else {
+                "steps": _pairs(entry[0], shape.num_patches),
+                "distance": entry[1],
+                "cost": _costs(entry[0], problem, shape),
+            }
+            for name, entry in (("paper", found.paper), ("spread", found.spread))
+        },
+        "weights": loaded.origin,
+        "images": {"count": len(paths), "sha256": _digest(pixels)},
+        "seed": options.seed,
+        "measurements": {"run": meter.run, "resumed": meter.resumed},
+        "warnings": _warnings(loaded, evaluator.dense, pixels),
+    }
+    if options.curve:
+        result["curve"] = _curve(problem, meter, found, shape)
+    write_json(options.out, result)
+    state.path.unlink(missing_ok=True)
+    return result
+
+
+def read_tau(path: Path) -> float | None:
+    """The tau that a schedule file asks for, or None; the file itself is for `schedule.load`.
+
+    Raises:
+        ScheduleError: there is one and it is no number.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # schedule.load says it better
+    tau = data.get("tau") if isinstance(data, dict) else None
+    if tau is not None and (not isinstance(tau, (int, float)) or isinstance(tau, bool)):
+        raise ScheduleError(f"{path}: tau {tau!r} is not a number")
+    return None if tau is None else float(tau)
+
+
+def make_problem(
+    options: TuneOptions, shape: schedule.ModelShape
+) -> tuple[tune_search.Problem, str]:
+    """What the search has to meet, and the unit of its cost.
+
+    Raises:
+        ScheduleError: the table cannot be used.
+    """
+    if options.table is not None:
+        table = latency_table.read(options.table, shape, options.table_batch)
+        grid, unit = table.good_counts(), "ms"
+        cost: Callable[[Keeps], float] = table.latency
+    else:
+        grid, unit = tuple(range(shape.num_patches, 0, -1)), "GMACs"
+
+        def cost(keeps: Keeps) -> float:
+            return _macs(keeps, shape) / 1e9
+
+    dense = cost((shape.num_patches,) * shape.depth)
+    if options.speedup is not None:
+        budget = dense / options.speedup
+    else:
+        budget = float(options.gmacs or options.latency_ms or 0.0)
+    return tune_search.Problem(shape.depth, grid, cost, budget), unit
+
+
+class Evaluator:
+    """Distances of candidates from the dense model, image by image.
+
+    Args:
+        model: dense, of `models.load_model`; patched for a moment, left as it was.
+        pixels: [n, 3, H, W] float32.
+        batch: images per forward.
+
+    Attributes:
+        dense: [n, C] float32, the dense model's outputs.
+    """
+
+    def __init__(self, model: nn.Module, pixels: NDArray[np.float32], batch: int) -> None:
+        import torch
+
+        self.model, self.batch = model, batch
+        self.count = len(pixels)
+        blocks = list(model.blocks.children())
+        inputs: list[list[Any]] = [[] for _ in blocks]
+        per_block = pixels.shape[0] * model.pos_embed.shape[-1] * 4
+        per_block *= model.patch_embed.num_patches + model.num_prefix_tokens
+        depth = max(1, min(len(blocks), PREFIX_BYTES // per_block))
+
+        def keep(index: int) -> Callable[..., None]:
+            return lambda module, arguments: inputs[index].append(arguments[0])
+
+        hooks = [
+            blocks[index].register_forward_pre_hook(keep(index)) for index in range(depth)
+        ]
+        try:
+            with torch.inference_mode():
+                outputs = [
+                    model(torch.from_numpy(pixels[start : start + batch]))
+                    for start in range(0, self.count, batch)
+                ]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.inputs = [torch.cat(pieces) for pieces in inputs[:depth]]
+        self.dense = torch.cat(outputs).float()
+        if not bool(self.dense.isfinite().all()):
+            raise ModelError("the dense model's output is not finite", "are the weights sound?")
+
+    def distances(self, keeps: Keeps, tau: float, start: int, stop: int) -> list[float]:
+        """1 - cosine for images start..stop-1."""
+        import torch
+        from torch.nn.functional import cosine_similarity
+
+        from .patch import model_shape, patch, unpatch
+
+        shape = model_shape(self.model)
+        steps = _pairs(keeps, shape.num_patches)
+        first = min([block for block, _ in steps] + [len(self.inputs) - 1])
+        first = min(first, len(self.inputs) - 1)
+        patch(self.model, schedule.resolve("candidate", steps, shape), tau=tau)
+        try:
+            # What is dense comes from memory; the originals are safe in what unpatch puts back.
+            for index in range(first):
+                self.model.blocks._modules[str(index)] = torch.nn.Identity()
+            found: list[float] = []
+            with torch.inference_mode():
+                for at in range(start, stop, self.batch):
+                    end = min(at + self.batch, stop)
+                    tokens = self.model.norm(self.model.blocks(self.inputs[first][at:end]))
+                    output = self.model.forward_head(tokens).double()
+                    cosine = cosine_similarity(output, self.dense[at:end].double(), dim=1)
+                    found.extend((1 - cosine).clamp_min(0).tolist())
+        finally:
+            unpatch(self.model)
+        return found
+
+
+class _State:
+    """Measurements on disk: candidate -> distances of the first images."""
+
+    def __init__(self, path: Path, key: str, *, resume: bool) -> None:
+        self.path, self.key = path, key
+        self.known: dict[str, list[float]] = {}
+        if not resume or not path.is_file():
+            return
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            same, known = data["key"] == key, data["known"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ScheduleError(
+                f"{path} cannot be read: {error}", "remove it, or leave out --resume"
+            ) from error
+        if not same:
+            raise ScheduleError(
+                f"{path} is of a run with another model, weights, images, seed or batch",
+                "repeat that run's options, or leave out --resume to start anew",
+            )
+        self.known = known
+
+    def save(self) -> None:
+        write_json(self.path, {"key": self.key, "known": self.known})
+
+
+class _Meter:
+    """`Measure` for the search, with memory and a count of the work.
+
+    Work is counted as if nothing had been resumed, so that a resumed search ends where the
+    uninterrupted one would have.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        state: _State,
+        shape: schedule.ModelShape,
+        passes: float,
+        on_progress: OnProgress,
+    ) -> None:
+        self.evaluator, self.state, self.shape = evaluator, state, shape
+        self.passes, self.on_progress = passes, on_progress
+        self.seen: dict[str, list[float]] = {}
+        self.spent = 0.0
+        self.run = self.resumed = 0
+        self.best: float | None = None
+        self.phase = "searching"
+
+    def measure(self, keeps: Keeps, tau: float, on_all: bool) -> float:
+        """See `tune_search.Measure`."""
+        total = self.evaluator.count
+        wanted = total if on_all else min(total, max(8, total // FEW))
+        name = f"{','.join(map(str, keeps))} {tau!r}"
+        seen = self.seen.setdefault(name, [])
+        if len(seen) < wanted:
+            known = self.state.known.get(name, [])
+            if len(known) >= wanted:
+                new = known[len(seen) : wanted]
+                self.resumed += 1
+            else:
+                new = self.evaluator.distances(keeps, tau, len(seen), wanted)
+                self.run += 1
+            share = _macs(keeps, self.shape) / schedule.macs(self.shape)
+            self.spent += share * len(new) / total
+            seen.extend(new)
+            if len(known) < wanted:
+                self.state.known[name] = list(seen)
+                self.state.save()
+        value = float(np.mean(seen[:wanted]))
+        if on_all and self.phase == "searching":
+            self.best = value if self.best is None else min(self.best, value)
+        self.on_progress(self.phase, min(1.0, self.spent / self.passes), self.best)
+        return value
+
+
+def _curve(
+    problem: tune_search.Problem,
+    meter: _Meter,
+    found: tune_search.Found,
+    shape: schedule.ModelShape,
+) -> list[dict[str, Any]]:
+    """The plain schedules and the found one's form at other budgets, all at the found tau."""
+    from dataclasses import replace
+
+    dense = problem.cost(problem.dense())
+    least = problem.cost(problem.least())
+    ratio = problem.budget / dense
+    shares = sorted({0.85, 0.7, 0.55, 0.45} | {round(ratio, 4)}, reverse=True)
+    points: list[dict[str, Any]] = []
+    meter.spent, meter.passes, meter.phase = 0.0, 3 * sum(shares), "trade-off"
+    for share in shares:
+        at = replace(problem, budget=problem.budget if share == round(ratio, 4) else share * dense)
+        if at.budget < least:
+            continue
+        forms = {
+            "paper": tune_search.paper_like(at),
+            "spread": tune_search.spread_like(at),
+            "tuned": found.keeps
+            if at.budget == problem.budget
+            else tune_search.scaled(at, found.keeps),
+        }
+        points.extend(
+            {
+                "form": form,
+                "steps": _pairs(keeps, shape.num_patches),
+                "cost": problem.cost(keeps),
+                "distance": meter.measure(keeps, found.tau, True),
+            }
+            for form, keeps in forms.items()
+            if keeps
+        )
+    return points
+
+
+def _check_options(options: TuneOptions) -> None:
+    budgets = [options.gmacs, options.latency_ms, options.speedup]
+    given = [value for value in budgets if value is not None]
+    if len(given) != 1:
+        raise ScheduleError(
+            "name one budget", "--gmacs 3.0, or --speedup 1.5, or --latency-ms 5 --on table.json"
+        )
+    if not 0 < given[0] < float("inf"):
+        raise ScheduleError(f"a budget of {given[0]:g} is not valid", "it must be above 0")
+    if options.latency_ms is not None and options.table is None:
+        raise ScheduleError(
+            "--latency-ms needs a table of the device", "add --on table.json (bench --table)"
+        )
+    if options.gmacs is not None and options.table is not None:
+        raise ScheduleError(
+            "--on goes with --latency-ms or --speedup, not with --gmacs", "leave one of them out"
+        )
+
+
+def _choose(paths: Sequence[Path], limit: int, seed: int) -> list[Path]:
+    """At most `limit` of the images, whichever the seed says, in an order that mixes folders."""
+    order = np.random.default_rng(seed).permutation(len(paths))
+    return [paths[index] for index in order[:limit]]
+
+
+def _warnings(
+    loaded: LoadedModel, dense: Any, pixels: NDArray[np.float32]
+) -> list[str]:
+    from torch.nn.functional import cosine_similarity
+
+    found = []
+    if loaded.origin["kind"] == "random":
+        found.append("random weights: this schedule means nothing for a trained model")
+    different = len({image.tobytes() for image in pixels})
+    if different < len(pixels):
+        found.append(f"{len(pixels)} images, but only {different} different ones")
+    if len(pixels) < 16:
+        found.append(f"only {len(pixels)} images: the schedule may fit them and no others")
+    spread = 1 - float(cosine_similarity(dense, dense.mean(0, keepdim=True), dim=1).min())
+    if len(pixels) > 1 and spread < ALIKE:
+        found.append(
+            "the images are all alike to the model: take images as varied as those it will see"
+        )
+    return found
+
+
+def _key(
+    loaded: LoadedModel,
+    shape: schedule.ModelShape,
+    pixels: NDArray[np.float32],
+    options: TuneOptions,
+) -> str:
+    """Identifies everything that a measurement depends on."""
+    import torch
+
+    digest = hashlib.sha256()
+    facts = (asdict(shape), options.seed, options.batch, torch.__version__, _digest(pixels))
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in loaded.model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _digest(pixels: NDArray[np.float32]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def _macs(keeps: Keeps, shape: schedule.ModelShape) -> int:
+    steps = tuple(_pairs(keeps, shape.num_patches))
+    return schedule.macs(shape, schedule.Schedule("candidate", steps))
+
+
+def _pairs(keeps: Sequence[int], patches: int) -> list[tuple[int, int]]:
+    """Counts after each block to the steps of a schedule."""
+    before = [patches, *keeps]
+    return [(block, keep) for block, keep in enumerate(keeps) if keep < before[block]]
+
+
+def _costs(
+    keeps: Keeps, problem: tune_search.Problem, shape: schedule.ModelShape
+) -> dict[str, float]:
+    """In the budget's unit, and in GMACs always."""
+    return {"value": problem.cost(keeps), "gmacs": _macs(keeps, shape) / 1e9}
+
+
+def _about_table(options: TuneOptions, shape: schedule.ModelShape) -> dict[str, Any] | None:
+    if options.table is None:
+        return None
+    table = latency_table.read(options.table, shape, options.table_batch)
+    return {"file": str(options.table), "device": table.device, "batch": table.batch}
