@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from . import __version__, cli_accuracy
 from .errors import JmpDeployError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(commands)
     _add_doctor(commands)
     _add_plugin(commands)
+    cli_accuracy.add_commands(commands, _command)
     return parser
 
 

@@ -21,7 +21,8 @@ says where the steps are, so that a schedule keeps the most tokens for its time.
     }
 
 A block costs attn_ms of what comes in, plus reduce_ms where it reduces, plus mlp_ms of what
-stays. Needs neither PyTorch nor timm.
+stays. (Where the head reads prefix tokens only, the last block's MLP runs for those alone: it is
+counted with the fewest tokens measured.) Needs neither PyTorch nor timm.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class LatencyTable:
         num_prefix, num_patches: of the model.
         other_ms: everything outside the blocks.
         rows: tokens (prefix included) -> (attn_ms, mlp_ms, reduce_ms).
+        short_last_block: the last block's MLP runs for the prefix tokens alone.
     """
 
     device: str
@@ -61,6 +63,7 @@ class LatencyTable:
     num_patches: int
     other_ms: float
     rows: dict[int, tuple[float, float, float]]
+    short_last_block: bool = False
 
     def good_counts(self) -> tuple[int, ...]:
         """Patch token counts worth keeping, falling from M: no larger count is as fast.
@@ -94,6 +97,8 @@ class LatencyTable:
             if keep < before:
                 total += reduce
             before = keep
+        if self.short_last_block:
+            total += self.rows[min(self.rows)][1] - self.rows[before + self.num_prefix][1]
         return total
 
 
@@ -183,6 +188,7 @@ def _table(
         num_patches=shape.num_patches,
         other_ms=float(other_ms),  # type: ignore[arg-type]
         rows=by_tokens,
+        short_last_block=shape.head_reads_prefix_only,
     )
     if len(table.good_counts()) < 2:
         raise ScheduleError(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import latency_table, schedule, tune_search
-from .errors import ImageError, ModelError, ScheduleError, WeightsError
+from .errors import ModelError, ScheduleError, WeightsError
 from .files import write_json
 from .images import find_images, load_batch
 from .tune_search import Keeps
@@ -225,9 +225,7 @@ class Evaluator:
         def keep(index: int) -> Callable[..., None]:
             return lambda module, arguments: inputs[index].append(arguments[0])
 
-        hooks = [
-            blocks[index].register_forward_pre_hook(keep(index)) for index in range(depth)
-        ]
+        hooks = [blocks[index].register_forward_pre_hook(keep(index)) for index in range(depth)]
         try:
             with torch.inference_mode():
                 outputs = [
@@ -411,9 +409,7 @@ def _choose(paths: Sequence[Path], limit: int, seed: int) -> list[Path]:
     return [paths[index] for index in order[:limit]]
 
 
-def _warnings(
-    loaded: LoadedModel, dense: Any, pixels: NDArray[np.float32]
-) -> list[str]:
+def _warnings(loaded: LoadedModel, dense: Any, pixels: NDArray[np.float32]) -> list[str]:
     from torch.nn.functional import cosine_similarity
 
     found = []
@@ -455,8 +451,8 @@ def _digest(pixels: NDArray[np.float32]) -> str:
 
 
 def _macs(keeps: Keeps, shape: schedule.ModelShape) -> int:
-    steps = tuple(_pairs(keeps, shape.num_patches))
-    return schedule.macs(shape, schedule.Schedule("candidate", steps))
+    steps = _pairs(keeps, shape.num_patches)
+    return schedule.macs(shape, schedule.resolve("candidate", steps, shape))
 
 
 def _pairs(keeps: Sequence[int], patches: int) -> list[tuple[int, int]]:

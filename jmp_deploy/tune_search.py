@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .errors import ScheduleError
 
@@ -59,7 +60,7 @@ class Problem:
     def steps(self, keeps: Keeps) -> tuple[int, ...]:
         """The way back."""
         positions = [0, *(self.grid.index(keep) for keep in keeps)]
-        return tuple(b - a for a, b in zip(positions, positions[1:], strict=False))
+        return tuple(b - a for a, b in pairwise(positions))
 
     def dense(self) -> Keeps:
         """Keeps every token."""

@@ -33,7 +33,14 @@ COLUMNS = 5
 """Panels side by side before a sheet goes on below."""
 GAP, MARGIN = 14, 22
 
-_HEAT = ((16, 14, 40), (70, 22, 108), (152, 44, 110), (222, 82, 74), (250, 160, 50), (252, 244, 170))
+_HEAT = (
+    (16, 14, 40),
+    (70, 22, 108),
+    (152, 44, 110),
+    (222, 82, 74),
+    (250, 160, 50),
+    (252, 244, 170),
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,9 @@ def contact_sheet(pictures: Sequence[Picture], caption: Caption) -> Image.Image:
     _header(canvas, draw, f"{len(pictures)} images", caption)
     for column, stage in enumerate(first.stages, start=1):
         left = MARGIN + column * (side[0] + 8)
-        draw.text((left, header - 2), title(stage), INK, font(14))
+        _fitted(
+            draw, (left, header - 2), f"block {stage.block}: {stage.kept} stay", side[0], 14, INK
+        )
     for index, item in enumerate(pictures):
         top = header + top_text + index * row
         canvas.paste(photo(item, side), (MARGIN, top))
@@ -168,20 +177,20 @@ def token_map(picture: Picture, stage: Stage, side: tuple[int, int]) -> Image.Im
     sizes = np.bincount(stage.seat[stage.seat >= 0], minlength=rows * columns)
     tint = np.zeros((rows * columns, 3), np.float32)
     alpha = np.zeros(rows * columns, np.float32)
-    for patch, (fate, seat) in enumerate(zip(stage.fate, stage.seat, strict=True)):
+    for patch, (fate, seat) in enumerate(zip(stage.fate, stage.seat.tolist(), strict=True)):
         if fate == GONE:
             tint[patch], alpha[patch] = DARK, 0.93
         elif fate == PRUNED:
             tint[patch], alpha[patch] = DARK, 0.62
         elif sizes[seat] > 1:
-            tint[patch] = group_colour(int(seat))
+            tint[patch] = group_colour(seat)
             alpha[patch] = 0.6 if fate == MERGED else 0.36
     shade, cover = (_enlarge(v.reshape(rows, columns, -1), cell) for v in (tint, alpha[:, None]))
     image = Image.fromarray((pixels * (1 - cover) + shade * cover).round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
     _borders(draw, stage, sizes, picture.grid, cell)
-    for patch in np.flatnonzero(stage.fate == PRUNED):
-        x, y = _centre(int(patch), columns, cell)
+    for cross in np.flatnonzero(stage.fate == PRUNED):
+        x, y = _centre(int(cross), columns, cell)
         arm = cell * 0.24
         for sign in (1, -1):
             draw.line((x - arm, y - sign * arm, x + arm, y + sign * arm), CROSS, OVERSAMPLE * 2)
@@ -189,11 +198,11 @@ def token_map(picture: Picture, stage: Stage, side: tuple[int, int]) -> Image.Im
         ends = (*_centre(source, columns, cell), *_centre(target, columns, cell))
         draw.line(ends, (255, 255, 255), OVERSAMPLE * 2)
         draw.line(ends, group_colour(target), OVERSAMPLE)
-    for seat in np.flatnonzero(sizes > 1):
-        x, y = _centre(int(seat), columns, cell)
+    for centre in np.flatnonzero(sizes > 1):
+        x, y = _centre(int(centre), columns, cell)
         radius = cell * 0.22
         box = (x - radius, y - radius, x + radius, y + radius)
-        draw.ellipse(box, group_colour(int(seat)), (255, 255, 255), OVERSAMPLE)
+        draw.ellipse(box, group_colour(int(centre)), (255, 255, 255), OVERSAMPLE)
     return image.resize(side, Image.Resampling.LANCZOS)
 
 
@@ -206,15 +215,15 @@ def heat_map(picture: Picture, stage: Stage, side: tuple[int, int]) -> Image.Ima
     # The square root, because a handful of tokens draws most of the attention.
     share = np.sqrt(np.clip(values / top, 0, 1)) if top > 0 else np.zeros_like(values)
     colours = heat_colours(share)
-    colours[~alive] = np.float32(DARK) + 14
+    colours[~alive] = np.asarray(DARK, np.float32) + 14
     cell = side[0] // columns
     # A little of the photo's light and shade shows where one is.
     grey = np.asarray(photo(picture, side).convert("L"), np.float32)[..., None] / 255
     shaded = _enlarge(colours.reshape(rows, columns, 3), cell) * (0.72 + 0.28 * grey)
     image = Image.fromarray(shaded.round().astype(np.uint8))
     draw = ImageDraw.Draw(image)
-    for patch in np.flatnonzero(~alive):
-        x, y = (int(patch) % columns * cell, int(patch) // columns * cell)
+    for hole in np.flatnonzero(~alive):
+        x, y = (int(hole) % columns * cell, int(hole) // columns * cell)
         draw.line((x, y + cell - 1, x + cell - 1, y), DARK, 1)
     return image
 
@@ -261,9 +270,7 @@ def legend_cells() -> list[tuple[str, Image.Image]]:
     return signs
 
 
-def _header(
-    canvas: Image.Image, draw: ImageDraw.ImageDraw, name: str, caption: Caption
-) -> None:
+def _header(canvas: Image.Image, draw: ImageDraw.ImageDraw, name: str, caption: Caption) -> None:
     _fitted(draw, (MARGIN, 16), name, canvas.width // 3, 22, INK)
     begin = MARGIN + min(canvas.width / 3, draw.textlength(name, font(22))) + 16
     words = f"{caption.model}, schedule {caption.schedule}, {caption.decision()}"
@@ -310,7 +317,9 @@ def _borders(
                 a, b = (row + 1, column) if down else (row, column + 1)
                 if a >= rows or b >= columns:
                     continue
-                ends = (x, y + cell, x + cell, y + cell) if down else (x + cell, y, x + cell, y + cell)
+                ends = (
+                    (x, y + cell, x + cell, y + cell) if down else (x + cell, y, x + cell, y + cell)
+                )
                 if groups[row, column] != groups[a, b]:
                     draw.line(ends, (255, 255, 255), OVERSAMPLE)
                 elif groups[row, column] == -1:

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e22; --quiet: #666c76; --paper: #fafaf8; --line: #d9dad6; }
+:root { color-scheme: light dark;
+  --ink: #1c1e22; --quiet: #666c76; --paper: #fafaf8; --line: #d9dad6; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e4; --quiet: #a2a7b0; --paper: #17181b; --line: #34363c; }
 }
 body { margin: 2rem auto; padding: 0 1.5rem; max-width: 110rem; background: var(--paper);
   color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; margin: 0 0 .2rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; padding-top: 1rem;
+  border-top: 1px solid var(--line); }
 p, figcaption span { color: var(--quiet); }
 .legend { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; padding: 0; list-style: none; }
 .legend li { display: flex; align-items: center; gap: .5rem; }
@@ -38,7 +40,7 @@ figcaption span { font-size: .87rem; min-height: 1.3rem; }
 def page(pictures: Sequence[Picture], caption: drawing.Caption) -> str:
     """HTML: for each image the photo, and a map and a heat map for each stage."""
     signs = "\n".join(
-        f'<li>{_img(sign, words)}{escape(words)}</li>' for words, sign in drawing.legend_cells()
+        f"<li>{_img(sign, words)}{escape(words)}</li>" for words, sign in drawing.legend_cells()
     )
     sections = "\n".join(_section(picture) for picture in pictures)
     heading = f"What became of each patch: {caption.model}"
