@@ -40,10 +40,12 @@ class ModelShape:
         attn_dim: heads times head width.
         head_dim: width of one head.
         attn_weights: weights in the linear layers of one attention (QKV, projection, gate).
+        qkv_weights: those of the QKV projection alone.
         mlp_weights: weights in the linear layers of one MLP.
         stem_macs: patch embedding, MACs per image.
         head_macs: classifier heads, MACs per image.
         has_class_token: importance comes from the class token; else from all queries.
+        head_reads_prefix_only: the head does not look at patch tokens after the last block.
     """
 
     name: str
@@ -57,14 +59,29 @@ class ModelShape:
     stem_macs: int
     head_macs: int
     has_class_token: bool
+    qkv_weights: int = 0
+    head_reads_prefix_only: bool = False
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A resolved schedule: `steps` are (block, patch tokens kept) in block order."""
+    """A resolved schedule.
+
+    Attributes:
+        name: for messages.
+        steps: (block, patch tokens kept) in block order.
+        last_prefix_only: the last block computes its attention output, projection and MLP for the
+            prefix tokens alone. Nothing that the head reads changes. `resolve` sets it wherever
+            the head reads prefix tokens only and the last block reduces nothing; the schedule
+            `paper` leaves it off, to cost what was published.
+        selection: how the K critical tokens are chosen (see `node.TokenReduce`): "distinct", or
+            for the schedule `paper` "importance", as in the methods that it was published beside.
+    """
 
     name: str
     steps: tuple[tuple[int, int], ...]
+    last_prefix_only: bool = False
+    selection: str = "distinct"
 
 
 def parse(spec: str, shape: ModelShape) -> Schedule:
@@ -166,6 +183,9 @@ def constant(
 def resolve(name: str, steps: Sequence[tuple[int, int]], shape: ModelShape) -> Schedule:
     """Checks explicit steps against a model; steps that keep every token are dropped.
 
+    The name `paper` is reserved: it stands for the published form of the method, with selection by
+    importance alone and a last block that computes every token.
+
     Raises:
         ScheduleError: a block out of range or named twice, K < 1, K > M, or K that grows.
     """
@@ -190,7 +210,27 @@ def resolve(name: str, steps: Sequence[tuple[int, int]], shape: ModelShape) -> S
         if keep < left:
             kept.append((block, keep))
         left = keep
-    return Schedule(name, tuple(kept))
+    if name == "paper":
+        return Schedule(name, tuple(kept), last_prefix_only=False, selection="importance")
+    saves = shape.head_reads_prefix_only and all(block != shape.depth - 1 for block, _ in kept)
+    return Schedule(name, tuple(kept), last_prefix_only=saves, selection="distinct")
+
+
+def check_last_prefix_only(schedule: Schedule, shape: ModelShape) -> None:
+    """Raises ScheduleError if the schedule leaves out tokens of the last block that are needed."""
+    if not schedule.last_prefix_only:
+        return
+    if not shape.head_reads_prefix_only:
+        raise ScheduleError(
+            f"the head of {shape.name} reads patch tokens: its last block cannot leave them out",
+            "resolve the schedule for this model",
+        )
+    if any(block == shape.depth - 1 for block, _ in schedule.steps):
+        raise ScheduleError(
+            "a schedule that computes prefix tokens alone in the last block has nothing to reduce "
+            "there",
+            "leave out the step of the last block",
+        )
 
 
 def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool = True) -> int:
@@ -199,13 +239,21 @@ def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool 
     Matrix products and convolutions only, as usual in the field: per block, with N tokens in
     attention and N' in the MLP, N * attn_weights + 2 * N^2 * attn_dim + N' * mlp_weights. A
     reduction adds its own products (class row N * attn_dim or all rows N^2 * attn_dim, and the
-    similarity (M-K) * K * head_dim); `jmp_cost=False` leaves them out.
+    similarity (M-K) * K * head_dim, with selection "distinct" M^2 * head_dim besides);
+    `jmp_cost=False` leaves them out.
     """
     steps = dict(schedule.steps) if schedule else {}
     total = shape.stem_macs + shape.head_macs
     patches = shape.num_patches
     for block in range(shape.depth):
         tokens = shape.num_prefix + patches
+        if schedule and schedule.last_prefix_only and block == shape.depth - 1:
+            # The packed QKV projection (3 of the weights) for all tokens, the rest for P.
+            total += tokens * shape.qkv_weights + 2 * shape.num_prefix * tokens * shape.attn_dim
+            total += shape.num_prefix * (
+                shape.attn_weights - shape.qkv_weights + shape.mlp_weights
+            )
+            continue
         total += tokens * shape.attn_weights + 2 * tokens**2 * shape.attn_dim
         if block in steps:
             keep = steps[block]
@@ -213,6 +261,8 @@ def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool 
                 queries = 1 if shape.has_class_token else tokens
                 total += queries * tokens * shape.attn_dim
                 total += (patches - keep) * keep * shape.head_dim
+                if schedule and schedule.selection == "distinct":
+                    total += patches**2 * shape.head_dim
             patches = keep
         total += (shape.num_prefix + patches) * shape.mlp_weights
     return total
