@@ -9,6 +9,7 @@ grid, because then a change in one block moves all later ones along.
 3. Measure, on a few images, what one step more in each block costs per saved FLOP (or
    millisecond); move steps from the dearest blocks to the cheapest, always back onto the budget;
    keep a move only if it is better on all images. Halve the step where nothing helps any more.
+4. If there is work left to spend, once more with prices from all images.
 
 No random numbers: the same answers of `measure` give the same search.
 """
@@ -198,15 +199,17 @@ def search(
     best, distance = _first(problem, measure, baselines, threshold)
     if tau is None:
         threshold, distance = _choose_tau(measure, best, threshold, distance, TAUS)
-    size = max(1, len(problem.grid) // COARSEST)
-    while not exhausted():
-        moved = _improve(problem, measure, best, threshold, distance, size, exhausted)
-        if moved:
-            best, distance = moved
-        elif size > max(1, len(problem.grid) // FINEST):
-            size = max(1, size // 2)
-        else:
-            break
+    for thorough in (False, True):
+        size = max(1, len(problem.grid) // COARSEST)
+        while not exhausted():
+            round_ = _Round(problem, measure, threshold, size, thorough, exhausted)
+            moved = round_.improve(best, distance)
+            if moved:
+                best, distance = moved
+            elif size > max(1, len(problem.grid) // FINEST):
+                size = max(1, size // 2)
+            else:
+                break
     if tau is None:
         near = sorted(TAUS, key=lambda value: abs(value - threshold))[1:3]
         threshold, distance = _choose_tau(measure, best, threshold, distance, near)
@@ -255,58 +258,61 @@ def _choose_tau(
     return tau, distance
 
 
-def _improve(
-    problem: Problem,
-    measure: Measure,
-    best: Keeps,
-    tau: float,
-    distance: float,
-    size: int,
-    exhausted: Callable[[], bool],
-) -> tuple[Keeps, float] | None:
-    """One round: price every block, move steps from dear ones to cheap ones; None if no gain."""
-    prices = _prices(problem, measure, best, tau, size)
-    start = problem.steps(best)
-    few = measure(best, tau, False)
-    tried: list[tuple[Keeps, float]] = []
-    current, current_few = start, few
-    ranked = _transfers(prices, start)
-    for source, target in ranked[:MOVES]:
-        if exhausted():
-            break
-        moved = _transfer(problem, current, source, target, size)
-        if moved is None:
-            continue
-        found = measure(problem.keeps(moved), tau, False)
-        if found < current_few:
-            tried.append((problem.keeps(moved), found))
-            current, current_few = moved, found
-    # Moves build on one another; if all together do not hold on all images, perhaps the first do.
-    for keeps, _ in reversed(tried):
-        found = measure(keeps, tau, True)
-        if found < distance:
-            return keeps, found
-    return None
+@dataclass(frozen=True)
+class _Round:
+    """One round of moves of one size.
 
+    Attributes:
+        thorough: price blocks and try moves on all images rather than few.
+    """
 
-def _prices(
-    problem: Problem, measure: Measure, best: Keeps, tau: float, size: int
-) -> dict[int, float]:
-    """Block -> distance per unit of cost saved by one step more there, on few images."""
-    steps = problem.steps(best)
-    few, cost = measure(best, tau, False), problem.cost(best)
-    room = len(problem.grid) - 1 - sum(steps)
-    prices: dict[int, float] = {}
-    for block in range(problem.depth):
-        # Where the grid ends, price the step that is there already.
-        change = min(size, room) or -min(size, steps[block])
-        if change == 0:
-            continue
-        keeps = problem.keeps(_with(steps, block, steps[block] + change))
-        saved = cost - problem.cost(keeps)
-        if saved * change > 0:
-            prices[block] = (measure(keeps, tau, False) - few) / saved
-    return prices
+    problem: Problem
+    measure: Measure
+    tau: float
+    size: int
+    thorough: bool
+    exhausted: Callable[[], bool]
+
+    def improve(self, best: Keeps, distance: float) -> tuple[Keeps, float] | None:
+        """Prices every block, moves steps from dear ones to cheap ones; None if no gain."""
+        prices = self.prices(best)
+        current = self.problem.steps(best)
+        current_distance = self.measure(best, self.tau, self.thorough)
+        tried: list[Keeps] = []
+        for source, target in _transfers(prices, current)[:MOVES]:
+            if self.exhausted():
+                break
+            moved = _transfer(self.problem, current, source, target, self.size)
+            if moved is None:
+                continue
+            found = self.measure(self.problem.keeps(moved), self.tau, self.thorough)
+            if found < current_distance:
+                tried.append(self.problem.keeps(moved))
+                current, current_distance = moved, found
+        # Moves build on one another; if all together do not hold on all images, perhaps the
+        # first of them do.
+        for keeps in reversed(tried):
+            found = self.measure(keeps, self.tau, True)
+            if found < distance:
+                return keeps, found
+        return None
+
+    def prices(self, best: Keeps) -> dict[int, float]:
+        """Block -> distance per unit of cost saved by `size` steps more there."""
+        steps = self.problem.steps(best)
+        before, cost = self.measure(best, self.tau, self.thorough), self.problem.cost(best)
+        room = len(self.problem.grid) - 1 - sum(steps)
+        prices: dict[int, float] = {}
+        for block in range(self.problem.depth):
+            # Where the grid ends, price the step that is there already.
+            change = min(self.size, room) or -min(self.size, steps[block])
+            if change == 0 or self.exhausted():
+                continue
+            keeps = self.problem.keeps(_with(steps, block, steps[block] + change))
+            saved = cost - self.problem.cost(keeps)
+            if saved * change > 0:
+                prices[block] = (self.measure(keeps, self.tau, self.thorough) - before) / saved
+        return prices
 
 
 def _transfers(prices: dict[int, float], steps: Sequence[int]) -> list[tuple[int, int]]:

@@ -113,8 +113,10 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
         )
     model, spec, about = _load(options)
     pictures = [picture(model, path, spec) for path in paths]
-    kinds = {attributes.importance for attributes in model.blocks.reductions.values()}
-    caption = visualize_draw.Caption(about["model"], about["schedule"], about["tau"], kinds.pop())
+    first = next(iter(model.blocks.reductions.values()))
+    caption = visualize_draw.Caption(
+        about["model"], about["schedule"], about["tau"], first.importance, first.selection
+    )
     files: list[Path] = []
     if kind != ".html":
         single = options.out if kind == ".png" else None

@@ -51,6 +51,7 @@ class Caption:
     schedule: str
     tau: float
     importance: str = "class"
+    selection: str = "importance"
 
     def attention(self) -> str:
         """What importance is, in words."""
@@ -59,12 +60,13 @@ class Caption:
         return "attention of all tokens"
 
     def decision(self) -> str:
-        """How merged and pruned tokens are told apart, in words."""
+        """Which tokens stay, and how merged and pruned ones are told apart, in words."""
+        words = f"keeps the most {'important' if self.selection == 'importance' else 'distinct'}, "
         if self.tau <= -1:
-            return "merges all"
+            return words + "merges the rest"
         if self.tau > 1:
-            return "prunes all"
-        return f"merges from similarity {self.tau:g}, prunes below"
+            return words + "prunes the rest"
+        return words + f"merges from similarity {self.tau:g}, prunes below"
 
 
 def sheet(picture: Picture, caption: Caption) -> Image.Image:

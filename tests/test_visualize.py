@@ -59,7 +59,9 @@ def test_patches_are_followed_through_all_stages():
             assert np.array_equal(stage.fate == GONE, seat_before < 0), "once gone, always gone"
             assert np.array_equal(np.isnan(stage.importance), stage.fate == GONE)
             kept = stage.fate == KEPT
-            assert np.array_equal(stage.seat[kept], seat_before[kept]), "kept tokens keep their seat"
+            assert np.array_equal(stage.seat[kept], seat_before[kept]), (
+                "kept tokens keep their seat"
+            )
             targets = dict(stage.moves)
             merged = np.flatnonzero(stage.fate == MERGED)
             assert [targets[int(seat_before[p])] for p in merged] == stage.seat[merged].tolist()
@@ -215,7 +217,9 @@ def test_tau_comes_from_the_schedule_file_unless_named(small_model, photos, tmp_
         (("--schedule", "sprd"), "unknown schedule"),
     ],
 )
-def test_bad_input_is_one_error(small_model, photos, tmp_path, monkeypatch, capsys, arguments, words):
+def test_bad_input_is_one_error(
+    small_model, photos, tmp_path, monkeypatch, capsys, arguments, words
+):
     monkeypatch.chdir(tmp_path)
     arguments = [a.format(second=photos[1]) for a in arguments]
     code, err = run(capsys, "visualize", "tiny", *arguments, photos[0])
