@@ -63,6 +63,20 @@ class Task:
     validation: Samples
     test: Samples
 
+    def first(self, count: int) -> Task:
+        """A small task for a smoke run; its training part keeps two images of each label."""
+        chosen = [
+            i
+            for label in np.unique(self.train.labels)
+            for i in np.flatnonzero(self.train.labels == label)[:2]
+        ]
+        train = Samples(
+            f"{self.train.name}-{len(chosen)}",
+            tuple(self.train.images[i] for i in chosen),
+            self.train.labels[chosen],
+        )
+        return Task(self.name, train, self.validation.first(count), self.test.first(count))
+
 
 def digits(seed: int = 0) -> Task:
     """scikit-learn's 1,797 scans of 8 x 8 pixels: 400 train, 197 validation, 1,200 test.
@@ -81,9 +95,7 @@ def digits(seed: int = 0) -> Task:
     bounds = (0, DIGITS_TRAIN, DIGITS_TRAIN + DIGITS_VALIDATION, len(order))
     parts = [
         Samples(f"digits-{part}-s{seed}", tuple(pictures[a:b]), labels[a:b])
-        for part, a, b in zip(
-            ("train", "validation", "test"), bounds, bounds[1:], strict=False
-        )
+        for part, a, b in zip(("train", "validation", "test"), bounds, bounds[1:], strict=False)
     ]
     return Task("digits", *parts)
 
@@ -115,9 +127,7 @@ def photo_crops(seed: int = 0) -> Task:
         ]
         order = random.permutation(len(crops))
         labels = np.array([crops[i][1] for i in order], dtype=np.int64)
-        parts.append(
-            Samples(f"photos-{part}-s{seed}", tuple(crops[i][0] for i in order), labels)
-        )
+        parts.append(Samples(f"photos-{part}-s{seed}", tuple(crops[i][0] for i in order), labels))
     return Task("photos", *parts)
 
 
@@ -129,9 +139,9 @@ def image_folder(folder: Path, seed: int = 0, limit: int | None = None) -> Task:
     Raises:
         ImageError: no such folder, fewer than two classes, or fewer than eight images.
     """
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if (
-        folder.is_dir()
-    ) else []
+    classes = (
+        sorted(path.name for path in folder.iterdir() if path.is_dir()) if (folder.is_dir()) else []
+    )
     if len(classes) < 2:
         raise ImageError(
             f"{folder} holds {len(classes)} class folders, expected at least 2",

@@ -38,7 +38,9 @@ class Probe:
         near = np.argsort(-(unit(features) @ self.train.T), axis=1, kind="stable")[:, :count]
         votes = np.zeros((len(features), int(self.labels.max()) + 1))
         for rank in range(near.shape[1]):  # 1e-6: only a tie is decided by rank
-            np.add.at(votes, (np.arange(len(features)), self.labels[near[:, rank]]), 1 - 1e-6 * rank)
+            np.add.at(
+                votes, (np.arange(len(features)), self.labels[near[:, rank]]), 1 - 1e-6 * rank
+            )
         return votes.argmax(axis=1)
 
 
