@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.accuracy_lib.methods import METHODS
     from jmp_deploy.models import load_model
     from jmp_deploy.patch import model_shape
-    from jmp_deploy.schedule import macs
+    from jmp_deploy.schedule import for_share, macs
 
     budgets = _budgets(options.budgets)
     names = list(METHODS) if options.methods is None else options.methods.split(",")
@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
     }
     for budget in budgets:
-        plain = features.for_budget(shape, budget)
+        plain = for_share(shape, budget)
         for name in names:
             method = METHODS[name]
             plans = [(name, plain)]
@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"{budget:.0%}": features.shares(
                 loaded,
                 getattr(photos, options.part),
-                features.for_budget(shape, budget),
+                for_share(shape, budget),
                 METHODS["jmp"],
             )
             for budget in budgets

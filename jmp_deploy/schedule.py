@@ -6,6 +6,9 @@ anything is exported. Ways to write one (`parse`):
     paper                blocks at 1/4, 1/2 and 3/4 of the depth, keep rate 0.7 in each
     spread               the same FLOPs as `paper`, the reduction spread evenly over all blocks
                          from the third to the last but one
+    spread:50            the same blocks at 50 % of the dense model's FLOPs; steps are even while
+                         a fifth of the patches is left at the end, and else each block keeps the
+                         same share
     3:138,6:97,9:68      explicit: patch tokens kept after block 3, 6, 9 (0-based)
     r18@2-10             18 tokens fewer in each of blocks 2 to 10
     FILE.json            {"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97]]}
@@ -94,6 +97,8 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
         return paper(shape)
     if spec == "spread":
         return spread(shape)
+    if found := re.fullmatch(r"spread:(\d+(?:\.\d+)?)%?", spec):
+        return for_share(shape, float(found.group(1)) / 100)
     if re.fullmatch(r"\d+:-?\d+(,\d+:-?\d+)*", spec):
         steps = [tuple(int(n) for n in pair.split(":")) for pair in spec.split(",")]
         return resolve("list", [(block, keep) for block, keep in steps], shape)
@@ -104,7 +109,7 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
         return load(Path(spec), shape)
     raise ScheduleError(
         f"unknown schedule {spec!r}",
-        f"use {' or '.join(NAMES)}, a list such as 3:138,6:97,9:68, a constant such as r18@2-10, "
+        f"use {' or '.join(NAMES)}, spread:50, a list such as 3:138,6:97,9:68, a constant such as r18@2-10, "
         "or a .json file",
     )
 
@@ -145,8 +150,8 @@ def paper(shape: ModelShape) -> Schedule:
 def spread(shape: ModelShape) -> Schedule:
     """The FLOPs of `paper` or just below, with equal steps in blocks 2 .. depth-2.
 
-    Many small steps hold accuracy better than three large ones at the same cost (see
-    docs in README, "Schedules"). The step is the smallest that reaches paper's cost.
+    Many small steps hold accuracy better than three large ones at the same cost (docs/method.md).
+    The step is the smallest that reaches paper's cost.
     """
     budget = macs(shape, paper(shape))
     blocks = range(2, shape.depth - 1)
@@ -159,6 +164,47 @@ def spread(shape: ModelShape) -> Schedule:
     raise ScheduleError(
         f"{shape.name} has too few blocks or patch tokens to spread a reduction over",
         "use --schedule paper or write the schedule as a list",
+    )
+
+
+def for_share(shape: ModelShape, share: float, form: str = "auto") -> Schedule:
+    """The most tokens in blocks 2 .. depth-2 for at most `share` of the dense model's MACs.
+
+    Args:
+        share: of `macs(shape)`, in (0, 1].
+        form: "even" (equal steps), "rate" (the same share of the tokens stays in each block) or
+            "auto": even as long as a fifth of the patches is left at the end, else rate. Measured
+            (docs/method.md): even is better at 62 %; below, it starves the last blocks.
+
+    Raises:
+        ScheduleError: no such schedule is that cheap.
+    """
+    if form == "auto":
+        try:
+            even = for_share(shape, share, "even")
+        except ScheduleError:
+            return for_share(shape, share, "rate")
+        if not even.steps or even.steps[-1][1] >= shape.num_patches / 5:
+            return even
+        return for_share(shape, share, "rate")
+    budget = share * macs(shape)
+    blocks = range(2, shape.depth - 1)
+    # From the most tokens left at the end to the fewest: cost falls with them.
+    for final in range(shape.num_patches, 0, -1) if blocks else ():
+        steps = []
+        for position, block in enumerate(blocks, 1):
+            part = position / len(blocks)
+            if form == "even":
+                left = shape.num_patches - (shape.num_patches - final) * part
+            else:
+                left = shape.num_patches * (final / shape.num_patches) ** part
+            steps.append((block, round(left)))
+        schedule = resolve(f"{form} {share:.0%}", steps, shape)
+        if macs(shape, schedule) <= budget:
+            return schedule
+    raise ScheduleError(
+        f"no {form} reduction of {shape.name} comes down to {share:.0%} of the dense model's FLOPs",
+        "ask for a larger share, or write the schedule as a list",
     )
 
 
@@ -250,9 +296,7 @@ def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool 
         if schedule and schedule.last_prefix_only and block == shape.depth - 1:
             # The packed QKV projection (3 of the weights) for all tokens, the rest for P.
             total += tokens * shape.qkv_weights + 2 * shape.num_prefix * tokens * shape.attn_dim
-            total += shape.num_prefix * (
-                shape.attn_weights - shape.qkv_weights + shape.mlp_weights
-            )
+            total += shape.num_prefix * (shape.attn_weights - shape.qkv_weights + shape.mlp_weights)
             continue
         total += tokens * shape.attn_weights + 2 * tokens**2 * shape.attn_dim
         if block in steps:

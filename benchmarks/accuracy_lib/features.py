@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from jmp_deploy.errors import ScheduleError
 from jmp_deploy.files import atomic_path
 from jmp_deploy.models import LoadedModel
 from jmp_deploy.node import TokenReduce
@@ -183,43 +182,6 @@ def counted_macs(model: nn.Module) -> int:
         for module, before in fused:
             module.fused_attn = before
     return counter.get_total_flops() // 2
-
-
-def for_budget(shape: ModelShape, share: float, form: str = "auto") -> Schedule:
-    """The schedule of blocks 2 .. depth-2 that costs at most `share` of the dense model.
-
-    Args:
-        form: "even" (equal steps), "rate" (the same share of the tokens stays in each block), or
-            "auto": even where that reaches the budget with a quarter of the patches left, else
-            rate (even steps would leave a handful of tokens for the last blocks).
-
-    Raises:
-        ScheduleError: no such schedule is that cheap.
-    """
-    budget = share * macs(shape)
-    blocks = range(2, shape.depth - 1)
-    if form == "auto":
-        even = for_budget(shape, share, "even") if share > 0.5 else None
-        if even is not None and even.steps[-1][1] >= shape.num_patches / 5:
-            return even
-        form = "rate"
-    # The most tokens that are cheap enough: costs grow with what stays at the end.
-    for final in range(shape.num_patches - 1, 0, -1):
-        steps = []
-        for position, block in enumerate(blocks, 1):
-            part = position / len(blocks)
-            if form == "even":
-                left = shape.num_patches - (shape.num_patches - final) * part
-            else:
-                left = shape.num_patches * (final / shape.num_patches) ** part
-            steps.append((block, round(left)))
-        schedule = resolve(f"{form} {share:.0%}", steps, shape)
-        if macs(shape, schedule) <= budget:
-            return schedule
-    raise ScheduleError(
-        f"no {form} schedule of {shape.name} costs {share:.0%} of the dense model",
-        "ask for a larger share",
-    )
 
 
 def own_schedule(shape: ModelShape, method: Method, share: float) -> Schedule | None:
