@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import latency_table, schedule, tune_search
+from . import __version__, latency_table, schedule, tune_search
 from .errors import ModelError, ScheduleError, WeightsError
 from .files import write_json
 from .images import find_images, load_batch
@@ -438,7 +438,8 @@ def _key(
     import torch
 
     digest = hashlib.sha256()
-    facts = (asdict(shape), options.seed, options.batch, torch.__version__, _digest(pixels))
+    versions = (__version__, torch.__version__)
+    facts = (asdict(shape), options.seed, options.batch, versions, _digest(pixels))
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in loaded.model.state_dict().items():
         digest.update(name.encode())
