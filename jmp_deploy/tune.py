@@ -393,6 +393,12 @@ def _check_options(options: TuneOptions) -> None:
         )
     if not 0 < given[0] < float("inf"):
         raise ScheduleError(f"a budget of {given[0]:g} is not valid", "it must be above 0")
+    if options.out.stem == "paper":
+        raise ScheduleError(
+            f"{options.out}: a schedule of the name 'paper' is built in the published form, which "
+            "is not what is tuned",
+            "choose another name with -o",
+        )
     if options.latency_ms is not None and options.table is None:
         raise ScheduleError(
             "--latency-ms needs a table of the device", "add --on table.json (bench --table)"

@@ -102,25 +102,36 @@ def check(problem: Problem, unit: str) -> None:
         )
 
 
-def plain(problem: Problem, blocks: Sequence[int], *, even: bool) -> Keeps | None:
+def plain(problem: Problem, blocks: Sequence[int], form: str) -> Keeps | None:
     """The mildest plain schedule on these blocks that meets the budget, or None.
 
     Args:
-        even: the same number of tokens less in each block, rather than the same share.
+        form: "even" takes the same number of tokens in each block, "rate" the same share
+            (`schedule.for_share`); "keep" is `schedule.keep_rate` to three digits.
     """
     top = problem.grid[0]
-    amounts = [n for n in range(1, top)] if even else [n / 1000 for n in range(999, 0, -1)]
 
     def at(amount: float) -> Keeps:
-        kept, wanted = float(top), []
+        left, done, wanted = float(top), 0, []
         for block in range(problem.depth):
             if block in blocks:
-                # Binary fractions: as in schedule.keep_rate.
-                kept = kept - amount if even else math.ceil(round(kept * amount, 9))
-                kept = max(kept, 1)
-            wanted.append(kept)
+                done += 1
+                part = done / len(blocks)
+                if form == "even":
+                    left = round(top - (top - amount) * part)
+                elif form == "rate":
+                    left = max(1, round(top * (amount / top) ** part))
+                else:
+                    # Binary fractions: as in schedule.keep_rate.
+                    left = math.ceil(round(left * amount, 9))
+            wanted.append(left)
         return problem.snap(wanted)
 
+    amounts: list[float] = list(range(top - 1, 0, -1))
+    if form == "keep":
+        amounts = [n / 1000 for n in range(999, 0, -1)]
+    elif form == "rate":
+        amounts += [1 / 2**n for n in range(1, 64)]  # one token already before the last block
     low, high = 0, len(amounts) - 1
     if high < 0 or not problem.fits(at(amounts[high])):
         return None
@@ -134,13 +145,17 @@ def plain(problem: Problem, blocks: Sequence[int], *, even: bool) -> Keeps | Non
 
 
 def paper_like(problem: Problem) -> Keeps | None:
-    """`schedule.paper` with the keep rate that meets the budget."""
-    return plain(problem, [problem.depth * q // 4 for q in (1, 2, 3)], even=False)
+    """The blocks of `schedule.paper` with the keep rate that meets the budget."""
+    return plain(problem, [problem.depth * q // 4 for q in (1, 2, 3)], "keep")
 
 
 def spread_like(problem: Problem) -> Keeps | None:
-    """`schedule.spread` with the count that meets the budget."""
-    return plain(problem, range(2, problem.depth - 1), even=True)
+    """`schedule.for_share` at the budget: even steps, or a rate where those would leave few."""
+    blocks = range(2, problem.depth - 1)
+    even = plain(problem, blocks, "even")
+    if even and even[-1] >= problem.grid[0] / 5:
+        return even
+    return plain(problem, blocks, "rate")
 
 
 def scaled(problem: Problem, keeps: Keeps) -> Keeps | None:
@@ -233,14 +248,13 @@ def _first(
     depth = problem.depth
     windows = [(first, last) for first in (1, 2, 3) for last in (depth - 2, depth - 1)]
     others = [
-        plain(problem, range(first, last + 1), even=even)
+        plain(problem, range(first, last + 1), form)
         for first, last in windows
-        for even in (True, False)
+        for form in ("even", "rate")
         if first < last
     ]
-    # A keep rate in every block meets any budget that can be met at all.
-    others.append(plain(problem, range(depth), even=False))
-    others.append(problem.least())
+    # The last resort meets any budget that can be met at all.
+    others += [plain(problem, range(depth), "rate"), problem.least()]
     screened = sorted({keeps for keeps in others if keeps} - set(baselines), reverse=True)
     screened.sort(key=lambda keeps: measure(keeps, tau, False))
     finalists = [*baselines, *screened[:2]]

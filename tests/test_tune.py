@@ -83,8 +83,10 @@ def test_plain_schedules_are_those_of_build_at_its_own_budget():
     same = schedule.resolve("paper's blocks", paper.steps, DEIT_S)
     found = tune_search.paper_like(problem(schedule.macs(DEIT_S, same) / 1e9))
     assert found and tuning._pairs(found, 196) == list(paper.steps)
-    spread = tune_search.spread_like(problem(schedule.macs(DEIT_S, paper) / 1e9))
-    assert spread and tuning._pairs(spread, 196) == list(schedule.spread(DEIT_S).steps)
+    for share in (0.8, 0.6, 0.5, 0.4):
+        plain = schedule.for_share(DEIT_S, share)
+        spread = tune_search.spread_like(problem(share * schedule.macs(DEIT_S) / 1e9))
+        assert spread and tuning._pairs(spread, 196) == list(plain.steps)
 
 
 @pytest.mark.parametrize("share", [0.95, 0.6, 0.3, 0.12])
@@ -213,8 +215,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def options(folder: Path, tmp_path: Path, **changes) -> TuneOptions:
-    values = {"limit": 16, "batch": 5, "passes": 6.0, "speedup": 1.4}
-    return TuneOptions("tiny", (folder,), tmp_path / "tuned.json", **{**values, **changes})
+    values = {
+        "out": tmp_path / "tuned.json",
+        "limit": 16,
+        "batch": 5,
+        "passes": 6.0,
+        "speedup": 1.4,
+    }
+    return TuneOptions("tiny", (folder,), **{**values, **changes})
 
 
 @pytest.mark.parametrize("name", ["tiny", "features"])
@@ -329,6 +337,7 @@ def test_folder_without_images_is_refused(tmp_path):
         ({"speedup": None, "gmacs": 1.0, "table": Path("t.json")}, "--on goes with"),
         ({"table": Path("missing.json")}, "cannot read latency table"),
         ({"speedup": 500.0}, "nearest possible"),
+        ({"out": Path("paper.json")}, "published form"),
     ],
 )
 def test_bad_options_are_one_error(folder, tmp_path, changes, words):
