@@ -109,8 +109,8 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
         return load(Path(spec), shape)
     raise ScheduleError(
         f"unknown schedule {spec!r}",
-        f"use {' or '.join(NAMES)}, spread:50, a list such as 3:138,6:97,9:68, a constant such as r18@2-10, "
-        "or a .json file",
+        f"use {' or '.join(NAMES)}, spread:50, a list such as 3:138,6:97,9:68, a constant such as "
+        "r18@2-10, or a .json file",
     )
 
 
@@ -167,8 +167,10 @@ def spread(shape: ModelShape) -> Schedule:
     )
 
 
-def for_share(shape: ModelShape, share: float, form: str = "auto") -> Schedule:
-    """The most tokens in blocks 2 .. depth-2 for at most `share` of the dense model's MACs.
+def for_share(
+    shape: ModelShape, share: float, form: str = "auto", blocks: Sequence[int] | None = None
+) -> Schedule:
+    """The most tokens in blocks 2 .. depth-2 (or `blocks`) for at most `share` of the dense MACs.
 
     Args:
         share: of `macs(shape)`, in (0, 1].
@@ -181,14 +183,14 @@ def for_share(shape: ModelShape, share: float, form: str = "auto") -> Schedule:
     """
     if form == "auto":
         try:
-            even = for_share(shape, share, "even")
+            even = for_share(shape, share, "even", blocks)
         except ScheduleError:
-            return for_share(shape, share, "rate")
+            return for_share(shape, share, "rate", blocks)
         if not even.steps or even.steps[-1][1] >= shape.num_patches / 5:
             return even
-        return for_share(shape, share, "rate")
+        return for_share(shape, share, "rate", blocks)
     budget = share * macs(shape)
-    blocks = range(2, shape.depth - 1)
+    blocks = range(2, shape.depth - 1) if blocks is None else blocks
     # From the most tokens left at the end to the fewest: cost falls with them.
     for final in range(shape.num_patches, 0, -1) if blocks else ():
         steps = []

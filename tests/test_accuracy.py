@@ -79,7 +79,7 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path, kind):
     for name in {"missing": (), "one class": ("a",), "too few": ("a", "b")}[kind]:
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
-    with pytest.raises(ImageError, match="class folders|images, expected at least 8"):
+    with pytest.raises(ImageError, match=r"class folders|images, expected at least 8"):
         data.image_folder(tmp_path)
 
 
