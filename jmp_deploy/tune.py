@@ -2,7 +2,8 @@
 
 Objective: the mean over unlabelled images of 1 - cosine between the model's output (logits, or
 features where there is no classifier) with JMP and without. Budget: MACs in closed form, or
-latency from a table measured on the device (`latency_table`). The search is in `tune_search`.
+latency from a table measured on the device (`latency_table`). The search is in `tune_search`, the
+measuring in `tune_measure`.
 
 What makes it affordable: the dense model runs once, and its block inputs are kept, so that a
 candidate runs only from its first reduction on; most candidates are looked at on a quarter of the
@@ -21,23 +22,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__, latency_table, schedule, tune_search
-from .errors import ModelError, ScheduleError, WeightsError
+from .errors import ScheduleError, WeightsError
 from .files import write_json
 from .images import find_images, load_batch
+from .tune_measure import Evaluator, Meter, OnProgress, State, macs_of, pairs
 from .tune_search import Keeps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import nn
 
     from .models import LoadedModel
 
 OBJECTIVE = "mean of 1 - cosine between the outputs with and without JMP"
 ALIKE = 1e-3
-FEW = 4
-"""Candidates are screened on one image in four."""
-PREFIX_BYTES = 512 << 20
-"""Memory for kept block inputs of the dense model."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,6 @@ class TuneOptions:
     resume: bool = False
 
 
-OnProgress = Callable[[str, float, "float | None"], None]
-"""(phase, share done, best distance so far)"""
-
-
 def tune(
     options: TuneOptions, *, on_progress: OnProgress = lambda phase, share, best: None
 ) -> dict[str, Any]:
@@ -114,18 +107,18 @@ def tune(
     pixels = load_batch(paths, loaded.preprocess)
     on_progress("dense model", 0.0, None)
     evaluator = Evaluator(loaded.model, pixels, options.batch)
-    state = _State(
+    state = State(
         options.out.with_name(options.out.name + ".state"),
         _key(loaded, shape, pixels, options),
         resume=options.resume,
     )
-    meter = _Meter(evaluator, state, shape, options.passes, on_progress)
+    meter = Meter(evaluator, state, shape, options.passes, on_progress)
     found = tune_search.search(
         problem, meter.measure, tau=options.tau, exhausted=lambda: meter.spent >= options.passes
     )
     result: dict[str, Any] = {
         "model": shape.name,
-        "steps": _pairs(found.keeps, shape.num_patches),
+        "steps": pairs(found.keeps, shape.num_patches),
         "tau": found.tau,
         "image_size": loaded.preprocess.height,
         "objective": OBJECTIVE,
@@ -138,7 +131,7 @@ def tune(
             name: None
             if entry is None
             else {
-                "steps": _pairs(entry[0], shape.num_patches),
+                "steps": pairs(entry[0], shape.num_patches),
                 "distance": entry[1],
                 "cost": _costs(entry[0], problem, shape),
             }
@@ -189,7 +182,7 @@ def make_problem(
         grid, unit = tuple(range(shape.num_patches, 0, -1)), "GMACs"
 
         def cost(keeps: Keeps) -> float:
-            return _macs(keeps, shape) / 1e9
+            return macs_of(keeps, shape) / 1e9
 
     dense = cost((shape.num_patches,) * shape.depth)
     if options.speedup is not None:
@@ -199,155 +192,9 @@ def make_problem(
     return tune_search.Problem(shape.depth, grid, cost, budget), unit
 
 
-class Evaluator:
-    """Distances of candidates from the dense model, image by image.
-
-    Args:
-        model: dense, of `models.load_model`; patched for a moment, left as it was.
-        pixels: [n, 3, H, W] float32.
-        batch: images per forward.
-
-    Attributes:
-        dense: [n, C] float32, the dense model's outputs.
-    """
-
-    def __init__(self, model: nn.Module, pixels: NDArray[np.float32], batch: int) -> None:
-        import torch
-
-        self.model, self.batch = model, batch
-        self.count = len(pixels)
-        blocks = list(model.blocks.children())
-        inputs: list[list[Any]] = [[] for _ in blocks]
-        per_block = pixels.shape[0] * model.pos_embed.shape[-1] * 4
-        per_block *= model.patch_embed.num_patches + model.num_prefix_tokens
-        depth = max(1, min(len(blocks), PREFIX_BYTES // per_block))
-
-        def keep(index: int) -> Callable[..., None]:
-            return lambda module, arguments: inputs[index].append(arguments[0])
-
-        hooks = [blocks[index].register_forward_pre_hook(keep(index)) for index in range(depth)]
-        try:
-            with torch.inference_mode():
-                outputs = [
-                    model(torch.from_numpy(pixels[start : start + batch]))
-                    for start in range(0, self.count, batch)
-                ]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.inputs = [torch.cat(pieces) for pieces in inputs[:depth]]
-        self.dense = torch.cat(outputs).float()
-        if not bool(self.dense.isfinite().all()):
-            raise ModelError("the dense model's output is not finite", "are the weights sound?")
-
-    def distances(self, keeps: Keeps, tau: float, start: int, stop: int) -> list[float]:
-        """1 - cosine for images start..stop-1."""
-        import torch
-        from torch.nn.functional import cosine_similarity
-
-        from .patch import model_shape, patch, unpatch
-
-        shape = model_shape(self.model)
-        steps = _pairs(keeps, shape.num_patches)
-        first = min([block for block, _ in steps] + [len(self.inputs) - 1])
-        first = min(first, len(self.inputs) - 1)
-        patch(self.model, schedule.resolve("candidate", steps, shape), tau=tau)
-        try:
-            # What is dense comes from memory; the originals are safe in what unpatch puts back.
-            for index in range(first):
-                self.model.blocks._modules[str(index)] = torch.nn.Identity()
-            found: list[float] = []
-            with torch.inference_mode():
-                for at in range(start, stop, self.batch):
-                    end = min(at + self.batch, stop)
-                    tokens = self.model.norm(self.model.blocks(self.inputs[first][at:end]))
-                    output = self.model.forward_head(tokens).double()
-                    cosine = cosine_similarity(output, self.dense[at:end].double(), dim=1)
-                    found.extend((1 - cosine).clamp_min(0).tolist())
-        finally:
-            unpatch(self.model)
-        return found
-
-
-class _State:
-    """Measurements on disk: candidate -> distances of the first images."""
-
-    def __init__(self, path: Path, key: str, *, resume: bool) -> None:
-        self.path, self.key = path, key
-        self.known: dict[str, list[float]] = {}
-        if not resume or not path.is_file():
-            return
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            same, known = data["key"] == key, data["known"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ScheduleError(
-                f"{path} cannot be read: {error}", "remove it, or leave out --resume"
-            ) from error
-        if not same:
-            raise ScheduleError(
-                f"{path} is of a run with another model, weights, images, seed or batch",
-                "repeat that run's options, or leave out --resume to start anew",
-            )
-        self.known = known
-
-    def save(self) -> None:
-        write_json(self.path, {"key": self.key, "known": self.known})
-
-
-class _Meter:
-    """`Measure` for the search, with memory and a count of the work.
-
-    Work is counted as if nothing had been resumed, so that a resumed search ends where the
-    uninterrupted one would have.
-    """
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        state: _State,
-        shape: schedule.ModelShape,
-        passes: float,
-        on_progress: OnProgress,
-    ) -> None:
-        self.evaluator, self.state, self.shape = evaluator, state, shape
-        self.passes, self.on_progress = passes, on_progress
-        self.seen: dict[str, list[float]] = {}
-        self.spent = 0.0
-        self.run = self.resumed = 0
-        self.best: float | None = None
-        self.phase = "searching"
-
-    def measure(self, keeps: Keeps, tau: float, on_all: bool) -> float:
-        """See `tune_search.Measure`."""
-        total = self.evaluator.count
-        wanted = total if on_all else min(total, max(8, total // FEW))
-        name = f"{','.join(map(str, keeps))} {tau!r}"
-        seen = self.seen.setdefault(name, [])
-        if len(seen) < wanted:
-            known = self.state.known.get(name, [])
-            if len(known) >= wanted:
-                new = known[len(seen) : wanted]
-                self.resumed += 1
-            else:
-                new = self.evaluator.distances(keeps, tau, len(seen), wanted)
-                self.run += 1
-            share = _macs(keeps, self.shape) / schedule.macs(self.shape)
-            self.spent += share * len(new) / total
-            seen.extend(new)
-            if len(known) < wanted:
-                self.state.known[name] = list(seen)
-                self.state.save()
-        value = float(np.mean(seen[:wanted]))
-        if on_all and self.phase == "searching":
-            self.best = value if self.best is None else min(self.best, value)
-        self.on_progress(self.phase, min(1.0, self.spent / self.passes), self.best)
-        return value
-
-
 def _curve(
     problem: tune_search.Problem,
-    meter: _Meter,
+    meter: Meter,
     found: tune_search.Found,
     shape: schedule.ModelShape,
 ) -> list[dict[str, Any]]:
@@ -374,7 +221,7 @@ def _curve(
         points.extend(
             {
                 "form": form,
-                "steps": _pairs(keeps, shape.num_patches),
+                "steps": pairs(keeps, shape.num_patches),
                 "cost": problem.cost(keeps),
                 "distance": meter.measure(keeps, found.tau, True),
             }
@@ -457,22 +304,11 @@ def _digest(pixels: NDArray[np.float32]) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def _macs(keeps: Keeps, shape: schedule.ModelShape) -> int:
-    steps = _pairs(keeps, shape.num_patches)
-    return schedule.macs(shape, schedule.resolve("candidate", steps, shape))
-
-
-def _pairs(keeps: Sequence[int], patches: int) -> list[tuple[int, int]]:
-    """Counts after each block to the steps of a schedule."""
-    before = [patches, *keeps]
-    return [(block, keep) for block, keep in enumerate(keeps) if keep < before[block]]
-
-
 def _costs(
     keeps: Keeps, problem: tune_search.Problem, shape: schedule.ModelShape
 ) -> dict[str, float]:
     """In the budget's unit, and in GMACs always."""
-    return {"value": problem.cost(keeps), "gmacs": _macs(keeps, shape) / 1e9}
+    return {"value": problem.cost(keeps), "gmacs": macs_of(keeps, shape) / 1e9}
 
 
 def _about_table(options: TuneOptions, shape: schedule.ModelShape) -> dict[str, Any] | None:

@@ -95,9 +95,10 @@ def check(problem: Problem, unit: str) -> None:
             "name a smaller budget, or build with --dense",
         )
     if problem.budget < least:
+        kept = f"{problem.grid[-1]} of {problem.grid[0]} patch tokens"
         raise ScheduleError(
             f"a budget of {problem.budget:.4g} {unit} cannot be met: the nearest possible is "
-            f"{least:.4g} {unit}, with {problem.grid[-1]} patch tokens from the first block on",
+            f"{least:.4g} {unit}, keeping {kept} from the first block on",
             "name a larger budget, a smaller model or a smaller --img-size",
         )
 

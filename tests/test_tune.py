@@ -17,6 +17,7 @@ from jmp_deploy.errors import ImageError, ScheduleError, WeightsError
 from jmp_deploy.images import Preprocess
 from jmp_deploy.patch import model_shape, patch
 from jmp_deploy.tune import TuneOptions, tune
+from jmp_deploy.tune_measure import Evaluator, pairs
 from tests.test_schedule import DEIT_S
 from tests.tiny import tiny_vit
 
@@ -82,11 +83,11 @@ def test_plain_schedules_are_those_of_build_at_its_own_budget():
     paper = schedule.paper(DEIT_S)
     same = schedule.resolve("paper's blocks", paper.steps, DEIT_S)
     found = tune_search.paper_like(problem(schedule.macs(DEIT_S, same) / 1e9))
-    assert found and tuning._pairs(found, 196) == list(paper.steps)
+    assert found and pairs(found, 196) == list(paper.steps)
     for share in (0.8, 0.6, 0.5, 0.4):
         plain = schedule.for_share(DEIT_S, share)
         spread = tune_search.spread_like(problem(share * schedule.macs(DEIT_S) / 1e9))
-        assert spread and tuning._pairs(spread, 196) == list(plain.steps)
+        assert spread and pairs(spread, 196) == list(plain.steps)
 
 
 @pytest.mark.parametrize("share", [0.95, 0.6, 0.3, 0.12])
@@ -101,7 +102,9 @@ def test_any_budget_that_can_be_met_is_met(share):
 
 
 def test_budget_out_of_reach_names_the_nearest():
-    with pytest.raises(ScheduleError, match=r"nearest possible is 0\.\d+ GMACs, with 1 patch"):
+    with pytest.raises(
+        ScheduleError, match=r"is 0\.\d+ GMACs, keeping 1 of 196 patch"
+    ):
         tune_search.check(problem(0.01), "GMACs")
     with pytest.raises(ScheduleError, match=r"the dense model takes 4\.599 GMACs"):
         tune_search.check(problem(4.7), "GMACs")
@@ -261,7 +264,7 @@ def test_same_seed_same_result_other_seed_other_images(folder, tmp_path):
 
 def test_interrupted_run_is_resumed_to_the_same_result(folder, tmp_path, monkeypatch):
     whole = tune(options(folder, tmp_path / "whole"))
-    plain = tuning.Evaluator.distances
+    plain = Evaluator.distances
     calls = 0
 
     def interrupted(self, *arguments):
@@ -271,11 +274,11 @@ def test_interrupted_run_is_resumed_to_the_same_result(folder, tmp_path, monkeyp
             raise KeyboardInterrupt
         return plain(self, *arguments)
 
-    monkeypatch.setattr(tuning.Evaluator, "distances", interrupted)
+    monkeypatch.setattr(Evaluator, "distances", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(options(folder, tmp_path / "part"))
     assert not (tmp_path / "part" / "tuned.json").exists()
-    monkeypatch.setattr(tuning.Evaluator, "distances", plain)
+    monkeypatch.setattr(Evaluator, "distances", plain)
     resumed = tune(options(folder, tmp_path / "part", resume=True))
     counts = resumed.pop("measurements"), whole.pop("measurements")
     assert resumed == whole
@@ -298,7 +301,7 @@ def test_model_is_left_unpatched(folder):
     model = tiny_vit()
     blocks = model.blocks
     pixels = tuning.load_batch(sorted(folder.iterdir())[:3], SPEC)
-    evaluator = tuning.Evaluator(model, pixels, 2)
+    evaluator = Evaluator(model, pixels, 2)
     evaluator.distances((16, 16, 16, 9, 9, 4), 0.7, 0, 3)
     assert model.blocks is blocks and evaluator.distances((16,) * 6, 0.7, 0, 3) == pytest.approx(
         [0] * 3, abs=1e-9
