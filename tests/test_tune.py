@@ -102,9 +102,7 @@ def test_any_budget_that_can_be_met_is_met(share):
 
 
 def test_budget_out_of_reach_names_the_nearest():
-    with pytest.raises(
-        ScheduleError, match=r"is 0\.\d+ GMACs, keeping 1 of 196 patch"
-    ):
+    with pytest.raises(ScheduleError, match=r"is 0\.\d+ GMACs, keeping 1 of 196 patch"):
         tune_search.check(problem(0.01), "GMACs")
     with pytest.raises(ScheduleError, match=r"the dense model takes 4\.599 GMACs"):
         tune_search.check(problem(4.7), "GMACs")

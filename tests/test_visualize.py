@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -227,14 +227,33 @@ def test_bad_input_is_one_error(
     assert not list(tmp_path.glob("**/*.png"))
 
 
-def test_dense_artifact_is_refused(tmp_path, photos, capsys):
+def artifact(folder: Path, jmp: dict | None) -> Path:
     data = {
         "format": 1,
-        "model": {"name": "deit_tiny_patch16_224", "image_size": 224},
+        "model": {"name": "tiny", "image_size": 32},
         "weights": {"kind": "random", "seed": 0},
-        "jmp": None,
+        "preprocess": asdict(SPEC),
+        "jmp": jmp,
     }
-    rest = {key: {} for key in ("preprocess", "precision", "batch", "files", "rebuild")}
-    (tmp_path / "manifest.json").write_text(json.dumps({**data, **rest}))
-    code, err = run(capsys, "visualize", tmp_path, photos[0])
+    rest = {key: {} for key in ("precision", "batch", "files", "rebuild")}
+    (folder / "manifest.json").write_text(json.dumps({**data, **rest}))
+    return folder
+
+
+def test_artifact_is_drawn_as_it_was_built(small_model, monkeypatch, photos, tmp_path, capsys):
+    monkeypatch.setattr("jmp_deploy.restore.load_model", models.load_model)
+    jmp = {"schedule_name": "list", "schedule": [[2, 9], [3, 5]], "strategy": "prune", "tau": 2.0}
+    folder = artifact(tmp_path, {**jmp, "granularity": "token", "proportional": True})
+    report = tmp_path / "report.json"
+    arguments = ("visualize", folder, photos[0], "-o", tmp_path / "a.html", "--json", report)
+    assert run(capsys, *arguments)[0] == 0
+    data = json.loads(report.read_text())
+    stages = [(s["block"], s["kept"], s["pruned"]) for s in data["images"][0]["stages"]]
+    assert stages == [(2, 9, 7), (3, 5, 4)] and data["tau"] == 2.0
+    code, err = run(capsys, *arguments, "--tau", "0.5")
+    assert code == 2 and "an artifact has its own schedule" in err
+
+
+def test_dense_artifact_is_refused(tmp_path, photos, capsys):
+    code, err = run(capsys, "visualize", artifact(tmp_path, None), photos[0])
     assert code == 2 and "built without JMP" in err
