@@ -80,9 +80,9 @@ def _add_tune(commands: Any, command: Any) -> None:
     parser.add_argument(
         "--passes",
         type=float,
-        default=60.0,
+        default=40.0,
         metavar="N",
-        help="work to spend at most, in passes of the dense model over the images (60)",
+        help="work to spend at most, in passes of the dense model over the images (40)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="which images, where there are more than --limit (0)"

@@ -72,7 +72,7 @@ class TuneOptions:
     seed: int = 0
     limit: int = 64
     batch: int = 16
-    passes: float = 60.0
+    passes: float = 40.0
     curve: bool = False
     resume: bool = False
 

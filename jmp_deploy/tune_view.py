@@ -66,26 +66,30 @@ def summary(result: dict[str, Any], path: Path, build: str) -> RenderableType:
     """The table that ends `tune`."""
     unit = result["budget"]["unit"]
     dense = result["dense_cost"]
-    table = Table(title=f"distance from the dense model: {result['objective']}", expand=False)
-    for name in ("schedule", "distance", unit, "of dense", "GMACs"):
+    columns = ["schedule", "distance", unit, "of dense"]
+    if unit != "GMACs":
+        columns.append("GMACs")
+    table = Table(expand=False)
+    for name in columns:
         table.add_column(name, justify="left" if name == "schedule" else "right")
     rows = [("tuned", result), *result["plain"].items()]
     for name, entry in rows:
         if entry is None:
-            table.add_row(name, "cannot meet the budget", "", "", "")
+            table.add_row(name, "cannot meet the budget")
             continue
         cost = entry["cost"]
-        table.add_row(
+        cells = [
             name,
             f"{entry['distance']:.5f}",
             f"{cost['value']:.3f}",
             f"{cost['value'] / dense['value']:.1%}",
             f"{cost['gmacs']:.3f}",
-            style="bold" if name == "tuned" else None,
-        )
+        ]
+        table.add_row(*cells[: len(columns)], style="bold" if name == "tuned" else None)
     steps = ", ".join(f"{block}:{keep}" for block, keep in result["steps"])
     measured = result["measurements"]
     lines = [
+        ("distance", result["objective"]),
         ("schedule", f"{path}: {steps}"),
         ("tau", _tau(result["tau"])),
         ("budget", f"{result['budget']['value']:.4g} {unit}{_device(result)}"),
@@ -114,8 +118,8 @@ def plot(result: dict[str, Any], target: Path) -> str | None:
     axes = figure.add_subplot()
     styles = {
         "paper": ("plain: three blocks, one keep rate", "#8a8f98", "s"),
-        "spread": ("plain: even spread", "#c2792d", "^"),
-        "tuned": ("tuned", "#1f6f9f", "o"),
+        "spread": ("plain: spread over the blocks", "#c2792d", "^"),
+        "tuned": ("the schedule found, scaled to other budgets", "#1f6f9f", "o"),
     }
     for form, (label, colour, marker) in styles.items():
         points = sorted(
@@ -125,7 +129,7 @@ def plot(result: dict[str, Any], target: Path) -> str | None:
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
     own = (result["cost"]["value"], result["distance"])
     axes.plot(*own, "o", ms=13, mfc="none", mec="#1f6f9f", mew=1.6)
-    axes.annotate("the schedule found", own, (8, -14), textcoords="offset points", fontsize=9)
+    axes.annotate("tuned here", own, (-10, -16), textcoords="offset points", fontsize=9, ha="right")
     axes.set_yscale("log")
     unit = result["budget"]["unit"]
     axes.set_xlabel(f"{unit} per {'image' if unit == 'GMACs' else 'inference'}{_device(result)}")
