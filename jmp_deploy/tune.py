@@ -189,7 +189,8 @@ def make_problem(
         budget = dense / options.speedup
     else:
         budget = float(options.gmacs or options.latency_ms or 0.0)
-    return tune_search.Problem(shape.depth, grid, cost, budget), unit
+    last = shape.depth - (2 if shape.head_reads_prefix_only else 1)
+    return tune_search.Problem(shape.depth, grid, cost, budget, last), unit
 
 
 def _curve(

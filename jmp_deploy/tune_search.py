@@ -43,12 +43,15 @@ class Problem:
         grid: allowed patch token counts, falling; grid[0] is all of them.
         cost: of a candidate, in the budget's unit; falls with every token that goes.
         budget: most that a candidate may cost.
+        last: last block that may reduce. (Where the head reads prefix tokens only, a reduction in
+            the last block would cost what computing those alone saves.)
     """
 
     depth: int
     grid: tuple[int, ...]
     cost: Callable[[Keeps], float]
     budget: float
+    last: int
 
     def keeps(self, steps: Sequence[int]) -> Keeps:
         """Steps down the grid, block by block, to token counts."""
@@ -246,8 +249,7 @@ def _first(
     problem: Problem, measure: Measure, baselines: list[Keeps], tau: float
 ) -> tuple[Keeps, float]:
     """The best plain schedule: windows are screened on few images, the best two on all."""
-    depth = problem.depth
-    windows = [(first, last) for first in (1, 2, 3) for last in (depth - 2, depth - 1)]
+    windows = [(first, last) for first in range(4) for last in (problem.last - 1, problem.last)]
     others = [
         plain(problem, range(first, last + 1), form)
         for first, last in windows
@@ -255,7 +257,7 @@ def _first(
         if first < last
     ]
     # The last resort meets any budget that can be met at all.
-    others += [plain(problem, range(depth), "rate"), problem.least()]
+    others += [plain(problem, range(problem.last + 1), "rate"), problem.least()]
     screened = sorted({keeps for keeps in others if keeps} - set(baselines), reverse=True)
     screened.sort(key=lambda keeps: measure(keeps, tau, False))
     finalists = [*baselines, *screened[:2]]
@@ -318,7 +320,7 @@ class _Round:
         before, cost = self.measure(best, self.tau, self.thorough), self.problem.cost(best)
         room = len(self.problem.grid) - 1 - sum(steps)
         prices: dict[int, float] = {}
-        for block in range(self.problem.depth):
+        for block in range(self.problem.last + 1):
             # Where the grid ends, price the step that is there already.
             change = min(self.size, room) or -min(self.size, steps[block])
             if change == 0 or self.exhausted():

@@ -60,6 +60,20 @@ def test_search_moves_reductions_to_where_they_are_cheap(dear):
     assert len(set(asked)) < 600
 
 
+def test_last_block_is_left_alone_where_it_computes_prefix_tokens_only():
+    shape = replace(DEIT_S, head_reads_prefix_only=True, qkv_weights=384 * 384 * 3)
+    weights = [1.0] * 11 + [0.0]  # free of harm, and yet
+    task = problem(3.0, shape)
+    for exhausted in (True, False):
+        found = tune_search.search(
+            task,
+            lambda keeps, tau, on_all: harm(keeps, weights),
+            tau=0.7,
+            exhausted=lambda exhausted=exhausted: exhausted,
+        )
+        assert found.keeps[-1] == found.keeps[-2] and task.fits(found.keeps)
+
+
 def test_search_never_answers_worse_than_the_plain_schedules_even_without_work_to_spend():
     task = problem()
     found = tune_search.search(
