@@ -114,8 +114,10 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
     model, spec, about = _load(options)
     pictures = [picture(model, path, spec) for path in paths]
     first = next(iter(model.blocks.reductions.values()))
+    # A picture outlives what the terminal said.
+    note = " WITH RANDOM WEIGHTS" if about["weights"]["kind"] == "random" else ""
     caption = visualize_draw.Caption(
-        about["model"], about["schedule"], about["tau"], first.importance, first.selection
+        about["model"] + note, about["schedule"], about["tau"], first.importance, first.selection
     )
     files: list[Path] = []
     if kind != ".html":
