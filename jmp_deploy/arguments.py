@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """All commands and their flags."""
+def make_parser(*others: Callable[[Any], None]) -> argparse.ArgumentParser:
+    """All commands and their flags; `others` add theirs to the subparsers."""
     parser = argparse.ArgumentParser(
         prog="jmp_deploy",
         description="TensorRT engines of timm vision transformers that do a third less work "
@@ -25,6 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
         add(commands)
     _add_doctor(commands)
     _add_plugin(commands)
+    for add_other in others:
+        add_other(commands)
     return parser
 
 
@@ -74,8 +76,8 @@ def _add_build(commands: Any) -> None:
     parser.add_argument(
         "--schedule",
         metavar="NAME|LIST|FILE",
-        help="which blocks reduce, and to how many patch tokens: spread, paper, 3:138,6:97,9:68, "
-        "r18@2-10 or a .json file (spread)",
+        help="which blocks reduce, and to how many patch tokens: spread, spread:50 (percent of the "
+        "FLOPs), paper, 3:138,6:97,9:68, r18@2-10 or a .json file, as `tune` writes it (spread)",
     )
     parser.add_argument(
         "--keep-rate", type=float, metavar="R", help="with --blocks: keep ceil(R*M) in each"
@@ -84,8 +86,8 @@ def _add_build(commands: Any) -> None:
     parser.add_argument(
         "--tau",
         type=float,
-        default=0.7,
-        help="similarity from which a token is merged rather than pruned (0.7)",
+        help="similarity from which a token is merged rather than pruned (the schedule file's, "
+        "else 0.7)",
     )
     parser.add_argument(
         "--granularity",

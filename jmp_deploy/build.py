@@ -46,7 +46,7 @@ class BuildOptions:
         precision: "fp16" or "fp32".
         schedule: spelling for `schedule.parse`.
         keep_rate, blocks: the other way to write a schedule; both or neither.
-        tau, granularity: see `node.TokenReduce`.
+        tau, granularity: see `node.TokenReduce`; tau None takes the schedule file's, else 0.7.
         strategy: "jmp" uses tau; "merge" and "prune" are tau = -1 and tau = 2.
         proportional: proportional attention.
         dense: no JMP: the baseline.
@@ -66,7 +66,7 @@ class BuildOptions:
     schedule: str = "spread"
     keep_rate: float | None = None
     blocks: tuple[int, ...] | None = None
-    tau: float = 0.7
+    tau: float | None = None
     granularity: str = "token"
     strategy: str = "jmp"
     proportional: bool = True
@@ -185,7 +185,7 @@ def _portable(options: BuildOptions, staging: Path, clock: _Clock) -> dict[str, 
 
 def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
     from . import schedule as schedules
-    from .patch import model_shape, patch
+    from .patch import DEFAULT_TAU, model_shape, patch
 
     shape = model_shape(loaded.model)
     if options.keep_rate is not None and options.blocks is not None:
@@ -196,7 +196,10 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
         raise ScheduleError(
             "the schedule keeps every token", "use --dense to build the model without JMP"
         )
-    tau = {"jmp": options.tau, "merge": -1.0, "prune": 2.0}[options.strategy]
+    tau = schedules.read_tau(options.schedule) if options.tau is None else options.tau
+    tau = {"jmp": DEFAULT_TAU if tau is None else tau, "merge": -1.0, "prune": 2.0}[
+        options.strategy
+    ]
     patch(
         loaded.model,
         schedule,
@@ -207,6 +210,8 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
     return {
         "schedule_name": schedule.name,
         "schedule": [list(step) for step in schedule.steps],
+        "selection": schedule.selection,
+        "last_prefix_only": schedule.last_prefix_only,
         "strategy": options.strategy,
         "tau": tau,
         "granularity": options.granularity,
@@ -222,9 +227,7 @@ def _macs(loaded: LoadedModel, jmp: dict[str, Any] | None) -> dict[str, int]:
     dense = schedules.macs(shape)
     if jmp is None:
         return {"model": dense, "dense": dense}
-    steps = [(block, keep) for block, keep in jmp["schedule"]]
-    reduced = schedules.resolve(jmp["schedule_name"], steps, shape)
-    return {"model": schedules.macs(shape, reduced), "dense": dense}
+    return {"model": schedules.macs(shape, schedules.from_manifest(jmp)), "dense": dense}
 
 
 def _check(

@@ -78,9 +78,11 @@ def add_bodies(proto: onnx.ModelProto) -> None:
     del proto.functions[:]
     if not attributes:
         return
-    if len({(a.granularity, a.importance, a.proportional) for a in attributes}) > 1:
+    shared = {(a.granularity, a.importance, a.proportional, a.selection) for a in attributes}
+    if len(shared) > 1:
         raise GraphError(
-            "reductions of one model must agree in granularity, importance and proportional"
+            "reductions of one model must agree in granularity, importance, proportional "
+            "and selection"
         )
     proto.functions.append(node.body(attributes[0]))
     if DOMAIN not in {entry.domain for entry in proto.opset_import}:

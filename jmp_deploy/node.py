@@ -35,6 +35,7 @@ TensorRT-RTX builds in FP16 and refuses in FP32."""
 
 GRANULARITIES = ("token", "sample")
 IMPORTANCES = ("class", "received")
+SELECTIONS = ("importance", "distinct")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class TokenReduce:
             queries, for models without a class token.
         proportional: add log(size) to the logits when importance is computed; true where the
             block's own attention does so.
+        selection: which K tokens are critical: "importance" the most important; "distinct" those
+            that least resemble any token more important than themselves.
     """
 
     num_prefix: int
@@ -65,6 +68,7 @@ class TokenReduce:
     granularity: str = "token"
     importance: str = "class"
     proportional: bool = True
+    selection: str = "importance"
 
     def __post_init__(self) -> None:
         checks = (
@@ -76,6 +80,7 @@ class TokenReduce:
             ("tau", self.tau == self.tau and abs(self.tau) != float("inf")),
             ("granularity", self.granularity in GRANULARITIES),
             ("importance", self.importance in IMPORTANCES),
+            ("selection", self.selection in SELECTIONS),
         )
         for name, ok in checks:
             if not ok:
@@ -87,6 +92,7 @@ class TokenReduce:
         attributes["granularity"] = GRANULARITIES.index(self.granularity)
         attributes["importance"] = IMPORTANCES.index(self.importance)
         attributes["proportional"] = int(self.proportional)
+        attributes["selection"] = SELECTIONS.index(self.selection)
         return attributes
 
     @classmethod
@@ -109,7 +115,12 @@ class TokenReduce:
             kind = float if name in ("scale", "tau") else int
             if not isinstance(value, kind):
                 raise GraphError(f"{OP_TYPE}: {name}={value!r} should be of type {kind.__name__}")
-        for name, words in (("granularity", GRANULARITIES), ("importance", IMPORTANCES)):
+        enumerations = (
+            ("granularity", GRANULARITIES),
+            ("importance", IMPORTANCES),
+            ("selection", SELECTIONS),
+        )
+        for name, words in enumerations:
             if values[name] not in range(len(words)):
                 raise GraphError(f"{OP_TYPE}: {name}={values[name]!r} is not valid")
             values[name] = words[values[name]]
@@ -121,8 +132,8 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
     """The portable implementation of the node as an ONNX local function.
 
     The arithmetic is float32 whatever T is, so the body serves FP32 and FP16 models unchanged.
-    All nodes of a model share one body, so they must agree in granularity, importance and
-    proportional; K and tau are read from each node.
+    All nodes of a model share one body, so they must agree in granularity, importance,
+    proportional and selection; K and tau are read from each node.
 
     The merge is a product with a one-hot matrix, not a scatter: exact zeros add nothing, no
     engine has to support ScatterElements with a reduction (TensorRT-RTX does not), and the
@@ -157,6 +168,34 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
   reaches_sample = GreaterOrEqual (mean_best, tau)
   best_shape = Shape (best)
   reaches = Expand (reaches_sample, best_shape)
+"""
+    if attributes.selection == "importance":
+        rating = "  rating = Identity (importance)\n"
+    else:
+        # Comparisons, not a rank: the order of TopK's ties is then ours, lower index first.
+        rating = """
+  importance_row = Unsqueeze (importance, one)
+  importance_col = Unsqueeze (importance, two)
+  larger = Greater (importance_row, importance_col)
+  equal = Equal (importance_row, importance_col)
+  zero_s = Squeeze (zero)
+  one_s = Squeeze (one)
+  patches_s = Squeeze (patches)
+  index = Range (zero_s, patches_s, one_s)
+  index_row = Unsqueeze (index, zero)
+  index_col = Unsqueeze (index, one)
+  earlier = Less (index_row, index_col)
+  equal_earlier = And (equal, earlier)
+  elder_any = Or (larger, equal_earlier)
+  metric_t = Transpose <perm = [0, 2, 1]> (metric)
+  cosine_all = MatMul (metric, metric_t)
+  cosine_nan = IsNaN (cosine_all)
+  cosine_number = Not (cosine_nan)
+  elder = And (elder_any, cosine_number)
+  cosine_clipped = Clip (cosine_all, lowest, highest)
+  cosine_elder = Where (elder, cosine_clipped, minus_inf)
+  redundancy = ReduceMax <keepdims = 0> (cosine_elder, two)
+  rating = Neg (redundancy)
 """
     names = ", ".join(TokenReduce.__dataclass_fields__)
     text = f"""
@@ -214,7 +253,14 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
   not_a_number = IsNaN (importance_raw)
   importance = Where (not_a_number, minus_inf, importance_raw)
 
-  ranked, order = TopK <axis = 1, largest = 1, sorted = 1> (importance, patches)
+  key_mean = ReduceMean <keepdims = 0> (k_all, two)
+  key_patches = Slice (key_mean, prefix, tokens, one)
+  norm_raw = ReduceL2 <keepdims = 1> (key_patches, two)
+  norm = Max (norm_raw, tiny)
+  metric = Div (key_patches, norm)
+
+{rating}
+  ranked, order = TopK <axis = 1, largest = 1, sorted = 1> (rating, patches)
   kept_any = Slice (order, zero, keep, one)
   rest_any = Slice (order, keep, patches, one)
   rest_count = Sub (patches, keep)
@@ -223,11 +269,6 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
   kept_index = Unsqueeze (kept, minus_one)
   rest_index = Unsqueeze (rest, minus_one)
 
-  key_mean = ReduceMean <keepdims = 0> (k_all, two)
-  key_patches = Slice (key_mean, prefix, tokens, one)
-  norm_raw = ReduceL2 <keepdims = 1> (key_patches, two)
-  norm = Max (norm_raw, tiny)
-  metric = Div (key_patches, norm)
   metric_kept = GatherND <batch_dims = 1> (metric, kept_index)
   metric_rest = GatherND <batch_dims = 1> (metric, rest_index)
   metric_kept_t = Transpose <perm = [0, 2, 1]> (metric_kept)

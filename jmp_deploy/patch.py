@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .node import TokenReduce
 from .reduction import token_reduce
-from .schedule import DEFAULT, ModelShape, Schedule, parse
+from .schedule import DEFAULT, ModelShape, Schedule, check_last_prefix_only, parse
 
 Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, Tensor, Tensor]]
 
@@ -31,7 +31,11 @@ class JMPBlocks(nn.Module):
     - a block with a reduction runs its own layers in timm's order, with `token_reduce` between
       the attention residual and the MLP;
     - blocks after the first reduction get log(token size) as attention mask (proportional
-      attention), through timm's own `attn_mask` argument.
+      attention), through timm's own `attn_mask` argument;
+    - with `last_prefix_only`, the last block computes attention, projection and MLP for the prefix
+      tokens alone: P tokens leave it. What the head reads is the same, to rounding. (All tokens
+      keep their part in the packed QKV projection: the patches' queries are a twelfth of the
+      block, and leaving them out would split one weight matrix, and one GEMM, in two.)
 
     Blocks before the first reduction run exactly as in timm. Running the blocks one by one from
     outside (`for block in model.blocks`, as `forward_intermediates` and gradient checkpointing do)
@@ -41,9 +45,15 @@ class JMPBlocks(nn.Module):
     Attributes:
         reductions: block index -> attributes of the reduction in it.
         reduce: the implementation; export.py puts in one that becomes a single ONNX node.
+        last_prefix_only: P if only the P prefix tokens leave the last block, else 0.
     """
 
-    def __init__(self, blocks: nn.Sequential, reductions: dict[int, TokenReduce]) -> None:
+    def __init__(
+        self,
+        blocks: nn.Sequential,
+        reductions: dict[int, TokenReduce],
+        last_prefix_only: int = 0,
+    ) -> None:
         super().__init__()
         for name, block in blocks.named_children():
             self.add_module(name, block)
@@ -51,13 +61,20 @@ class JMPBlocks(nn.Module):
         self.original = (blocks,)  # in a tuple, so that it is not registered a second time
         self.reductions = reductions
         self.reduce: Reduce = token_reduce
+        self.last_prefix_only = last_prefix_only
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> [B, P + K_last, C]."""
+        """[B, N, C] -> [B, P + K_last, C], or [B, P, C] with `last_prefix_only`."""
         size = x.new_ones(1, x.shape[1])
         mask: Tensor | None = None
         for index, block in enumerate(self.children()):
             attributes = self.reductions.get(index)
+            if self.last_prefix_only and index == len(self) - 1:
+                prefix = self.last_prefix_only
+                attended, _ = _attend(block.attn, block.norm1(x), mask, prefix)
+                x = x[:, :prefix] + block.drop_path1(block.ls1(attended))
+                x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+                continue
             if attributes is None:
                 x = block(x) if mask is None else block(x, attn_mask=mask)
                 continue
@@ -101,7 +118,9 @@ def patch(
     Args:
         model: VisionTransformer of plain pre-norm blocks: DeiT (distilled too), ViT, DINOv2.
         schedule: as `schedule.parse` takes it ("spread", "paper", "3:138,6:97", a file), or
-            resolved for this model already.
+            resolved for this model already. Where it says `last_prefix_only`, `forward_features`
+            returns the P prefix tokens alone: the last block computes no others (the head reads
+            no others).
         tau, granularity: see `node.TokenReduce`.
         proportional: later attention weighs each token by the patches that it stands for.
 
@@ -110,11 +129,12 @@ def patch(
 
     Raises:
         ModelError: the model cannot be patched, with the reason; or is patched already.
-        ScheduleError: the schedule does not fit the model.
+        ScheduleError: the schedule does not fit the model, or leaves out tokens that it needs.
     """
     shape = model_shape(model)
     if isinstance(schedule, str):
         schedule = parse(schedule, shape)
+    check_last_prefix_only(schedule, shape)
     if isinstance(model.blocks, JMPBlocks):
         raise ModelError("the model is patched already", "call jmp_deploy.patch.unpatch(model)")
     reductions: dict[int, TokenReduce] = {}
@@ -130,8 +150,10 @@ def patch(
             granularity=granularity,
             importance="class" if shape.has_class_token else "received",
             proportional=proportional,
+            selection=schedule.selection,
         )
-    model.blocks = JMPBlocks(model.blocks, reductions)
+    prefix = shape.num_prefix if schedule.last_prefix_only else 0
+    model.blocks = JMPBlocks(model.blocks, reductions, prefix)
     return model
 
 
@@ -166,6 +188,8 @@ def model_shape(model: nn.Module) -> ModelShape:
         stem_macs=patches * stem.weight.numel(),
         head_macs=sum(_linear_weights(head) for head in heads if head is not None),
         has_class_token=model.cls_token is not None,
+        qkv_weights=block.attn.qkv.weight.numel(),
+        head_reads_prefix_only=model.global_pool == "token" and model.cls_token is not None,
     )
 
 
@@ -190,8 +214,12 @@ def refuse_unsupported(model: nn.Module) -> None:
             raise refuse(f"block {index} has {type(block.attn).__name__}, not plain Attention")
 
 
-def _attend(attention: nn.Module, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    attention: nn.Module, x: Tensor, mask: Tensor | None, first: int | None = None
+) -> tuple[Tensor, Tensor]:
     """timm's `Attention.forward`, keeping hold of the queries and keys.
+
+    With `first`, only the first tokens ask: the output is theirs alone, [B, first, C].
 
     One thing differs, to the same effect: Q, K and V are split off along the last dimension. timm
     reshapes to five dimensions and unbinds, and where our plugin reads the same QKV tensor,
@@ -206,7 +234,7 @@ def _attend(attention: nn.Module, x: Tensor, mask: Tensor | None) -> tuple[Tenso
     shape = (batch, tokens, attention.num_heads, attention.head_dim)
     q, k, v = (part.reshape(shape).transpose(1, 2) for part in packed.chunk(3, dim=-1))
     has_qk_norm = not isinstance(attention.q_norm, nn.Identity)
-    q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = attention.q_norm(q[:, :, :first]), attention.k_norm(k)
     if attention.fused_attn:
         dropout = attention.attn_drop.p if attention.training else 0.0
         out = nn.functional.scaled_dot_product_attention(
@@ -217,12 +245,12 @@ def _attend(attention: nn.Module, x: Tensor, mask: Tensor | None) -> tuple[Tenso
         if mask is not None:
             logits = logits + mask
         out = attention.attn_drop(logits.softmax(dim=-1)) @ v
-    out = attention.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
+    out = attention.norm(out.transpose(1, 2).flatten(2))
     gate = getattr(attention, "gate", None)
     if gate is not None:
-        out = out * gate(x).sigmoid()
+        out = out * gate(x[:, :first]).sigmoid()
     out = attention.proj_drop(attention.proj(out))
-    if has_qk_norm:
+    if has_qk_norm and first is None:
         packed = torch.cat(
             [part.transpose(1, 2).reshape(batch, tokens, -1) for part in (q, k)], dim=-1
         )

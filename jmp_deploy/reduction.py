@@ -25,7 +25,7 @@ class Plan:
         rest: [B, M-K] int64, non-critical tokens in original order.
         target: [B, M-K] int64, position in `kept` of the critical token that each resembles most.
         merged: [B, M-K] bool, merged into its target (true) or pruned (false).
-        importance: [B, M] float, attention by the class token (or by all).
+        importance: [B, M] float, attention by the class token (or by all); of every patch token.
         similarity: [B, M-K] float, cosine between each non-critical token and its target.
     """
 
@@ -72,13 +72,16 @@ def make_plan(qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
         )
     query, key = _queries_and_keys(qkv, attributes)
     importance = _importance(query, key, size.to(key.dtype), attributes)[:, prefix:]
-    ranked = torch.where(importance.isnan(), -torch.inf, importance)
-    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    metric = key.mean(dim=1)[:, prefix:]  # [B, M, d]
+    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+    rating = torch.where(importance.isnan(), -torch.inf, importance)
+    if attributes.selection == "distinct":
+        rating = -_redundancy(rating, metric)
+    order = rating.sort(dim=1, descending=True, stable=True).indices
     kept = order[:, :keep].sort(dim=1).values
     rest = order[:, keep:].sort(dim=1).values
 
-    metric = key.mean(dim=1)[:, prefix:]  # [B, M, d]
-    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     cosine = _rows(metric, rest) @ _rows(metric, kept).transpose(1, 2)
     similarity, target = cosine.clamp(-1, 1).max(dim=2)
     if attributes.granularity == "token":
@@ -133,6 +136,18 @@ def _importance(query: Tensor, key: Tensor, size: Tensor, attributes: TokenReduc
     if attributes.proportional:
         logits = logits + size.log()[:, None, None, :]
     return logits.softmax(dim=-1).mean(dim=(1, 2))
+
+
+def _redundancy(importance: Tensor, metric: Tensor) -> Tensor:
+    """Largest cosine to a more important token: [B, M]; -inf for the most important of all.
+
+    Of two equally important tokens the one of lower index counts as more important.
+    """
+    index = torch.arange(importance.shape[1], device=importance.device)
+    mine, other = importance[:, :, None], importance[:, None, :]
+    elder = (other > mine) | ((other == mine) & (index < index[:, None]))
+    cosine = (metric @ metric.transpose(1, 2)).clamp(-1, 1)
+    return cosine.masked_fill(~elder | cosine.isnan(), -torch.inf).amax(dim=2)
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:

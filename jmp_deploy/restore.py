@@ -9,8 +9,8 @@ from torch import nn
 
 from .errors import WeightsError
 from .models import load_model
-from .patch import model_shape, patch
-from .schedule import resolve
+from .patch import patch
+from .schedule import from_manifest
 
 
 def restore_model(data: dict[str, Any], weights: str | None = None) -> nn.Module:
@@ -38,11 +38,9 @@ def restore_model(data: dict[str, Any], weights: str | None = None) -> nn.Module
         )
     jmp = data["jmp"]
     if jmp:
-        steps = [(block, keep) for block, keep in jmp["schedule"]]
-        schedule = resolve(jmp["schedule_name"], steps, model_shape(loaded.model))
         patch(
             loaded.model,
-            schedule,
+            from_manifest(jmp),
             tau=jmp["tau"],
             granularity=jmp["granularity"],
             proportional=jmp["proportional"],

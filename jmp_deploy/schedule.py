@@ -6,6 +6,9 @@ anything is exported. Ways to write one (`parse`):
     paper                blocks at 1/4, 1/2 and 3/4 of the depth, keep rate 0.7 in each
     spread               the same FLOPs as `paper`, the reduction spread evenly over all blocks
                          from the third to the last but one
+    spread:50            the same blocks at 50 % of the dense model's FLOPs; steps are even while
+                         a fifth of the patches is left at the end, and else each block keeps the
+                         same share
     3:138,6:97,9:68      explicit: patch tokens kept after block 3, 6, 9 (0-based)
     r18@2-10             18 tokens fewer in each of blocks 2 to 10
     FILE.json            {"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97]]}
@@ -21,6 +24,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import ScheduleError
 
@@ -40,10 +44,12 @@ class ModelShape:
         attn_dim: heads times head width.
         head_dim: width of one head.
         attn_weights: weights in the linear layers of one attention (QKV, projection, gate).
+        qkv_weights: those of the QKV projection alone.
         mlp_weights: weights in the linear layers of one MLP.
         stem_macs: patch embedding, MACs per image.
         head_macs: classifier heads, MACs per image.
         has_class_token: importance comes from the class token; else from all queries.
+        head_reads_prefix_only: the head does not look at patch tokens after the last block.
     """
 
     name: str
@@ -57,14 +63,29 @@ class ModelShape:
     stem_macs: int
     head_macs: int
     has_class_token: bool
+    qkv_weights: int = 0
+    head_reads_prefix_only: bool = False
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A resolved schedule: `steps` are (block, patch tokens kept) in block order."""
+    """A resolved schedule.
+
+    Attributes:
+        name: for messages.
+        steps: (block, patch tokens kept) in block order.
+        last_prefix_only: the last block computes its attention output, projection and MLP for the
+            prefix tokens alone. Nothing that the head reads changes. `resolve` sets it wherever
+            the head reads prefix tokens only and the last block reduces nothing; the schedule
+            `paper` leaves it off, to cost what was published.
+        selection: how the K critical tokens are chosen (see `node.TokenReduce`): "distinct", or
+            for the schedule `paper` "importance", as in the methods that it was published beside.
+    """
 
     name: str
     steps: tuple[tuple[int, int], ...]
+    last_prefix_only: bool = False
+    selection: str = "distinct"
 
 
 def parse(spec: str, shape: ModelShape) -> Schedule:
@@ -77,6 +98,8 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
         return paper(shape)
     if spec == "spread":
         return spread(shape)
+    if found := re.fullmatch(r"spread:(\d+(?:\.\d+)?)%?", spec):
+        return for_share(shape, float(found.group(1)) / 100)
     if re.fullmatch(r"\d+:-?\d+(,\d+:-?\d+)*", spec):
         steps = [tuple(int(n) for n in pair.split(":")) for pair in spec.split(",")]
         return resolve("list", [(block, keep) for block, keep in steps], shape)
@@ -87,8 +110,8 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
         return load(Path(spec), shape)
     raise ScheduleError(
         f"unknown schedule {spec!r}",
-        f"use {' or '.join(NAMES)}, a list such as 3:138,6:97,9:68, a constant such as r18@2-10, "
-        "or a .json file",
+        f"use {' or '.join(NAMES)}, spread:50, a list such as 3:138,6:97,9:68, a constant such as "
+        "r18@2-10, or a .json file",
     )
 
 
@@ -119,6 +142,32 @@ def load(path: Path, shape: ModelShape) -> Schedule:
     return resolve(path.stem, steps, shape)
 
 
+def from_manifest(jmp: dict[str, Any]) -> Schedule:
+    """The schedule that an artifact was built with, from the entry `jmp` of its manifest."""
+    return Schedule(
+        name=jmp["schedule_name"],
+        steps=tuple((block, keep) for block, keep in jmp["schedule"]),
+        last_prefix_only=jmp["last_prefix_only"],
+        selection=jmp["selection"],
+    )
+
+
+def read_tau(spec: str) -> float | None:
+    """The tau that a schedule file asks for; None if it does not, or `spec` is no file.
+
+    Raises:
+        ScheduleError: there is one and it is no number.
+    """
+    try:
+        data = json.loads(Path(spec).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # `parse` says it better
+    tau = data.get("tau") if isinstance(data, dict) else None
+    if tau is not None and (not isinstance(tau, (int, float)) or isinstance(tau, bool)):
+        raise ScheduleError(f"{spec}: tau {tau!r} is not a number")
+    return None if tau is None else float(tau)
+
+
 def paper(shape: ModelShape) -> Schedule:
     """The published setting: keep rate 0.7 in blocks 3, 6 and 9 of 12 (quarters of the depth)."""
     blocks = [shape.depth * quarter // 4 for quarter in (1, 2, 3)]
@@ -128,8 +177,8 @@ def paper(shape: ModelShape) -> Schedule:
 def spread(shape: ModelShape) -> Schedule:
     """The FLOPs of `paper` or just below, with equal steps in blocks 2 .. depth-2.
 
-    Many small steps hold accuracy better than three large ones at the same cost (see
-    docs in README, "Schedules"). The step is the smallest that reaches paper's cost.
+    Many small steps hold accuracy better than three large ones at the same cost (docs/method.md).
+    The step is the smallest that reaches paper's cost.
     """
     budget = macs(shape, paper(shape))
     blocks = range(2, shape.depth - 1)
@@ -142,6 +191,49 @@ def spread(shape: ModelShape) -> Schedule:
     raise ScheduleError(
         f"{shape.name} has too few blocks or patch tokens to spread a reduction over",
         "use --schedule paper or write the schedule as a list",
+    )
+
+
+def for_share(
+    shape: ModelShape, share: float, form: str = "auto", blocks: Sequence[int] | None = None
+) -> Schedule:
+    """The most tokens in blocks 2 .. depth-2 (or `blocks`) for at most `share` of the dense MACs.
+
+    Args:
+        share: of `macs(shape)`, in (0, 1].
+        form: "even" (equal steps), "rate" (the same share of the tokens stays in each block) or
+            "auto": even as long as a fifth of the patches is left at the end, else rate. Measured
+            (docs/method.md): even is better at 62 %; below, it starves the last blocks.
+
+    Raises:
+        ScheduleError: no such schedule is that cheap.
+    """
+    if form == "auto":
+        try:
+            even = for_share(shape, share, "even", blocks)
+        except ScheduleError:
+            return for_share(shape, share, "rate", blocks)
+        if not even.steps or even.steps[-1][1] >= shape.num_patches / 5:
+            return even
+        return for_share(shape, share, "rate", blocks)
+    budget = share * macs(shape)
+    blocks = range(2, shape.depth - 1) if blocks is None else blocks
+    # From the most tokens left at the end to the fewest: cost falls with them.
+    for final in range(shape.num_patches, 0, -1) if blocks else ():
+        steps = []
+        for position, block in enumerate(blocks, 1):
+            part = position / len(blocks)
+            if form == "even":
+                left = shape.num_patches - (shape.num_patches - final) * part
+            else:
+                left = shape.num_patches * (final / shape.num_patches) ** part
+            steps.append((block, round(left)))
+        schedule = resolve(f"{form} {share:.0%}", steps, shape)
+        if macs(shape, schedule) <= budget:
+            return schedule
+    raise ScheduleError(
+        f"no {form} reduction of {shape.name} comes down to {share:.0%} of the dense model's FLOPs",
+        "ask for a larger share, or write the schedule as a list",
     )
 
 
@@ -165,6 +257,9 @@ def constant(
 
 def resolve(name: str, steps: Sequence[tuple[int, int]], shape: ModelShape) -> Schedule:
     """Checks explicit steps against a model; steps that keep every token are dropped.
+
+    The name `paper` is reserved: it stands for the published form of the method, with selection by
+    importance alone and a last block that computes every token.
 
     Raises:
         ScheduleError: a block out of range or named twice, K < 1, K > M, or K that grows.
@@ -190,7 +285,27 @@ def resolve(name: str, steps: Sequence[tuple[int, int]], shape: ModelShape) -> S
         if keep < left:
             kept.append((block, keep))
         left = keep
-    return Schedule(name, tuple(kept))
+    if name == "paper":
+        return Schedule(name, tuple(kept), last_prefix_only=False, selection="importance")
+    saves = shape.head_reads_prefix_only and all(block != shape.depth - 1 for block, _ in kept)
+    return Schedule(name, tuple(kept), last_prefix_only=saves, selection="distinct")
+
+
+def check_last_prefix_only(schedule: Schedule, shape: ModelShape) -> None:
+    """Raises ScheduleError if the schedule leaves out tokens of the last block that are needed."""
+    if not schedule.last_prefix_only:
+        return
+    if not shape.head_reads_prefix_only:
+        raise ScheduleError(
+            f"the head of {shape.name} reads patch tokens: its last block cannot leave them out",
+            "resolve the schedule for this model",
+        )
+    if any(block == shape.depth - 1 for block, _ in schedule.steps):
+        raise ScheduleError(
+            "a schedule that computes prefix tokens alone in the last block has nothing to reduce "
+            "there",
+            "leave out the step of the last block",
+        )
 
 
 def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool = True) -> int:
@@ -199,13 +314,19 @@ def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool 
     Matrix products and convolutions only, as usual in the field: per block, with N tokens in
     attention and N' in the MLP, N * attn_weights + 2 * N^2 * attn_dim + N' * mlp_weights. A
     reduction adds its own products (class row N * attn_dim or all rows N^2 * attn_dim, and the
-    similarity (M-K) * K * head_dim); `jmp_cost=False` leaves them out.
+    similarity (M-K) * K * head_dim, with selection "distinct" M^2 * head_dim besides);
+    `jmp_cost=False` leaves them out.
     """
     steps = dict(schedule.steps) if schedule else {}
     total = shape.stem_macs + shape.head_macs
     patches = shape.num_patches
     for block in range(shape.depth):
         tokens = shape.num_prefix + patches
+        if schedule and schedule.last_prefix_only and block == shape.depth - 1:
+            # The packed QKV projection (3 of the weights) for all tokens, the rest for P.
+            total += tokens * shape.qkv_weights + 2 * shape.num_prefix * tokens * shape.attn_dim
+            total += shape.num_prefix * (shape.attn_weights - shape.qkv_weights + shape.mlp_weights)
+            continue
         total += tokens * shape.attn_weights + 2 * tokens**2 * shape.attn_dim
         if block in steps:
             keep = steps[block]
@@ -213,6 +334,8 @@ def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool 
                 queries = 1 if shape.has_class_token else tokens
                 total += queries * tokens * shape.attn_dim
                 total += (patches - keep) * keep * shape.head_dim
+                if schedule and schedule.selection == "distinct":
+                    total += patches**2 * shape.head_dim
             patches = keep
         total += (shape.num_prefix + patches) * shape.mlp_weights
     return total

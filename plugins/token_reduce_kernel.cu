@@ -1,9 +1,9 @@
-// JMPTokenReduce: keep the K most attended patch tokens, merge or prune the others.
+// JMPTokenReduce: keep the K most attended or most distinct patch tokens, merge or prune the rest.
 //
 //   nvcc -O3 -std=c++17 -arch=native -shared -Xcompiler -fPIC token_reduce_kernel.cu -o libjmp.so
 //   g++  -O2 -std=c++17 -pthread -DJMP_CUDA_ON_HOST -x c++ token_reduce_kernel.cu ...   (no GPU)
 //
-// The plain version: eight small kernels, one step of the definition each (README.md). It is the
+// The plain version: nine small kernels, one step of the definition each (README.md). It is the
 // specification that a tuned version is held to, so clarity comes before speed. What it promises:
 // everything in float32; the same bits for a sample alone and in any batch (no sum runs across
 // samples, every order of summation is fixed, no atomics); no index depends on a comparison that a
@@ -165,9 +165,40 @@ __global__ void importance_kernel(Params p, const T* qkv, const T* size, const f
   importance[at] = sum / (static_cast<float>(p.num_heads) * static_cast<float>(query_rows(p)));
 }
 
-// --- 2. Critical set ---------------------------------------------------------------------------
+// --- 2. Metric: what similarity is measured in -------------------------------------------------
 
-// Total order of the patch tokens: larger importance first, then lower index; NaN behind all.
+// Cosine of two rows of the metric, in [-1, 1] or NaN.
+__device__ float cosine(const Params& p, const float* a, const float* b) {
+  float dot = 0.0f;
+  for (int c = 0; c < p.head_dim; ++c) dot += a[c] * b[c];
+  if (is_nan(dot)) return dot;  // the clamp would turn it into a number
+  return fminf(fmaxf(dot, -1.0f), 1.0f);
+}
+
+// One block per patch token: its keys, mean over heads, scaled to length 1. metric: [B, M, d]
+template <typename T>
+__global__ void metric_kernel(Params p, const T* qkv, float* metric) {
+  const int sample = static_cast<int>(blockIdx.x) / patch_tokens(p);
+  const int token = p.num_prefix + static_cast<int>(blockIdx.x) % patch_tokens(p);
+  float* out = metric + static_cast<int64_t>(blockIdx.x) * p.head_dim;
+
+  float squares = 0.0f;
+  for (int c = static_cast<int>(threadIdx.x); c < p.head_dim; c += static_cast<int>(blockDim.x)) {
+    float sum = 0.0f;
+    for (int h = 0; h < p.num_heads; ++h) sum += to_float(key_of(p, qkv, sample, token, h)[c]);
+    const float mean = sum / static_cast<float>(p.num_heads);
+    out[c] = mean;
+    squares += mean * mean;
+  }
+  const float length = fmaxf(sqrtf(block_sum(squares)), 1e-12f);
+  for (int c = static_cast<int>(threadIdx.x); c < p.head_dim; c += static_cast<int>(blockDim.x)) {
+    out[c] /= length;  // the thread's own elements: no barrier needed
+  }
+}
+
+// --- 3. Critical set ---------------------------------------------------------------------------
+
+// Total order of the patch tokens: larger value first, then lower index; NaN behind all.
 __device__ bool comes_before(float a, int i, float b, int j) {
   if (is_nan(a) != is_nan(b)) return is_nan(b);
   if (a > b) return true;
@@ -175,14 +206,40 @@ __device__ bool comes_before(float a, int i, float b, int j) {
   return i < j;
 }
 
-// One thread per patch token: critical if fewer than K tokens come before it.
+// One block per patch token, for JMP_DISTINCT: minus its largest cosine to a token that comes
+// before it by importance; +inf if there is none. A NaN never wins. rating: [B, M]
+__global__ void distinct_kernel(Params p, const float* importance, const float* metric,
+                                float* rating) {
+  const int patches = patch_tokens(p);
+  const int me = static_cast<int>(blockIdx.x) % patches;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) - me;
+  const float* mine = metric + static_cast<int64_t>(blockIdx.x) * p.head_dim;
+  const float* row = importance + first;
+
+  float best = -INFINITY;
+  for (int i = static_cast<int>(threadIdx.x); i < patches; i += static_cast<int>(blockDim.x)) {
+    if (!comes_before(row[i], i, row[me], me)) continue;
+    const float dot = cosine(p, mine, metric + (first + i) * p.head_dim);
+    if (dot > best) best = dot;  // false for a NaN
+  }
+
+  __shared__ float bests[kThreads];
+  bests[threadIdx.x] = best;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (unsigned t = 1; t < blockDim.x; ++t) best = fmaxf(best, bests[t]);
+  rating[blockIdx.x] = -best;
+}
+
+// One thread per patch token: critical if fewer than K tokens come before it by their rating,
+// which is the importance itself or distinct_kernel's.
 // critical: [B, M], 1 or 0. Exactly K ones in a row, whatever the values.
-__global__ void select_kernel(Params p, const float* importance, int32_t* critical) {
+__global__ void select_kernel(Params p, const float* rating, int32_t* critical) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int patches = patch_tokens(p);
   if (at >= static_cast<int64_t>(p.batch) * patches) return;
   const int me = static_cast<int>(at % patches);
-  const float* row = importance + (at - me);
+  const float* row = rating + (at - me);
 
   int before = 0;
   for (int i = 0; i < patches; ++i) before += comes_before(row[i], i, row[me], me) ? 1 : 0;
@@ -213,28 +270,7 @@ __global__ void place_kernel(Params p, const int32_t* critical, int32_t* kept,
   destination[at] = p.num_prefix + slot;
 }
 
-// --- 3. Similarity -----------------------------------------------------------------------------
-
-// One block per patch token: its keys, mean over heads, scaled to length 1. metric: [B, M, d]
-template <typename T>
-__global__ void metric_kernel(Params p, const T* qkv, float* metric) {
-  const int sample = static_cast<int>(blockIdx.x) / patch_tokens(p);
-  const int token = p.num_prefix + static_cast<int>(blockIdx.x) % patch_tokens(p);
-  float* out = metric + static_cast<int64_t>(blockIdx.x) * p.head_dim;
-
-  float squares = 0.0f;
-  for (int c = static_cast<int>(threadIdx.x); c < p.head_dim; c += static_cast<int>(blockDim.x)) {
-    float sum = 0.0f;
-    for (int h = 0; h < p.num_heads; ++h) sum += to_float(key_of(p, qkv, sample, token, h)[c]);
-    const float mean = sum / static_cast<float>(p.num_heads);
-    out[c] = mean;
-    squares += mean * mean;
-  }
-  const float length = fmaxf(sqrtf(block_sum(squares)), 1e-12f);
-  for (int c = static_cast<int>(threadIdx.x); c < p.head_dim; c += static_cast<int>(blockDim.x)) {
-    out[c] /= length;  // the thread's own elements: no barrier needed
-  }
-}
+// --- 4. Similarity -----------------------------------------------------------------------------
 
 // One block per patch token that is not critical: its nearest critical token, the first of equals.
 // similarity: [B, M]; nearest: [B, M], a slot in 0..K-1, or -1 with a NaN if no similarity is a
@@ -252,10 +288,8 @@ __global__ void similarity_kernel(Params p, const int32_t* critical, const int32
   int best_slot = -1;
   for (int s = static_cast<int>(threadIdx.x); s < p.num_keep; s += static_cast<int>(blockDim.x)) {
     const float* other = sample_metric + static_cast<int64_t>(sample_kept[s]) * p.head_dim;
-    float dot = 0.0f;
-    for (int c = 0; c < p.head_dim; ++c) dot += mine[c] * other[c];
-    if (is_nan(dot)) continue;  // before the clamp, which would turn it into a number
-    dot = fminf(fmaxf(dot, -1.0f), 1.0f);
+    const float dot = cosine(p, mine, other);
+    if (is_nan(dot)) continue;
     if (best_slot < 0 || dot > best) {
       best = dot;
       best_slot = s;
@@ -280,7 +314,7 @@ __global__ void similarity_kernel(Params p, const int32_t* critical, const int32
   nearest[blockIdx.x] = best_slot;
 }
 
-// --- 4. Decision -------------------------------------------------------------------------------
+// --- 5. Decision -------------------------------------------------------------------------------
 
 // One block per sample: who is merged gets the place of its nearest critical token.
 __global__ void decide_kernel(Params p, const int32_t* critical, const float* similarity,
@@ -306,7 +340,7 @@ __global__ void decide_kernel(Params p, const int32_t* critical, const float* si
   }
 }
 
-// --- 5. Merge and gather -----------------------------------------------------------------------
+// --- 6. Merge and gather -----------------------------------------------------------------------
 
 // One block per output token, one thread per channel: mean of the token and of what was merged
 // into it, weighted by size, sources in ascending order. A token without sources is copied bit
@@ -362,6 +396,7 @@ int64_t product(int64_t a, int64_t b, int64_t c = 1) { return a * b * c; }
 struct Workspace {
   float* stats;
   float* importance;
+  float* rating;
   int32_t* critical;
   int32_t* kept;
   float* metric;
@@ -374,6 +409,7 @@ struct Workspace {
     const int64_t patches = product(p.batch, patch_tokens(p));
     stats = take<float>(base, product(p.batch, query_rows(p), 2) * p.num_heads);
     importance = take<float>(base, patches);
+    rating = take<float>(base, p.selection == JMP_DISTINCT ? patches : 0);
     critical = take<int32_t>(base, patches);
     kept = take<int32_t>(base, product(p.batch, p.num_keep));
     metric = take<float>(base, product(patches, p.head_dim));
@@ -420,9 +456,14 @@ cudaError_t run(const Params& p, const T* x, const T* qkv, const T* size, T* y, 
   if ((error = cudaGetLastError()) != cudaSuccess) return error
   JMP_STEP(softmax_stats_kernel<T>, rows, qkv, size, w.stats);
   JMP_STEP(importance_kernel<T>, blocks_for(patches), qkv, size, w.stats, w.importance);
-  JMP_STEP(select_kernel, blocks_for(patches), w.importance, w.critical);
-  JMP_STEP(place_kernel, blocks_for(tokens), w.critical, w.kept, places);
   JMP_STEP(metric_kernel<T>, patches, qkv, w.metric);
+  const float* rating = w.importance;
+  if (p.selection == JMP_DISTINCT) {
+    JMP_STEP(distinct_kernel, patches, w.importance, w.metric, w.rating);
+    rating = w.rating;
+  }
+  JMP_STEP(select_kernel, blocks_for(patches), rating, w.critical);
+  JMP_STEP(place_kernel, blocks_for(tokens), w.critical, w.kept, places);
   JMP_STEP(similarity_kernel, patches, w.critical, w.kept, w.metric, w.similarity, w.nearest);
   JMP_STEP(decide_kernel, p.batch, w.critical, w.similarity, w.nearest, places);
   JMP_STEP(merge_kernel<T>, outputs, x, size, w.kept, places, y, out_size, log_size);
@@ -463,6 +504,9 @@ int jmp_token_reduce_check_attributes(const JmpTokenReduceParams* params, char* 
   if (p.proportional != 0 && p.proportional != 1)
     return refuse(message, message_size, "proportional: expected 0 or 1, found %d",
                   p.proportional);
+  if (p.selection != JMP_BY_IMPORTANCE && p.selection != JMP_DISTINCT)
+    return refuse(message, message_size,
+                  "selection: expected 0 (importance) or 1 (distinct), found %d", p.selection);
   if (p.num_keep > INT32_MAX - p.num_prefix)
     return refuse(message, message_size,
                   "num_prefix + num_keep: expected < 2^31, found %d + %d", p.num_prefix,

@@ -16,6 +16,7 @@ extern "C" {
 enum { JMP_FLOAT32 = 0, JMP_FLOAT16 = 1 };             // dtype of every input and output
 enum { JMP_PER_TOKEN = 0, JMP_PER_SAMPLE = 1 };        // granularity of merge or prune
 enum { JMP_CLASS_ROW = 0, JMP_ATTENTION_RECEIVED = 1 };  // importance of a patch token
+enum { JMP_BY_IMPORTANCE = 0, JMP_DISTINCT = 1 };        // which K tokens are critical
 
 typedef struct JmpTokenReduceParams {
   // Attributes of the node.
@@ -28,6 +29,7 @@ typedef struct JmpTokenReduceParams {
   int32_t granularity;   // JMP_PER_TOKEN or JMP_PER_SAMPLE
   int32_t importance;    // JMP_CLASS_ROW or JMP_ATTENTION_RECEIVED
   int32_t proportional;  // 1: add log(size) of the key token to the logits
+  int32_t selection;     // JMP_BY_IMPORTANCE or JMP_DISTINCT
   // Type and shape of the tensors.
   int32_t dtype;       // JMP_FLOAT32 or JMP_FLOAT16
   int32_t batch;       // B

@@ -50,6 +50,7 @@ constexpr Attribute kAttributes[] = {
     {"granularity", &JmpTokenReduceParams::granularity, nullptr},
     {"importance", &JmpTokenReduceParams::importance, nullptr},
     {"proportional", &JmpTokenReduceParams::proportional, nullptr},
+    {"selection", &JmpTokenReduceParams::selection, nullptr},
 };
 constexpr size_t kNbAttributes = sizeof(kAttributes) / sizeof(kAttributes[0]);
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 TOKEN, SAMPLE = 0, 1
 CLASS_ROW, RECEIVED = 0, 1
+IMPORTANCE, DISTINCT = 0, 1
 PRUNED = -1
 
 Float = NDArray[np.float64]
@@ -35,7 +36,9 @@ class Reduced:
         destination: [B, N] output position that an input token went to; -1 = pruned.
         importance: [B, N] mean attention that the token receives; prefix tokens included.
         similarity: [B, N] v of the non-critical patch tokens; NaN elsewhere.
-        select_margin: [B] importance of the K-th token minus that of the next; inf when K = M.
+        select_margin: [B] how close the choice of the critical set was: importance (or, for
+            DISTINCT, redundancy) of the K-th token against the next, and for DISTINCT the gap in
+            importance between any two tokens whose order decides it; inf when K = M.
         decide_margin: [B, N] |v - tau| (token) or |mean v - tau| (sample); inf where no decision.
         target_margin: [B, N] similarity to the best critical token minus that to the second
             best; inf where there is no second or no decision.
@@ -79,6 +82,7 @@ def token_reduce(
     granularity: int = TOKEN,
     importance: int = CLASS_ROW,
     proportional: int = 1,
+    selection: int = IMPORTANCE,
 ) -> Reduced:
     """Run the node in float64.
 
@@ -123,6 +127,7 @@ def token_reduce(
                 granularity=granularity,
                 importance=importance,
                 proportional=proportional,
+                selection=selection,
             )
     return result
 
@@ -143,6 +148,7 @@ def _reduce_sample(
     granularity: int,
     importance: int,
     proportional: int,
+    selection: int,
 ) -> None:
     tokens = x.shape[0]
     inner = num_heads * head_dim
@@ -162,13 +168,19 @@ def _reduce_sample(
     received /= num_heads * len(rows)
     result.importance[b] = received
 
+    metric = key.mean(axis=1)
+    metric = metric / np.maximum(np.sqrt((metric**2).sum(axis=1)), 1e-12)[:, None]
+
     # 2. Critical set: largest first, ties to the lower index, NaN last.
     patches = range(num_prefix, tokens)
     order = sorted(patches, key=lambda t: (np.isnan(received[t]), -np.nan_to_num(received[t]), t))
+    if selection == DISTINCT:
+        order, margin = _by_redundancy(order, received, metric, num_keep)
+        result.select_margin[b] = margin
     critical = sorted(order[:num_keep])
     others = sorted(order[num_keep:])
     result.kept[b] = critical
-    if others:
+    if others and selection == IMPORTANCE:
         result.select_margin[b] = received[order[num_keep - 1]] - received[order[num_keep]]
     for t in range(num_prefix):
         result.destination[b, t] = t
@@ -176,8 +188,6 @@ def _reduce_sample(
         result.destination[b, t] = num_prefix + slot
 
     # 3. Similarity of each other token to its nearest critical token. A NaN never wins.
-    metric = key.mean(axis=1)
-    metric = metric / np.maximum(np.sqrt((metric**2).sum(axis=1)), 1e-12)[:, None]
     nearest: dict[int, int] = {}
     for i in others:
         best, best_slot, second = np.nan, -1, -np.inf
@@ -214,3 +224,40 @@ def _reduce_sample(
             result.y[b, out] = weighted / sum(size[t] for t in members)
         result.out_size[b, out] = sum(size[t] for t in members)
         result.log_size[b, out] = np.log(result.out_size[b, out])
+
+
+def _by_redundancy(
+    elders_first: list[int], received: Float, metric: Float, num_keep: int
+) -> tuple[list[int], float]:
+    """Tokens in order of redundancy, least first, and the margin of the first `num_keep`.
+
+    Redundancy: largest similarity to a token that comes before in `elders_first`; -inf without.
+    """
+    redundancy: dict[int, float] = {}
+    nearest: dict[int, int] = {}
+    second: dict[int, float] = {}
+    for position, t in enumerate(elders_first):
+        found = []
+        for elder in elders_first[:position]:
+            s = np.clip(metric[t] @ metric[elder], -1.0, 1.0)
+            if not np.isnan(s):
+                found.append((s, elder))
+        found.sort(reverse=True)
+        redundancy[t] = found[0][0] if found else -np.inf
+        nearest[t] = found[0][1] if found else -1
+        second[t] = found[1][0] if len(found) > 1 else -np.inf
+    order = sorted(elders_first, key=lambda t: (redundancy[t], t))
+    if num_keep == len(order):
+        return order, np.inf
+    last, first_out = redundancy[order[num_keep - 1]], redundancy[order[num_keep]]
+    margin = np.inf if np.isinf(last) else first_out - last
+    stays = set(order[:num_keep])
+    # Pairs whose order by importance matters: with the younger first, the set would be another.
+    for position, young in enumerate(elders_first):
+        for old in elders_first[:position]:
+            frees_young = young not in stays and nearest[young] == old and second[young] <= last
+            s = np.clip(metric[young] @ metric[old], -1.0, 1.0)
+            dooms_old = old in stays and s >= first_out
+            if frees_young or dooms_old:
+                margin = min(margin, received[old] - received[young])
+    return order, float(margin)

@@ -100,6 +100,7 @@ def address_driver(build_dir: Path) -> Path:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("granularity", [oracle.TOKEN, oracle.SAMPLE])
 @pytest.mark.parametrize("importance", [oracle.CLASS_ROW, oracle.RECEIVED])
+@pytest.mark.parametrize("selection", [oracle.IMPORTANCE, oracle.DISTINCT])
 @pytest.mark.parametrize("proportional", [0, 1])
 @pytest.mark.parametrize("tau", [-1.0, 0.3, 1.5])
 def test_every_option(
@@ -108,10 +109,15 @@ def test_every_option(
     granularity: int,
     importance: int,
     proportional: int,
+    selection: int,
     tau: float,
 ) -> None:
     attrs = attributes(
-        granularity=granularity, importance=importance, proportional=proportional, tau=tau
+        granularity=granularity,
+        importance=importance,
+        proportional=proportional,
+        selection=selection,
+        tau=tau,
     )
     case = random_case(1, attrs, batch=3, dtype=dtype)
     got = library.run_host(*case, **attrs)
@@ -145,6 +151,7 @@ def test_any_shape(library: KernelLibrary, data: st.DataObject) -> None:
         granularity=data.draw(st.sampled_from([0, 1]), "granularity"),
         importance=1 if prefix == 0 else data.draw(st.sampled_from([0, 1]), "importance"),
         proportional=data.draw(st.sampled_from([0, 1]), "proportional"),
+        selection=data.draw(st.sampled_from([0, 1]), "selection"),
     )
     case = random_case(
         data.draw(st.integers(0, 2**32 - 1), "seed"),
@@ -171,9 +178,10 @@ def test_any_shape(library: KernelLibrary, data: st.DataObject) -> None:
     keep=st.integers(1, 14),
     tau=st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]),
     granularity=st.sampled_from([0, 1]),
+    selection=st.sampled_from([0, 1]),
 )
 def test_ties_go_to_the_lower_index(
-    library: KernelLibrary, seed: int, keep: int, tau: float, granularity: int
+    library: KernelLibrary, seed: int, keep: int, tau: float, granularity: int, selection: int
 ) -> None:
     # tau is itself a possible similarity: "merged iff v >= tau" must include equality. The mean of
     # a sample is not exact in float32 unless it is far from tau, hence a tau of its own there.
@@ -184,15 +192,33 @@ def test_ties_go_to_the_lower_index(
         scale=0.5,
         tau=tau if granularity == oracle.TOKEN else tau - 0.0123,
         granularity=granularity,
+        selection=selection,
     )
     case = tied_case(seed, attrs, batch=2, tokens=15)
     assert_matches(library.run_host(*case, **attrs), case, attrs, exact=True)
 
 
+def test_distinct_keeps_an_unimportant_token_that_resembles_nothing(
+    library: KernelLibrary,
+) -> None:
+    # Token 12 points away from the class token's query and from the others, which are all alike.
+    attrs = attributes(num_heads=1, head_dim=2, num_keep=2, tau=-1.0)
+    x, qkv, size = random_case(2, attrs, tokens=13)
+    qkv[..., 2:4] = [1, 0]
+    qkv[:, 0, :2] = [1, 0]
+    qkv[:, 12, 2:4] = [-1, 0]
+    for selection, last in ((oracle.IMPORTANCE, 1), (oracle.DISTINCT, 2)):
+        got = library.run_host(x, qkv, np.ones_like(size), **attrs | {"selection": selection})
+        assert (got.destination[:, 12] == last).all()
+
+
+@pytest.mark.parametrize("selection", [oracle.IMPORTANCE, oracle.DISTINCT])
 @pytest.mark.parametrize("tau", [0.5, 1.5])
-def test_identical_tokens_keep_the_first(library: KernelLibrary, tau: float) -> None:
+def test_identical_tokens_keep_the_first(
+    library: KernelLibrary, tau: float, selection: int
+) -> None:
     # One entry of 1: similarities are exactly 1, importances exactly equal.
-    attrs = attributes(num_keep=4, tau=tau)
+    attrs = attributes(num_keep=4, tau=tau, selection=selection)
     x, qkv, size = random_case(2, attrs, tokens=12)
     qkv[:] = 0
     qkv[..., 16::8] = 1
@@ -271,13 +297,16 @@ def assert_same_bits(a: Outputs, b: Outputs, rows: slice) -> None:
         assert getattr(a, name).tobytes() == getattr(b, name)[rows].tobytes(), name
 
 
+@pytest.mark.parametrize("selection", [oracle.IMPORTANCE, oracle.DISTINCT])
 @pytest.mark.parametrize("importance", [oracle.CLASS_ROW, oracle.RECEIVED])
 @pytest.mark.parametrize("granularity", [oracle.TOKEN, oracle.SAMPLE])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_sample_is_the_same_alone_and_in_a_batch(
-    library: KernelLibrary, importance: int, granularity: int, dtype: Any
+    library: KernelLibrary, importance: int, granularity: int, selection: int, dtype: Any
 ) -> None:
-    attrs = attributes(importance=importance, granularity=granularity, num_keep=5)
+    attrs = attributes(
+        importance=importance, granularity=granularity, selection=selection, num_keep=5
+    )
     case = random_case(9, attrs, batch=33, tokens=9, dtype=dtype)
     together = library.run_host(*case, **attrs)
     assert assert_matches(together, case, attrs) >= 25
@@ -290,10 +319,11 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["x", "qkv", "one key", "size"])
 @pytest.mark.parametrize("granularity", [oracle.TOKEN, oracle.SAMPLE])
+@pytest.mark.parametrize("selection", [oracle.IMPORTANCE, oracle.DISTINCT])
 def test_bad_numbers_stay_in_their_sample(
-    library: KernelLibrary, bad: float, where: str, granularity: int
+    library: KernelLibrary, bad: float, where: str, granularity: int, selection: int
 ) -> None:
-    attrs = attributes(granularity=granularity, tau=-1.0)
+    attrs = attributes(granularity=granularity, selection=selection, tau=-1.0)
     clean = random_case(10, attrs, batch=3)
     dirty = tuple(array.copy() for array in clean)
     if where == "one key":
@@ -307,8 +337,11 @@ def test_bad_numbers_stay_in_their_sample(
     assert_legal(got, dirty[0], dirty[2], attrs)  # K members, legal places, whatever it holds
 
 
-def test_nan_importance_selects_the_first_and_prunes_the_rest(library: KernelLibrary) -> None:
-    attrs = attributes(tau=-1.0)
+@pytest.mark.parametrize("selection", [oracle.IMPORTANCE, oracle.DISTINCT])
+def test_nan_importance_selects_the_first_and_prunes_the_rest(
+    library: KernelLibrary, selection: int
+) -> None:
+    attrs = attributes(tau=-1.0, selection=selection)
     x, qkv, size = random_case(11, attrs)
     qkv[0] = np.nan
     got = library.run_host(x, qkv, size, **attrs)
@@ -337,6 +370,7 @@ def test_nan_importance_selects_the_first_and_prunes_the_rest(library: KernelLib
         ({"importance": -1}, "importance", "-1"),
         ({"num_prefix": 0}, "num_prefix", "0"),
         ({"proportional": 2}, "proportional", "2"),
+        ({"selection": 2}, "selection", "2"),
         ({"dtype": 7}, "dtype", "7"),
         ({"batch": 0}, "batch", "0"),
         ({"channels": 0}, "channels", "0"),
@@ -445,11 +479,20 @@ def run_driver(
 
 
 def sanitizer_case(
-    path: Path, *, dtype: Any = np.float32, importance: int = oracle.CLASS_ROW
+    path: Path,
+    *,
+    dtype: Any = np.float32,
+    importance: int = oracle.CLASS_ROW,
+    selection: int = oracle.DISTINCT,
 ) -> tuple[Case, dict[str, Any]]:
     # Sample granularity passes every barrier; 13 patches and 11 channels leave no even block.
     attrs = attributes(
-        num_keep=5, granularity=oracle.SAMPLE, importance=importance, tau=-1.0, head_dim=9
+        num_keep=5,
+        granularity=oracle.SAMPLE,
+        importance=importance,
+        selection=selection,
+        tau=-1.0,
+        head_dim=9,
     )
     case = random_case(12, attrs, batch=2, tokens=14, channels=11, parts=2, dtype=dtype)
     write_case(path, *case, **attrs)
@@ -458,12 +501,20 @@ def sanitizer_case(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("importance", [oracle.CLASS_ROW, oracle.RECEIVED])
+@pytest.mark.parametrize("selection", [oracle.IMPORTANCE, oracle.DISTINCT])
 @pytest.mark.parametrize("sanitizer", ["thread_driver", "address_driver"])
 def test_sanitizers_report_nothing(
-    sanitizer: str, dtype: Any, importance: int, tmp_path: Path, request: pytest.FixtureRequest
+    sanitizer: str,
+    dtype: Any,
+    importance: int,
+    selection: int,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     driver = request.getfixturevalue(sanitizer)
-    case, attrs = sanitizer_case(tmp_path / "case", dtype=dtype, importance=importance)
+    case, attrs = sanitizer_case(
+        tmp_path / "case", dtype=dtype, importance=importance, selection=selection
+    )
     done = run_driver(driver, tmp_path / "case", tmp_path / "out")
     assert done.returncode == 0 and done.stderr == ""
     got = read_outputs(tmp_path / "out", case[0], attrs["num_prefix"] + attrs["num_keep"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -44,11 +46,16 @@ def run_body(x, qkv, size, attrs: TokenReduce):
 @pytest.mark.parametrize("granularity", ["token", "sample"])
 @pytest.mark.parametrize("importance", ["class", "received"])
 @pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("tau", [-1.0, 0.3, 2.0])
-def test_equals_the_oracle(granularity, importance, proportional, dtype, tau):
+def test_equals_the_oracle(granularity, importance, proportional, selection, dtype, tau):
     attrs = attributes(
-        granularity=granularity, importance=importance, proportional=proportional, tau=tau
+        granularity=granularity,
+        importance=importance,
+        proportional=proportional,
+        selection=selection,
+        tau=tau,
     )
     arrays = inputs(8, attrs=attrs, dtype=dtype)
     want = expected(*arrays, attrs)
@@ -66,8 +73,9 @@ def test_equals_the_oracle(granularity, importance, proportional, dtype, tau):
     ("prefix", "patches", "keep", "batch", "parts"),
     [(1, 1, 1, 1, 3), (2, 13, 1, 33, 2), (5, 16, 16, 2, 3), (1, 196, 138, 2, 3)],
 )
-def test_odd_sizes(prefix, patches, keep, batch, parts):
-    attrs = attributes(num_prefix=prefix, num_keep=keep)
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+def test_odd_sizes(prefix, patches, keep, batch, parts, selection):
+    attrs = attributes(num_prefix=prefix, num_keep=keep, selection=selection)
     arrays = inputs(batch, patches, attrs=attrs, parts=parts)
     want = expected(*arrays, attrs)
     clear = want.clear(1e-5)
@@ -86,8 +94,9 @@ def test_without_a_prefix():
     np.testing.assert_allclose(y[clear], want.y[clear], rtol=2e-5, atol=2e-5)
 
 
-def test_ties_and_broadcast_sizes_as_in_the_reference():
-    attrs = attributes(num_keep=4, tau=-1.0, scale=0.5)
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+def test_ties_and_broadcast_sizes_as_in_the_reference(selection):
+    attrs = attributes(num_keep=4, tau=-1.0, scale=0.5, selection=selection)
     x, qkv, size = inputs(3, 9, attrs=attrs)
     qkv[:], size[:] = 0.5, 1
     ours = run_body(x, qkv, size[:1], attrs)
@@ -97,8 +106,9 @@ def test_ties_and_broadcast_sizes_as_in_the_reference():
     assert ours[1][0].tolist() == [1, 6, 1, 1, 1]
 
 
-def test_nan_in_one_sample_leaves_the_others_alone():
-    attrs = attributes()
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+def test_nan_in_one_sample_leaves_the_others_alone(selection):
+    attrs = attributes(selection=selection)
     x, qkv, size = inputs(3, attrs=attrs)
     clean = run_body(x, qkv, size, attrs)
     x[1, 4], qkv[1, 5] = np.nan, np.nan
@@ -108,6 +118,7 @@ def test_nan_in_one_sample_leaves_the_others_alone():
 
 def test_attributes_survive_onnx():
     attrs = attributes(granularity="sample", importance="received", proportional=False, tau=0.5)
+    attrs = replace(attrs, selection="distinct")
     assert TokenReduce.from_onnx(attrs.to_onnx()) == attrs
 
 
@@ -118,6 +129,7 @@ def test_attributes_survive_onnx():
         ({"extra": 1}, "unknown attributes \\['extra'\\]"),
         ({"num_keep": 1.5}, "num_keep=1.5 should be of type int"),
         ({"granularity": 7}, "granularity=7 is not valid"),
+        ({"selection": 2}, "selection=2 is not valid"),
     ],
 )
 def test_wrong_attributes_are_named(change, message):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from jmp_deploy import schedule
-from jmp_deploy.errors import ModelError
+from jmp_deploy.errors import ModelError, ScheduleError
 from jmp_deploy.patch import JMPBlocks, _attend, model_shape, patch, unpatch
 from tests.tiny import tiny_vit
 
@@ -43,6 +45,11 @@ def test_families_run_and_cost_what_the_closed_form_says(name):
     assert counted_macs(model, size) == schedule.macs(shape, steps)
     tokens = model.forward_features(torch.zeros(2, 3, size, size)).shape[1]
     assert tokens == shape.num_prefix + steps.steps[-1][1]
+    unpatch(model)
+    steps = schedule.parse("spread", shape)
+    assert steps.last_prefix_only == ("gap" not in name)
+    patch(model, steps)
+    assert counted_macs(model, size) == schedule.macs(shape, steps)
 
 
 def test_deit_s_costs_what_the_paper_says():
@@ -50,6 +57,71 @@ def test_deit_s_costs_what_the_paper_says():
     assert counted_macs(model, 224) == pytest.approx(4.599e9, rel=2e-4)
     patch(model, schedule.paper(model_shape(model)))
     assert counted_macs(model, 224) == pytest.approx(2.998e9, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qk_norm": True},
+        {"init_values": 0.1},
+        {"reg_tokens": 4},
+        {"scale_attn_norm": True},
+        {"num_classes": 0},
+        {"mlp_layer": timm.layers.SwiGLUPacked},
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_the_last_block_leaves_out_is_never_read(options, fused):
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for prefix_only in (False, True):
+        model = tiny_vit(**options)
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = fused
+        steps = schedule.parse("1:12,3:7", model_shape(model))
+        assert steps.last_prefix_only
+        patch(model, replace(steps, last_prefix_only=prefix_only), tau=0.3)
+        outputs.append(model(x))
+        tokens = model.forward_features(x).shape[1]
+        assert tokens == model.num_prefix_tokens + (0 if prefix_only else 7)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert outputs[0].abs().max() > 0.1
+
+
+def test_the_last_block_can_do_less_even_where_nothing_is_reduced():
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = tiny_vit()
+    before = model(x)
+    patch(model, schedule.Schedule("none", (), last_prefix_only=True))
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", ""])
+def test_a_head_that_reads_patches_keeps_them(pool):
+    model = tiny_vit(global_pool=pool, **({} if pool else {"num_classes": 0}))
+    shape = model_shape(model)
+    steps = schedule.parse("1:12,3:7", shape)
+    assert not steps.last_prefix_only
+    with pytest.raises(ScheduleError, match="reads patch tokens"):
+        patch(model, replace(steps, last_prefix_only=True))
+    assert patch(model, steps).forward_features(torch.zeros(1, 3, 32, 32)).shape[1] == 1 + 7
+
+
+def test_a_reduction_in_the_last_block_still_happens():
+    model = tiny_vit()
+    steps = schedule.parse("1:12,5:7", model_shape(model))
+    assert not steps.last_prefix_only
+    patch(model, steps)
+    assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape[1] == 1 + 7
+
+
+def test_a_schedule_says_how_tokens_are_selected():
+    for spec, selection in (("paper", "importance"), ("1:12,3:7", "distinct")):
+        model = tiny_vit()
+        patch(model, schedule.parse(spec, model_shape(model)))
+        assert {a.selection for a in model.blocks.reductions.values()} == {selection}
 
 
 @pytest.mark.parametrize(

@@ -457,6 +457,7 @@ GOOD: list[list[Any]] = [
     ["granularity", "i", 0],
     ["importance", "i", 0],
     ["proportional", "i", 1],
+    ["selection", "i", 1],
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,7 @@ def test_equals_the_oracle_wherever_no_decision_is_a_near_tie(data):
         granularity=draw(st.sampled_from(["token", "sample"]), "granularity"),
         importance=importance,
         proportional=draw(st.booleans(), "proportional"),
+        selection=draw(st.sampled_from(["importance", "distinct"]), "selection"),
     )
     arrays = inputs(
         draw(st.integers(1, 4), "batch"),
@@ -60,9 +63,34 @@ def test_float64_reference_has_float64_accuracy():
     np.testing.assert_allclose(y, expected(*arrays, attrs).y, rtol=1e-12, atol=1e-12)
 
 
+def test_distinct_keeps_an_unimportant_token_that_resembles_nothing():
+    attrs = attributes(num_keep=2, num_heads=1, head_dim=2, tau=-1.0)
+    _, qkv, size = inputs(2, attrs=attrs)
+    qkv[:, :, 2:4] = [1, 0]  # all keys alike,
+    qkv[:, 0, :2] = [1, 0]
+    qkv[:, 11, 2:4] = [-1, 0]  # but for one that the class token looks away from
+    size[:] = 1
+    for selection, kept in (("importance", [0, 1]), ("distinct", [0, 10])):
+        chosen = replace(attrs, selection=selection)
+        plan = make_plan(torch.from_numpy(qkv), torch.from_numpy(size), chosen)
+        assert plan.kept.tolist() == [kept] * 2
+        assert (plan.target == 0).all()
+
+
+def test_distinct_lets_the_less_important_of_two_alike_go():
+    attrs = attributes(num_keep=2, num_heads=1, head_dim=2, selection="distinct")
+    _, qkv, size = inputs(1, 3, attrs=attrs)
+    qkv[:, 0, :2] = [1, 0]
+    qkv[0, 1:, 2:4] = [[1, 0], [0, 3], [5, 0]]  # the first and third point the same way
+    size[:] = 1
+    plan = make_plan(torch.from_numpy(qkv), torch.from_numpy(size), attrs)
+    assert plan.kept.tolist() == [[1, 2]] and plan.target.tolist() == [[1]]
+
+
 @pytest.mark.parametrize("importance", ["class", "received"])
-def test_ties_in_importance_keep_the_lower_index(importance):
-    attrs = attributes(num_keep=4, importance=importance, scale=0.5)
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+def test_ties_in_importance_keep_the_lower_index(importance, selection):
+    attrs = attributes(num_keep=4, importance=importance, scale=0.5, selection=selection)
     _, qkv, size = inputs(2, 9, attrs=attrs)
     qkv[:] = 0.5  # all logits equal and exact
     size[:] = 1
@@ -148,8 +176,9 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(dtype):
 
 
 @pytest.mark.parametrize("where", ["x", "qkv"])
-def test_nan_in_one_sample_leaves_the_others_alone(where):
-    attrs = attributes()
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+def test_nan_in_one_sample_leaves_the_others_alone(where, selection):
+    attrs = attributes(selection=selection)
     x, qkv, size = inputs(3, attrs=attrs)
     clean = reduce(x, qkv, size, attrs)
     (x if where == "x" else qkv)[1, 4] = np.nan
@@ -204,6 +233,7 @@ def test_too_few_tokens_are_refused():
         ("tau", float("nan")),
         ("granularity", "image"),
         ("importance", "entropy"),
+        ("selection", "random"),
     ],
 )
 def test_bad_attributes_are_named(name, value):

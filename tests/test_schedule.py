@@ -42,6 +42,51 @@ def test_spread_costs_no_more_than_paper_in_equal_steps():
     assert 0.97 * paper < cost <= paper
 
 
+SAVING = ModelShape(
+    **{**vars(DEIT_S), "qkv_weights": 384 * 384 * 3, "head_reads_prefix_only": True}
+)
+
+
+@pytest.mark.parametrize("shape", [DEIT_S, SAVING])
+@pytest.mark.parametrize("percent", ["75", "62.5", "50", "40%"])
+def test_spread_meets_a_budget_closely(shape, percent):
+    found = schedule.parse(f"spread:{percent}", shape)
+    assert {block for block, _ in found.steps} <= set(range(2, 11))
+    share = schedule.macs(shape, found) / schedule.macs(shape)
+    wanted = float(percent.strip("%")) / 100
+    assert wanted - 0.02 < share <= wanted
+
+
+def test_spread_leaves_the_last_blocks_something_to_work_with():
+    steps = [196, *(keep for _, keep in schedule.parse("spread:75", DEIT_S).steps)]
+    gaps = [a - b for a, b in pairwise(steps)]
+    assert max(gaps) - min(gaps) <= 1  # even
+    steps = [196, *(keep for _, keep in schedule.parse("spread:45", DEIT_S).steps)]
+    rates = [b / a for a, b in pairwise(steps)]
+    assert max(rates) - min(rates) < 0.03  # the same share in every block
+
+
+def test_a_share_that_cannot_be_met_is_refused():
+    with pytest.raises(ScheduleError, match="comes down to 10%"):
+        schedule.parse("spread:10", DEIT_S)
+
+
+def test_the_last_block_buys_tokens_for_the_others():
+    plain, saving = (schedule.for_share(shape, 0.6) for shape in (DEIT_S, SAVING))
+    assert all(b > a for (_, a), (_, b) in zip(plain.steps, saving.steps, strict=True))
+    assert saving.last_prefix_only and not plain.last_prefix_only
+
+
+def test_paper_costs_what_was_published_whatever_the_head_reads():
+    steps = schedule.parse("paper", SAVING)
+    assert not steps.last_prefix_only and steps.selection == "importance"
+    assert schedule.macs(SAVING, steps) == pytest.approx(2.998e9, rel=2e-4)
+    # as an artifact's manifest gives it back
+    assert schedule.resolve("paper", steps.steps, SAVING) == steps
+    same = schedule.parse("3:138,6:97,9:68", SAVING)
+    assert schedule.macs(SAVING, same) < 0.98 * schedule.macs(SAVING, steps)
+
+
 @pytest.mark.parametrize(
     ("spec", "steps"),
     [

@@ -28,6 +28,7 @@ def attributes(**changes: Any) -> dict[str, Any]:
         "granularity": oracle.TOKEN,
         "importance": oracle.CLASS_ROW,
         "proportional": 1,
+        "selection": oracle.IMPORTANCE,
     }
     return values | changes
 

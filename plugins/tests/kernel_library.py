@@ -30,6 +30,7 @@ class Params(ctypes.Structure):
         ("granularity", ctypes.c_int32),
         ("importance", ctypes.c_int32),
         ("proportional", ctypes.c_int32),
+        ("selection", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("batch", ctypes.c_int32),
         ("tokens", ctypes.c_int32),

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks/accuracy.py`: data, methods, features, measures, report."""
