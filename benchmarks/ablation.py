@@ -29,6 +29,13 @@ VARIANTS: dict[str, tuple[float, Any, dict[str, Any], bool]] = {
     "bipartite (ToMe)": (0.62, "even", {"select": "bipartite"}, True),
     "distinct": (0.62, "even", DISTINCT, True),
     "distinct, by importance x distance": (0.62, "even", {"select": "order_cost"}, True),
+    "distinct, metric x, 62 %": (0.62, "even", {**DISTINCT, "metric": "x"}, True),
+    "distinct, by importance x distance, metric x": (
+        0.62,
+        "even",
+        {"select": "order_cost", "metric": "x"},
+        True,
+    ),
     "importance, metric x": (0.62, "even", {"metric": "x"}, True),
     "importance, metric all keys": (0.62, "even", {"metric": "keys"}, True),
     # at which blocks

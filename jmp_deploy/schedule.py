@@ -202,8 +202,8 @@ def for_share(
     Args:
         share: of `macs(shape)`, in (0, 1].
         form: "even" (equal steps), "rate" (the same share of the tokens stays in each block) or
-            "auto": even as long as a fifth of the patches is left at the end, else rate. Measured
-            (docs/method.md): even is better at 62 %; below, it starves the last blocks.
+            "auto": even as long as a fifth of the patches is left at the end, else rate: even
+            steps would starve the last blocks (docs/method.md).
 
     Raises:
         ScheduleError: no such schedule is that cheap.

@@ -209,7 +209,11 @@ def own_schedule(shape: ModelShape, method: Method, share: float) -> Schedule | 
 
 @contextmanager
 def _without_stem(blocks: nn.Module, active: bool) -> Iterator[None]:
-    """Leaves out the first blocks: their result goes in instead of the embedding."""
+    """Leaves out the first blocks: their result goes in instead of the embedding.
+
+    Each block gets an Identity of its own: `children()` lists a module once, so a shared one would
+    move every later block, and with it every reduction, forward by one.
+    """
     taken = [blocks._modules[str(index)] for index in range(STEM)] if active else []
     for index in range(len(taken)):
         blocks._modules[str(index)] = nn.Identity()
