@@ -67,7 +67,8 @@ class JMPBlocks(nn.Module):
         """[B, N, C] -> [B, P + K_last, C], or [B, P, C] with `last_prefix_only`."""
         size = x.new_ones(1, x.shape[1])
         mask: Tensor | None = None
-        for index, block in enumerate(self.children()):
+        # Not children(): those list a module that stands in two places once.
+        for index, block in enumerate(self._modules.values()):
             attributes = self.reductions.get(index)
             if self.last_prefix_only and index == len(self) - 1:
                 prefix = self.last_prefix_only
@@ -92,7 +93,7 @@ class JMPBlocks(nn.Module):
     def __getitem__(self, index: int | slice) -> nn.Module:
         if isinstance(index, slice):
             raise self._refusal()
-        return list(self.children())[index]
+        return list(self._modules.values())[index]
 
     def __len__(self) -> int:
         return len(self._modules)

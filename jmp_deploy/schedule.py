@@ -22,11 +22,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import ScheduleError
+from .node import SELECTIONS
 
 NAMES = ("paper", "spread")
 DEFAULT = "spread"
@@ -75,17 +76,29 @@ class Schedule:
         name: for messages.
         steps: (block, patch tokens kept) in block order.
         last_prefix_only: the last block computes its attention output, projection and MLP for the
-            prefix tokens alone. Nothing that the head reads changes. `resolve` sets it wherever
-            the head reads prefix tokens only and the last block reduces nothing; the schedule
-            `paper` leaves it off, to cost what was published.
-        selection: how the K critical tokens are chosen (see `node.TokenReduce`): "distinct", or
-            for the schedule `paper` "importance", as in the methods that it was published beside.
+            prefix tokens alone. Nothing that the head reads changes.
+        selection: how the K critical tokens are chosen (see `node.TokenReduce`).
+
+    What is written out (`paper`, lists, rates, constants) is the method's first form and nothing
+    else, so that it costs what the literature says; `improved` turns on what was measured to be
+    better, and the schedules that we choose ourselves (`spread`, `tune`) have it.
     """
 
     name: str
     steps: tuple[tuple[int, int], ...]
     last_prefix_only: bool = False
-    selection: str = "distinct"
+    selection: str = "importance"
+
+
+def improved(schedule: Schedule, shape: ModelShape) -> Schedule:
+    """The same steps with all that docs/method.md found to pay.
+
+    Selection by `distinct`, and, where the head reads prefix tokens only and the last block
+    reduces nothing, a last block that computes no others.
+    """
+    reduces_last = any(block == shape.depth - 1 for block, _ in schedule.steps)
+    saves = shape.head_reads_prefix_only and not reduces_last
+    return replace(schedule, selection="distinct", last_prefix_only=saves)
 
 
 def parse(spec: str, shape: ModelShape) -> Schedule:
@@ -116,7 +129,8 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
 
 
 def load(path: Path, shape: ModelShape) -> Schedule:
-    """Reads a schedule file: {"steps": [[block, keep], ...], "model": optional timm name}.
+    """Reads a schedule file: {"steps": [[block, keep], ...]} and, if wanted, "model" (timm name),
+    "selection" and "last_prefix_only" (see `Schedule`), "tau" (see `read_tau`).
 
     Raises:
         ScheduleError: the file is missing or malformed, or was made for another model.
@@ -126,6 +140,12 @@ def load(path: Path, shape: ModelShape) -> Schedule:
         data = json.loads(path.read_text(encoding="utf-8"))
         steps = [(block, keep) for block, keep in data["steps"]]
         model = data.get("model", shape.name)
+        selection = data.get("selection", "importance")
+        last = data.get("last_prefix_only", False)
+        if selection not in SELECTIONS or not isinstance(last, bool):
+            raise ValueError(
+                f"selection is one of {', '.join(SELECTIONS)}, last_prefix_only true or false"
+            )
         if not all(isinstance(n, int) and not isinstance(n, bool) for step in steps for n in step):
             raise ValueError("steps must be pairs of whole numbers")
     except OSError as error:
@@ -139,7 +159,10 @@ def load(path: Path, shape: ModelShape) -> Schedule:
             f"{path} is a schedule for {model}, the model is {shape.name}",
             "make one for this model, or remove the key 'model' to use it all the same",
         )
-    return resolve(path.stem, steps, shape)
+    found = resolve(path.stem, steps, shape)
+    found = replace(found, selection=selection, last_prefix_only=last)
+    check_last_prefix_only(found, shape)
+    return found
 
 
 def from_manifest(jmp: dict[str, Any]) -> Schedule:
@@ -185,7 +208,7 @@ def spread(shape: ModelShape) -> Schedule:
     for count in range(1, shape.num_patches):
         if count * len(blocks) >= shape.num_patches:
             break
-        schedule = constant(count, blocks, shape, name="spread")
+        schedule = improved(constant(count, blocks, shape, name="spread"), shape)
         if macs(shape, schedule) <= budget:
             return schedule
     raise ScheduleError(
@@ -228,7 +251,7 @@ def for_share(
             else:
                 left = shape.num_patches * (final / shape.num_patches) ** part
             steps.append((block, round(left)))
-        schedule = resolve(f"{form} {share:.0%}", steps, shape)
+        schedule = improved(resolve(f"{form} {share:.0%}", steps, shape), shape)
         if macs(shape, schedule) <= budget:
             return schedule
     raise ScheduleError(
@@ -258,9 +281,6 @@ def constant(
 def resolve(name: str, steps: Sequence[tuple[int, int]], shape: ModelShape) -> Schedule:
     """Checks explicit steps against a model; steps that keep every token are dropped.
 
-    The name `paper` is reserved: it stands for the published form of the method, with selection by
-    importance alone and a last block that computes every token.
-
     Raises:
         ScheduleError: a block out of range or named twice, K < 1, K > M, or K that grows.
     """
@@ -285,10 +305,7 @@ def resolve(name: str, steps: Sequence[tuple[int, int]], shape: ModelShape) -> S
         if keep < left:
             kept.append((block, keep))
         left = keep
-    if name == "paper":
-        return Schedule(name, tuple(kept), last_prefix_only=False, selection="importance")
-    saves = shape.head_reads_prefix_only and all(block != shape.depth - 1 for block, _ in kept)
-    return Schedule(name, tuple(kept), last_prefix_only=saves, selection="distinct")
+    return Schedule(name, tuple(kept))
 
 
 def check_last_prefix_only(schedule: Schedule, shape: ModelShape) -> None:

@@ -25,7 +25,7 @@ from . import __version__, latency_table, schedule, tune_search
 from .errors import ScheduleError, WeightsError
 from .files import write_json
 from .images import find_images, load_batch
-from .tune_measure import Evaluator, Meter, OnProgress, State, macs_of, pairs
+from .tune_measure import Evaluator, Meter, OnProgress, State, candidate, macs_of, pairs
 from .tune_search import Keeps
 
 if TYPE_CHECKING:
@@ -116,10 +116,13 @@ def tune(
     found = tune_search.search(
         problem, meter.measure, tau=options.tau, exhausted=lambda: meter.spent >= options.passes
     )
+    best = candidate(pairs(found.keeps, shape.num_patches), shape)
     result: dict[str, Any] = {
         "model": shape.name,
         "steps": pairs(found.keeps, shape.num_patches),
         "tau": found.tau,
+        "selection": best.selection,
+        "last_prefix_only": best.last_prefix_only,
         "image_size": loaded.preprocess.height,
         "objective": OBJECTIVE,
         "distance": found.distance,
@@ -225,12 +228,6 @@ def _check_options(options: TuneOptions) -> None:
         )
     if not 0 < given[0] < float("inf"):
         raise ScheduleError(f"a budget of {given[0]:g} is not valid", "it must be above 0")
-    if options.out.stem == "paper":
-        raise ScheduleError(
-            f"{options.out}: a schedule of the name 'paper' is built in the published form, which "
-            "is not what is tuned",
-            "choose another name with -o",
-        )
     if options.latency_ms is not None and options.table is None:
         raise ScheduleError(
             "--latency-ms needs a table of the device", "add --on table.json (bench --table)"

@@ -79,7 +79,7 @@ class Evaluator:
         steps = pairs(keeps, shape.num_patches)
         first = min([block for block, _ in steps] + [len(self.inputs) - 1])
         first = min(first, len(self.inputs) - 1)
-        patch(self.model, schedule.resolve("candidate", steps, shape), tau=tau)
+        patch(self.model, candidate(steps, shape), tau=tau)
         try:
             # What is dense comes from memory; the originals are safe in what unpatch puts back.
             for index in range(first):
@@ -176,7 +176,12 @@ class Meter:
 def macs_of(keeps: Keeps, shape: schedule.ModelShape) -> int:
     """MACs per image of a candidate."""
     steps = pairs(keeps, shape.num_patches)
-    return schedule.macs(shape, schedule.resolve("candidate", steps, shape))
+    return schedule.macs(shape, candidate(steps, shape))
+
+
+def candidate(steps: Sequence[tuple[int, int]], shape: schedule.ModelShape) -> schedule.Schedule:
+    """Steps under search, with all that is measured to pay."""
+    return schedule.improved(schedule.resolve("candidate", steps, shape), shape)
 
 
 def pairs(keeps: Sequence[int], patches: int) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from jmp_deploy.images import Preprocess
 from jmp_deploy.models import LoadedModel
 from jmp_deploy.patch import model_shape
 from jmp_deploy.reduction import make_plan, token_reduce
-from jmp_deploy.schedule import macs, parse
+from jmp_deploy.schedule import improved, macs, parse
 from tests.tiny import attributes, inputs, tiny_vit
 
 
@@ -169,7 +169,7 @@ def test_features_are_the_models_and_survive_in_the_cache(loaded, noise, tmp_pat
 
 def test_the_cost_of_jmp_is_the_closed_form(loaded):
     shape = model_shape(loaded.model)
-    steps = parse("2:9,4:5", shape)
+    steps = improved(parse("2:9,4:5", shape), shape)
     with features.reduced(loaded, steps, METHODS["jmp"]):
         assert features.counted_macs(loaded.model) == macs(shape, steps)
     assert features.counted_macs(loaded.model) == macs(shape)

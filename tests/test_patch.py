@@ -80,7 +80,8 @@ def test_what_the_last_block_leaves_out_is_never_read(options, fused):
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused
-        steps = schedule.parse("1:12,3:7", model_shape(model))
+        shape = model_shape(model)
+        steps = schedule.improved(schedule.parse("1:12,3:7", shape), shape)
         assert steps.last_prefix_only
         patch(model, replace(steps, last_prefix_only=prefix_only), tau=0.3)
         outputs.append(model(x))
@@ -102,7 +103,7 @@ def test_the_last_block_can_do_less_even_where_nothing_is_reduced():
 def test_a_head_that_reads_patches_keeps_them(pool):
     model = tiny_vit(global_pool=pool, **({} if pool else {"num_classes": 0}))
     shape = model_shape(model)
-    steps = schedule.parse("1:12,3:7", shape)
+    steps = schedule.improved(schedule.parse("1:12,3:7", shape), shape)
     assert not steps.last_prefix_only
     with pytest.raises(ScheduleError, match="reads patch tokens"):
         patch(model, replace(steps, last_prefix_only=True))
@@ -111,14 +112,16 @@ def test_a_head_that_reads_patches_keeps_them(pool):
 
 def test_a_reduction_in_the_last_block_still_happens():
     model = tiny_vit()
-    steps = schedule.parse("1:12,5:7", model_shape(model))
+    shape = model_shape(model)
+    steps = schedule.improved(schedule.parse("1:12,5:7", shape), shape)
     assert not steps.last_prefix_only
     patch(model, steps)
     assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape[1] == 1 + 7
 
 
 def test_a_schedule_says_how_tokens_are_selected():
-    for spec, selection in (("paper", "importance"), ("1:12,3:7", "distinct")):
+    cases = (("paper", "importance"), ("1:12,3:7", "importance"), ("spread:60", "distinct"))
+    for spec, selection in cases:
         model = tiny_vit()
         patch(model, schedule.parse(spec, model_shape(model)))
         assert {a.selection for a in model.blocks.reductions.values()} == {selection}

@@ -81,10 +81,44 @@ def test_paper_costs_what_was_published_whatever_the_head_reads():
     steps = schedule.parse("paper", SAVING)
     assert not steps.last_prefix_only and steps.selection == "importance"
     assert schedule.macs(SAVING, steps) == pytest.approx(2.998e9, rel=2e-4)
-    # as an artifact's manifest gives it back
-    assert schedule.resolve("paper", steps.steps, SAVING) == steps
-    same = schedule.parse("3:138,6:97,9:68", SAVING)
-    assert schedule.macs(SAVING, same) < 0.98 * schedule.macs(SAVING, steps)
+    for spelling in ("3:138,6:97,9:68", "keep rate"):
+        if spelling == "keep rate":
+            same = schedule.keep_rate(0.7, [3, 6, 9], SAVING)
+        else:
+            same = schedule.parse(spelling, SAVING)
+        assert schedule.macs(SAVING, same) == schedule.macs(SAVING, steps)
+    better = schedule.improved(steps, SAVING)
+    assert better.steps == steps.steps and better.selection == "distinct"
+    assert schedule.macs(SAVING, better) < 0.98 * schedule.macs(SAVING, steps)
+
+
+def test_an_artifact_gives_its_schedule_back():
+    for spec in ("paper", "spread", "spread:50", "3:138"):
+        steps = schedule.parse(spec, SAVING)
+        jmp = {
+            "schedule_name": steps.name,
+            "schedule": [list(step) for step in steps.steps],
+            "selection": steps.selection,
+            "last_prefix_only": steps.last_prefix_only,
+        }
+        assert schedule.from_manifest(jmp) == steps
+
+
+def test_a_schedule_file_says_how(tmp_path):
+    path = tmp_path / "s.json"
+    extra = {"selection": "distinct", "last_prefix_only": True, "tau": 0.8}
+    path.write_text(json.dumps({"steps": [[3, 100]], **extra}))
+    steps = schedule.load(path, SAVING)
+    assert steps.selection == "distinct" and steps.last_prefix_only
+    assert schedule.read_tau(str(path)) == 0.8 and schedule.read_tau("spread") is None
+    with pytest.raises(ScheduleError, match="reads patch tokens"):
+        schedule.load(path, DEIT_S)
+    path.write_text(json.dumps({"steps": [[3, 100]], "selection": "best"}))
+    with pytest.raises(ScheduleError, match="selection is one of"):
+        schedule.load(path, SAVING)
+    path.write_text(json.dumps({"steps": [[3, 100]], "tau": "high"}))
+    with pytest.raises(ScheduleError, match="tau 'high' is not a number"):
+        schedule.read_tau(str(path))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from jmp_deploy.models import LoadedModel
 from jmp_deploy.node import TokenReduce
 from jmp_deploy.patch import patch, unpatch
 from jmp_deploy.reduction import apply_plan, make_plan
-from jmp_deploy.schedule import ModelShape, Schedule, macs, resolve
+from jmp_deploy.schedule import ModelShape, Schedule, improved, macs, resolve
 
 from .data import Samples, batch
 from .methods import Method
@@ -201,7 +201,7 @@ def own_schedule(shape: ModelShape, method: Method, share: float) -> Schedule | 
             else:
                 left *= permille / 1000
             steps.append((block, max(1, round(left))))
-        schedule = resolve(f"own {share:.0%}", steps, shape)
+        schedule = improved(resolve(f"own {share:.0%}", steps, shape), shape)
         if macs(shape, schedule) <= budget:
             return schedule
     return None

@@ -139,6 +139,7 @@ def check(library: KernelLibrary, case: Case, attrs: dict[str, Any]) -> int:
 @pytest.mark.parametrize("granularity", [oracle.TOKEN, oracle.SAMPLE])
 @pytest.mark.parametrize("importance", [oracle.CLASS_ROW, oracle.RECEIVED])
 @pytest.mark.parametrize("proportional", [0, 1])
+@pytest.mark.parametrize("selection", [oracle.IMPORTANCE, oracle.DISTINCT])
 @pytest.mark.parametrize("tau", [-1.0, 0.3, 1.5])
 @pytest.mark.parametrize("parts", [2, 3])
 def test_every_option(
@@ -147,10 +148,12 @@ def test_every_option(
     granularity: int,
     importance: int,
     proportional: int,
+    selection: int,
     tau: float,
     parts: int,
 ) -> None:
     attrs = attributes(
+        selection=selection,
         granularity=granularity,
         importance=importance,
         proportional=proportional,
