@@ -160,12 +160,12 @@ def measure(
         a=a,
         b=b,
         output=output,
-        cosine=float(cosine.min()),
+        cosine=float(np.min(cosine)),
         cosine_mean=float(cosine.mean()),
         max_abs=max_abs,
         max_rel=max_abs / max(float(np.abs(x).max()), tiny),
         top1_agreement=top1,
-        ok=bool(cosine.min() >= TOLERANCES[precision]),
+        ok=bool(np.min(cosine) >= TOLERANCES[precision]),
     )
 
 

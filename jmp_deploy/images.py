@@ -180,7 +180,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         # convert("RGB") would clip 16-bit values at 255
         values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if image.mode != "F" or values.max(initial=0) > 1 else 1.0
+        top = 65535.0 if image.mode != "F" or np.max(values, initial=0.0) > 1 else 1.0
         grey = np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     return image.convert("RGB")

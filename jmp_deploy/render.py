@@ -256,9 +256,12 @@ def _gmacs(macs: dict[str, int]) -> str:
 
 
 def _decision(jmp: dict[str, Any]) -> str:
+    kept = {"importance": "most important", "distinct": "most distinct"}[jmp["selection"]]
+    others = f"merge where similarity >= {jmp['tau']:g}, else prune, per {jmp['granularity']}"
     if jmp["strategy"] != "jmp":
-        return f"{jmp['strategy']} only"
-    return f"merge where similarity >= {jmp['tau']:g}, else prune, per {jmp['granularity']}"
+        others = f"{jmp['strategy']} only"
+    last = "; the last block computes only what the head reads" if jmp["last_prefix_only"] else ""
+    return f"keep the {kept} tokens, of the others {others}{last}"
 
 
 def _number(value: float | None) -> str:
