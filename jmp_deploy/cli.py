@@ -16,7 +16,7 @@ from typing import Any
 
 from . import cli_accuracy, interrupt, output
 from .arguments import make_parser
-from .errors import JmpDeployError
+from .errors import JmpDeployError, install_command
 
 EXTRAS = {
     "torch": "export",
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         name = (error.name or "").split(".")[0]
         extra = EXTRAS.get(name)
-        hint = f'pip install "jmp-deploy[{extra}]"' if extra else f"pip install {name}"
+        hint = install_command(extra) if extra else f"pip install {name}"
         return output.fail(f"this command needs {name}, which is not installed", hint, 2)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .device import gpus
-from .errors import EngineError
+from .errors import EngineError, install_command
 from .files import atomic_path
 
 FLAVOURS = ("tensorrt", "rtx")
@@ -188,13 +188,13 @@ def installed(flavour: str) -> bool:
 def _obstacle(flavour: str) -> tuple[str, str] | None:
     """Why a flavour cannot build here, and what to do; None if it can."""
     if not installed(flavour):
-        return f"{MODULES[flavour]} is not installed", f'pip install "jmp-deploy[{flavour}]"'
+        return f"{MODULES[flavour]} is not installed", install_command(flavour)
     if find_spec("polygraphy") is None:
-        return "polygraphy is not installed", f'pip install "jmp-deploy[{flavour}]"'
+        return "polygraphy is not installed", install_command(flavour)
     if flavour == "tensorrt" and not gpus():
         return (
             "no GPU is here to build on",
-            'use --engine rtx (pip install "jmp-deploy[rtx]"), or build on the device',
+            f"use --engine rtx ({install_command('rtx')}), or build on the device",
         )
     return None
 
@@ -300,14 +300,12 @@ def _unversioned_library() -> Path:
 
     spec = find_spec("tensorrt_rtx_libs")
     if spec is None or not spec.submodule_search_locations:
-        raise EngineError(
-            "the libraries of TensorRT-RTX are not installed", 'pip install "jmp-deploy[rtx]"'
-        )
+        raise EngineError("the libraries of TensorRT-RTX are not installed", install_command("rtx"))
     found = sorted(Path(next(iter(spec.submodule_search_locations))).glob("libtensorrt_rtx.so.*"))
     if not found:
         raise EngineError(
             "tensorrt_rtx_libs holds no libtensorrt_rtx.so.*",
-            'pip install --force-reinstall "jmp-deploy[rtx]"',
+            f"{install_command('rtx')} --force-reinstall",
         )
     folder = cache_dir() / "tensorrt_rtx"
     link = folder / "libtensorrt_rtx.so"

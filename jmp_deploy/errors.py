@@ -7,6 +7,9 @@ a traceback. Raise where the facts are known: what was expected, what was found,
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 
 class JmpDeployError(Exception):
     """Base of all errors meant for the user.
@@ -60,7 +63,10 @@ class MissingPackageError(JmpDeployError):
     """An optional package that this command needs is not installed."""
 
 
-class CheckFailed(JmpDeployError):
-    """A comparison outside its tolerances. The artifact is kept."""
-
-    exit_code = 1
+def install_command(extra: str) -> str:
+    """The pip command for an extra: from the checkout where this runs from one."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / "pyproject.toml").is_file():
+        target = f".[{extra}]" if root == Path.cwd() else f"{root}[{extra}]"
+        return f"python -m pip install -e {shlex.quote(target)}"
+    return f"python -m pip install 'jmp-deploy[{extra}]'"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from .device import gpus
-from .errors import JmpDeployError
+from .errors import JmpDeployError, install_command
 
 Status = Literal["ok", "warn", "missing"]
 
@@ -100,15 +100,6 @@ def _read(path: str) -> str:
         return Path(path).read_text(errors="replace").strip("\0\n ")
     except OSError:
         return ""
-
-
-def _install(extra: str) -> str:
-    """The pip command for an extra: from the checkout where this runs from one."""
-    root = Path(__file__).resolve().parents[1]
-    if (root / "pyproject.toml").is_file():
-        target = f".[{extra}]" if root == Path.cwd() else f"{root}[{extra}]"
-        return f"python -m pip install -e {shlex.quote(target)}"
-    return f"python -m pip install 'jmp-deploy[{extra}]'"
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -199,7 +190,7 @@ def _packages() -> Iterator[Check]:
         version = _installed(package)
         if version is None:
             note = f"not installed (optional: {package.optional})" if package.optional else ""
-            fix = None if package.optional else _install(package.extra)
+            fix = None if package.optional else install_command(package.extra)
             found = note or "not installed"
             yield Check("packages", package.name, "missing", found, fix)
             continue
@@ -275,7 +266,7 @@ def _tensorrt() -> Iterator[Check]:
 
 def _tensorrt_flavour(name: str, module: str) -> Check:
     area, rtx = "TensorRT", module == "tensorrt_rtx"
-    fix: str | None = _install("rtx" if rtx else "tensorrt")
+    fix: str | None = install_command("rtx" if rtx else "tensorrt")
     if not _importable(module):
         found = "not installed"
         if rtx and platform.machine() != "x86_64":
@@ -336,7 +327,7 @@ def _toolchain() -> Iterator[Check]:
     try:
         found = find_toolchain()
     except JmpDeployError as error:
-        fix = _install("rtx")
+        fix = install_command("rtx")
         if _jetson():
             fix = "sudo apt-get install cuda-toolkit libnvinfer-headers-dev"
         yield Check("plugin", "plugin toolchain", "missing", error.message, fix)
@@ -379,7 +370,9 @@ def _hub() -> Iterator[Check]:
         yield Check(area, name, "warn", "not asked: HF_HUB_OFFLINE is set; its cache is used")
         return
     if not _importable("huggingface_hub"):
-        yield Check(area, name, "missing", "huggingface_hub is not installed", _install("export"))
+        yield Check(
+            area, name, "missing", "huggingface_hub is not installed", install_command("export")
+        )
         return
     from huggingface_hub import constants
 

@@ -13,7 +13,7 @@ import numpy as np
 from . import manifest
 from .device import gpus
 from .engine import MODULES, installed
-from .errors import EngineError, MissingPackageError
+from .errors import EngineError, MissingPackageError, install_command
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,7 +110,7 @@ def quiet_polygraphy() -> None:
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise MissingPackageError(
-            "polygraphy is not installed", 'pip install "jmp-deploy[runtime]"'
+            "polygraphy is not installed", install_command("runtime")
         ) from error
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
 
@@ -134,7 +134,7 @@ def _onnx_obstacle(folder: Path) -> str | None:
         return f"{manifest.PORTABLE} is missing"
     for package in ("onnxruntime", "polygraphy"):
         if find_spec(package) is None:
-            return f'{package} is not installed (pip install "jmp-deploy[runtime]")'
+            return f"{package} is not installed ({install_command('runtime')})"
     return None
 
 

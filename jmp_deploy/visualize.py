@@ -203,7 +203,7 @@ def _follow(plans: Sequence[Any], blocks: Sequence[int], sample: int, patches: i
         fate = np.where(alive, fate_of[token], GONE).astype(np.uint8)
         weight = np.where(alive, importance[token].astype(np.float64), np.nan)
         moves = zip(seats[rest[merged]], seats[kept[target[merged]]], strict=True)
-        token = np.where(alive, after[token], -1)
+        token = np.asarray(np.where(alive, after[token], -1))
         seats = seats[kept]
         stages.append(
             Stage(

@@ -293,7 +293,7 @@ def _scale(canvas: Image.Image, at: tuple[int, int], width: int, caption: Captio
     left, top = at
     draw.text((left, top + 2), "importance of each token:", INK, font(13))
     _fitted(draw, (left, top + 20), f"{caption.attention()}, square root", width, 13, INK)
-    bar = heat_colours(np.linspace(0, 1, width))[None].repeat(14, 0)
+    bar = heat_colours(np.linspace(0, 1, width, dtype=np.float64))[None].repeat(14, 0)
     canvas.paste(Image.fromarray(bar.astype(np.uint8)), (left, top + 44))
     draw.text((left, top + 62), "0", QUIET, font(12))
     words = "the stage's highest"

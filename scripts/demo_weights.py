@@ -333,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
-        print(f"error: {error}\n  mend it: pip install 'jmp-deploy[export]'", file=sys.stderr)
+        print(f"error: {error}\n  mend it: pip install -e '.[export]'", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: cannot write {options.output}: {error}", file=sys.stderr)

@@ -79,5 +79,5 @@ def test_build_names_the_missing_package(tmp_path):
     code = f"from jmp_deploy.cli import main; sys.exit(main({arguments!r}))"
     done = python(code, TOOLS)
     assert done.returncode == 2
-    assert "jmp-deploy[export]" in done.stderr and "Traceback" not in done.stderr
+    assert "[export]" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "a").exists()
