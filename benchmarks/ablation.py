@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from jmp_deploy import output
 from jmp_deploy.errors import JmpDeployError
 
 DISTINCT: dict[str, Any] = {"select": "order"}
@@ -91,10 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(options)
     except JmpDeployError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return error.exit_code
+        return output.fail(error.message, error.hint, error.exit_code)
     return 0
 
 

@@ -131,14 +131,7 @@ def _add_build(commands: Any) -> None:
     parser.add_argument(
         "--workspace", type=positive, metavar="MIB", help="limit of the builder's scratch memory"
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="photos for the check (those that scikit-image and scikit-learn ship)",
-    )
+    _add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights (0)")
 
 
@@ -180,14 +173,7 @@ def _add_compare(commands: Any) -> None:
         metavar="A,B,..",
         help="of torch, onnxruntime, engine; the first is the reference (all that run here)",
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="files or folders (the artifact's reference images)",
-    )
+    _add_images(parser, "files or folders (the artifact's reference images)")
     parser.add_argument(
         "--weights", metavar="PATH", help="if they are not where the build had them"
     )
@@ -240,6 +226,10 @@ def _add_plugin(commands: Any) -> None:
         help="GPU architectures (all that the compiler knows of 75, 80, 86, 87, 89, 90, 110, 120)",
     )
     parser.add_argument("--force", action="store_true", help="build even if it is there")
+
+
+def _add_images(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--images", type=Path, nargs="+", default=(), metavar="PATH", help=what)
 
 
 def _add_artifact(parser: argparse.ArgumentParser) -> None:

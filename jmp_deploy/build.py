@@ -23,13 +23,12 @@ from . import interrupt, manifest
 from .errors import ArtifactError, EngineError, ScheduleError
 from .files import atomic_path, make_writable_dir, sha256
 from .images import find_images, load_batch, preprocess, sample_photos
+from .schedule import DEFAULT as DEFAULT_SCHEDULE
 
 if TYPE_CHECKING:
     from .models import LoadedModel
     from .node import TokenReduce
 
-PRECISIONS = ("fp16", "fp32")
-STRATEGIES = ("jmp", "merge", "prune")
 REFERENCE_IMAGES = 4
 
 OnStage = Callable[[str], None]
@@ -63,7 +62,7 @@ class BuildOptions:
     out: Path
     weights: str = "auto"
     precision: str = "fp16"
-    schedule: str = "spread"
+    schedule: str = DEFAULT_SCHEDULE
     keep_rate: float | None = None
     blocks: tuple[int, ...] | None = None
     tau: float | None = None
@@ -109,11 +108,11 @@ def build(
     clock = _Clock(on_stage)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=options.out))
     try:
-        data = _portable(options, staging, clock)
+        data, reductions = _portable(options, staging, clock)
         # PyTorch's copy of the model is out of reach here; what it held goes back before a builder
         # on a device with little memory starts.
         gc.collect()
-        found = _deployable(options, staging, clock, data)
+        _deployable(staging, clock, reductions)
         data["engine"], data["no_engine"] = None, choice.reason
         if choice.flavour:
             spec = engines.EngineSpec(
@@ -123,7 +122,7 @@ def build(
                 workspace_mb=options.workspace_mb,
                 precision=options.precision,
             )
-            facts = _engine(options, staging, clock, choice.flavour, spec, found, on_progress)
+            facts = _engine(options, staging, clock, choice.flavour, spec, reductions, on_progress)
             data["engine"] = {"flavour": choice.flavour, "why": choice.reason, **facts}
             data["no_engine"] = None
         data["stages"] = clock.stages
@@ -140,8 +139,14 @@ def build(
 _LISTED = (manifest.PORTABLE, manifest.DEPLOYABLE, manifest.ENGINE, manifest.REFERENCE)
 
 
-def _portable(options: BuildOptions, staging: Path, clock: _Clock) -> dict[str, Any]:
-    """Model to checked portable ONNX and reference; returns the manifest's first part."""
+def _portable(
+    options: BuildOptions, staging: Path, clock: _Clock
+) -> tuple[dict[str, Any], list[TokenReduce]]:
+    """Model to checked portable ONNX and reference.
+
+    Returns:
+        The manifest's first part, and the reductions that the ONNX must have.
+    """
     from . import export, quantize
     from .models import load_model
 
@@ -163,7 +168,9 @@ def _portable(options: BuildOptions, staging: Path, clock: _Clock) -> dict[str, 
             fp32.unlink()
     with clock("check"):
         check = _check(options, loaded, portable, output)
-    return {
+    patched = loaded.model.blocks.reductions if jmp else {}
+    reductions = [patched[block].stored() for block in sorted(patched)]
+    data = {
         "tools": manifest.tool_versions(),
         "model": {
             "name": loaded.name,
@@ -181,6 +188,7 @@ def _portable(options: BuildOptions, staging: Path, clock: _Clock) -> dict[str, 
         "check": check,
         "rebuild": options.rebuild,
     }
+    return data, reductions
 
 
 def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
@@ -249,9 +257,7 @@ def _check(
         compare.torch_runner(loaded.model, output),
         runtime.onnxruntime_runner(portable),
     ]
-    pairs, times = compare.run_and_pair(runners, images, options.batch, options.precision)
-    with runners[0] as torch_again:
-        stored = torch_again.infer({runtime.INPUT: images[:REFERENCE_IMAGES]})[output]
+    pairs, times, outputs = compare.run_and_pair(runners, images, options.batch, options.precision)
     with (
         atomic_path(portable.parent / manifest.REFERENCE) as temporary,
         temporary.open("wb") as file,
@@ -259,7 +265,7 @@ def _check(
         np.savez_compressed(
             file,
             images=images[:REFERENCE_IMAGES],
-            output=stored,
+            output=outputs[output][:REFERENCE_IMAGES],
             names=np.array(names[:REFERENCE_IMAGES]),
         )
     return {
@@ -270,19 +276,13 @@ def _check(
     }
 
 
-def _deployable(
-    options: BuildOptions, staging: Path, clock: _Clock, data: dict[str, Any]
-) -> list[TokenReduce]:
+def _deployable(staging: Path, clock: _Clock, reductions: list[TokenReduce]) -> None:
     from .fuse import to_deployable
 
     with clock("fuse"):
-        found = to_deployable(staging / manifest.PORTABLE, staging / manifest.DEPLOYABLE)
-    expected = [keep for _, keep in data["jmp"]["schedule"]] if data["jmp"] else []
-    if [attributes.num_keep for attributes in found] != expected:
-        raise ArtifactError(
-            f"the exported model keeps {[a.num_keep for a in found]} tokens, expected {expected}"
+        to_deployable(
+            staging / manifest.PORTABLE, staging / manifest.DEPLOYABLE, expected=reductions
         )
-    return found
 
 
 def _engine(

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     from . import render
-    from .build import BuildOptions, build
+    from .build import DEFAULT_SCHEDULE, BuildOptions, build
     from .progress import Stages
 
     given = [options.keep_rate is not None or options.blocks is not None, bool(options.schedule)]
@@ -90,7 +90,7 @@ def _build(options: argparse.Namespace) -> int:
                 out=out,
                 weights=options.weights,
                 precision=options.precision,
-                schedule=options.schedule or "spread",
+                schedule=options.schedule or DEFAULT_SCHEDULE,
                 keep_rate=options.keep_rate,
                 blocks=options.blocks,
                 tau=options.tau,

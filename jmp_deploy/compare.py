@@ -87,7 +87,7 @@ def compare_artifact(
             f"nothing to compare: {len(runners)} backend can run here ({reasons})",
             "run `python -m jmp_deploy doctor` to see what is missing",
         )
-    pairs, times = run_and_pair(runners, batch, tuple(data["batch"]), data["precision"])
+    pairs, times, _ = run_and_pair(runners, batch, tuple(data["batch"]), data["precision"])
     return {
         "ok": all(pair.ok for pair in pairs),
         "precision": data["precision"],
@@ -106,37 +106,31 @@ def run_and_pair(
     images: NDArray[np.float32],
     profile: tuple[int, ...],
     precision: str,
-) -> tuple[list[Pair], dict[str, float]]:
+) -> tuple[list[Pair], dict[str, float], dict[str, NDArray[Any]]]:
     """Runs every runner on every image and pairs each runner with the first.
 
     Returns:
-        The pairs, and per runner the time of one image in ms (whole batches, first one included:
-        an orientation, not a benchmark).
+        The pairs; per runner the time of one image in ms (whole batches, first one included: an
+        orientation, not a benchmark); and the first runner's outputs by name, [B, ...].
     """
     from polygraphy.comparator import Comparator
 
     least, _, most = profile
     size = max(least, min(most, 8))
-    feed = [{runtime.INPUT: piece} for piece in _pieces(images, size, least)]
-    results = Comparator.run(list(runners), data_loader=feed)
-    by_name = dict(results.items())
+    feed = [{runtime.INPUT: piece} for piece in runtime.split(images, size, least)]
+    by_name = dict(Comparator.run(list(runners), data_loader=feed).items())
+    outputs = {name: runtime.join(iterations, len(images)) for name, iterations in by_name.items()}
     first = runners[0].name
-    pairs = []
-    for runner in runners[1:]:
-        for output in by_name[first][0]:
-            ours, theirs = (
-                np.concatenate([np.array(iteration[output]) for iteration in by_name[name]])
-                for name in (first, runner.name)
-            )
-            count = len(images)
-            pairs.append(
-                measure(first, runner.name, output, ours[:count], theirs[:count], precision)
-            )
+    pairs = [
+        measure(first, runner.name, output, ours, outputs[runner.name][output], precision)
+        for runner in runners[1:]
+        for output, ours in outputs[first].items()
+    ]
     times = {
         name: 1000 * sum(iteration.runtime for iteration in iterations) / len(images)
         for name, iterations in by_name.items()
     }
-    return pairs, times
+    return pairs, times, outputs[first]
 
 
 def measure(
@@ -245,11 +239,3 @@ def _function_runner(function: Any, output: str, name: str) -> Any:
             return {output: value}
 
     return FunctionRunner(name=name)
-
-
-def _pieces(images: NDArray[np.float32], size: int, least: int) -> list[NDArray[np.float32]]:
-    pieces = [images[start : start + size] for start in range(0, len(images), size)]
-    short = least - len(pieces[-1])
-    if short > 0:
-        pieces[-1] = np.concatenate([pieces[-1], np.repeat(pieces[-1][-1:], short, axis=0)])
-    return pieces

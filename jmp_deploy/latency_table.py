@@ -126,7 +126,7 @@ def read(path: Path, shape: ModelShape, batch: int | None = None) -> LatencyTabl
     if chosen not in batches:
         raise ScheduleError(
             f"{path} has no batch {chosen}, only {', '.join(map(str, batches))}",
-            "choose one of them with --batch",
+            "choose one of them with --on-batch",
         )
     return _table(path, data, [row for row in rows if row["batch"] == chosen], chosen, shape)
 

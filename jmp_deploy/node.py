@@ -17,7 +17,8 @@ This module is light: it needs onnx only where a body is made.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import struct
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import GraphError
@@ -94,6 +95,11 @@ class TokenReduce:
         attributes["proportional"] = int(self.proportional)
         attributes["selection"] = SELECTIONS.index(self.selection)
         return attributes
+
+    def stored(self) -> TokenReduce:
+        """The same as an ONNX file gives it back: floats have 32 bits there."""
+        scale, tau = struct.unpack("2f", struct.pack("2f", self.scale, self.tau))
+        return replace(self, scale=scale, tau=tau)
 
     @classmethod
     def from_onnx(cls, attributes: dict[str, Any]) -> TokenReduce:

@@ -4,6 +4,7 @@ ONNX Runtime. Needs neither PyTorch nor timm nor ONNX tools."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INPUT = "images"
-BACKENDS = ("engine", "onnxruntime")
 
 
 def pick_backend(folder: Path, data: dict[str, Any], wanted: str = "auto") -> tuple[str, str]:
@@ -92,16 +92,29 @@ def infer(runner: Any, images: NDArray[np.float32], batch: tuple[int, int, int])
         output name -> [B, ...].
     """
     least, _, most = batch
-    parts: list[dict[str, Any]] = []
-    for start in range(0, len(images), most):
-        piece = images[start : start + most]
-        padding = max(0, least - len(piece))
-        if padding:
-            piece = np.concatenate([piece, np.repeat(piece[-1:], padding, axis=0)])
+    parts = []
+    for piece in split(images, most, least):
         outputs = runner.infer({INPUT: piece})
-        stop = len(piece) - padding
-        parts.append({name: np.array(value[:stop]) for name, value in outputs.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        # copied: a TensorRT runner writes the next batch into the same buffers
+        parts.append({name: np.array(value) for name, value in outputs.items()})
+    return join(parts, len(images))
+
+
+def split(images: NDArray[np.float32], size: int, least: int) -> list[NDArray[np.float32]]:
+    """Batches of at most `size` images; a last one below `least` is padded with its last image."""
+    pieces = [images[start : start + size] for start in range(0, len(images), size)]
+    missing = least - len(pieces[-1])
+    if missing > 0:
+        pieces[-1] = np.concatenate([pieces[-1], np.repeat(pieces[-1][-1:], missing, axis=0)])
+    return pieces
+
+
+def join(parts: Sequence[Mapping[str, Any]], count: int) -> dict[str, NDArray[Any]]:
+    """The outputs of `split` batches as one, without the padding: name -> [count, ...]."""
+    return {
+        name: np.concatenate([np.asarray(part[name]) for part in parts])[:count]
+        for name in parts[0]
+    }
 
 
 def quiet_polygraphy() -> None:
