@@ -20,60 +20,63 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jmp_deploy import output
 from jmp_deploy.errors import JmpDeployError
 
-DISTINCT: dict[str, Any] = {"select": "order"}
+SHIPPED: dict[str, Any] = {
+    "select": "order_root",
+    "merge_weight": 0.4,
+    "fate": "absolute",
+    "tau": 0.8,
+}
+
+
+def _but(**changes: Any) -> dict[str, Any]:
+    """The shipped rule with something changed."""
+    return {**SHIPPED, **changes}
+
+
 # name -> (schedule: share and form, or share and (form, first, last)), rule, proportional
 VARIANTS: dict[str, tuple[float, Any, dict[str, Any], bool]] = {
+    "as shipped": (0.62, "even", SHIPPED, True),
     # which tokens stay
-    "importance (first form)": (0.62, "even", {}, True),
-    "most similar of the less important half": (0.62, "even", {"select": "pool"}, True),
-    "the same, by importance x distance": (0.62, "even", {"select": "pool_cost"}, True),
-    "bipartite (ToMe)": (0.62, "even", {"select": "bipartite"}, True),
-    "distinct": (0.62, "even", DISTINCT, True),
-    "distinct, by importance x distance": (0.62, "even", {"select": "order_cost"}, True),
-    "distinct, metric x, 62 %": (0.62, "even", {**DISTINCT, "metric": "x"}, True),
-    "distinct, by importance x distance, metric x": (
+    "keep by importance alone": (0.62, "even", _but(select="importance"), True),
+    "keep by distinctness alone": (0.62, "even", _but(select="order"), True),
+    "by importance x distance, no root": (0.62, "even", _but(select="order_cost"), True),
+    "bipartite, merged our way": (0.62, "even", _but(select="bipartite"), True),
+    "importance x value norm": (0.62, "even", _but(importance="class_value"), True),
+    "attention received": (0.62, "even", _but(importance="received"), True),
+    "random importance": (0.62, "even", _but(importance="random"), True),
+    "metric all keys": (0.62, "even", _but(metric="keys"), True),
+    "metric x": (0.62, "even", _but(metric="x", tau=-1.0), True),
+    "metric x less its mean": (0.62, "even", _but(metric="x_normed", tau=-1.0), True),
+    # merge or prune
+    "merge all (tau -1)": (0.62, "even", _but(fate="merge"), True),
+    "prune all": (0.62, "even", _but(fate="prune"), True),
+    "tau 0.7": (0.62, "even", _but(tau=0.7), True),
+    "tau 0.9": (0.62, "even", _but(tau=0.9), True),
+    "tau 0.8 of the sample's mean (granularity sample)": (0.62, "even", _but(fate="sample"), True),
+    "prune below mean - 2 std of the sample": (0.62, "even", _but(fate="deviation", tau=2.0), True),
+    # how much of a merged token counts
+    "merge weight 0": (0.62, "even", _but(merge_weight=0.0), True),
+    "merge weight 0.2": (0.62, "even", _but(merge_weight=0.2), True),
+    "merge weight 0.6": (0.62, "even", _but(merge_weight=0.6), True),
+    "merge weight 1": (0.62, "even", _but(merge_weight=1.0), True),
+    "sizes weighted by similarity, weight 1": (
         0.62,
         "even",
-        {"select": "order_cost", "metric": "x"},
+        _but(weighting="similarity", merge_weight=1.0),
         True,
     ),
-    "importance, metric x": (0.62, "even", {"metric": "x"}, True),
-    "importance, metric all keys": (0.62, "even", {"metric": "keys"}, True),
+    "norm kept, weight 1": (0.62, "even", _but(keep_norm=True, merge_weight=1.0), True),
+    "no proportional attention": (0.62, "even", SHIPPED, False),
     # at which blocks
-    "distinct, even, blocks 2-10, 50 %": (0.5, ("even", 2, 9), DISTINCT, True),
-    "distinct, rate, blocks 2-10, 62 %": (0.62, "rate", DISTINCT, True),
-    "distinct, rate, blocks 2-10, 50 %": (0.5, "rate", DISTINCT, True),
-    "distinct, rate, blocks 1-10, 50 %": (0.5, ("rate", 1, 10), DISTINCT, True),
-    "distinct, rate, blocks 2-8, 50 %": (0.5, ("rate", 2, 8), DISTINCT, True),
-    "distinct, even, blocks 1-10, 50 %": (0.5, ("even", 1, 10), DISTINCT, True),
-    # merge or prune
-    "distinct, tau 0.9": (0.62, "even", {**DISTINCT, "fate": "absolute", "tau": 0.9}, True),
-    "distinct, tau 0.95": (0.62, "even", {**DISTINCT, "fate": "absolute", "tau": 0.95}, True),
-    "distinct, prune below mean - 2 std": (
-        0.54,
-        "even",
-        {**DISTINCT, "fate": "deviation", "tau": 2.0},
-        True,
-    ),
-    # the rest
-    "distinct, random order": (0.54, "even", {**DISTINCT, "importance": "random"}, True),
-    "distinct, metric x": (0.5, "rate", {**DISTINCT, "metric": "x"}, True),
-    "distinct, metric all keys": (0.5, "rate", {**DISTINCT, "metric": "keys"}, True),
-    "distinct, importance x value norm": (
-        0.5,
-        "rate",
-        {**DISTINCT, "importance": "class_value"},
-        True,
-    ),
-    "distinct, attention received": (0.5, "rate", {**DISTINCT, "importance": "received"}, True),
-    "distinct, no proportional attention": (0.5, "rate", DISTINCT, False),
-    "distinct, sizes weighted by similarity": (
-        0.5,
-        "rate",
-        {**DISTINCT, "weighting": "similarity"},
-        True,
-    ),
-    "distinct, norm kept": (0.5, "rate", {**DISTINCT, "keep_norm": True}, True),
+    "even, blocks 0-10": (0.62, ("even", 0, 10), SHIPPED, True),
+    "even, blocks 1-10": (0.62, ("even", 1, 10), SHIPPED, True),
+    "even, blocks 3-10": (0.62, ("even", 3, 10), SHIPPED, True),
+    "even, blocks 2-8": (0.62, ("even", 2, 8), SHIPPED, True),
+    "rate, blocks 2-10": (0.62, "rate", SHIPPED, True),
+    "50 %: even, blocks 2-10": (0.5, "even", SHIPPED, True),
+    "50 %: rate, blocks 2-10": (0.5, "rate", SHIPPED, True),
+    "50 %: rate, blocks 1-10": (0.5, ("rate", 1, 10), SHIPPED, True),
+    "50 %: rate, blocks 2-8": (0.5, ("rate", 2, 8), SHIPPED, True),
 }
 
 

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budgets", default="75,62,50,40", help="percent of the dense FLOPs (75,62,50,40)")
     add("--methods", help="comma list out of: %(metavar)s (all)", metavar="jmp,tome,...")
     add("--own-schedules", action="store_true", help="also ToMe and EViT in their own blocks")
+    add("--schedule", type=Path, action="append", help="also JMP with this file, as tune wrote it")
     add("--data-dir", type=Path, help="DIR/CLASS/IMAGE instead of digits and photo crops")
     add("--limit", type=int, help="images taken of --data-dir")
     add("--seed", type=int, default=0, help="of the split, the crops and the bootstrap (0)")
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.accuracy_lib.methods import METHODS
     from jmp_deploy.models import load_model
     from jmp_deploy.patch import model_shape
-    from jmp_deploy.schedule import for_share, macs
+    from jmp_deploy.schedule import for_share, load, macs
 
     budgets = _budgets(options.budgets)
     names = list(METHODS) if options.methods is None else options.methods.split(",")
@@ -128,6 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "rows": rows,
     }
+    tuned = [load(path, shape) for path in options.schedule or []]
     for budget in budgets:
         plain = for_share(shape, budget)
         for name in names:
@@ -136,6 +138,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             if options.own_schedules:
                 own = features.own_schedule(shape, method, budget)
                 plans += [(f"{name}, own blocks", own)] if own is not None else []
+            if name == "jmp":  # a tuned schedule stands at the budget nearest to its cost
+                plans += [
+                    (f"jmp, {schedule.name}", schedule)
+                    for schedule in tuned
+                    if budget == min(budgets, key=lambda b: abs(b - macs(shape, schedule) / dense))
+                ]
             for label, schedule in plans:
                 started = time.perf_counter()
                 with features.reduced(loaded, schedule, method):

@@ -86,8 +86,8 @@ def _add_build(commands: Any) -> None:
     parser.add_argument(
         "--tau",
         type=float,
-        help="similarity from which a token is merged rather than pruned (the schedule file's, "
-        "else 0.7)",
+        help="similarity from which a token is merged rather than pruned (the schedule's: 0.8 for "
+        "spread, 0.7 for what is written out, or what its file says)",
     )
     parser.add_argument(
         "--granularity",

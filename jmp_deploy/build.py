@@ -45,7 +45,7 @@ class BuildOptions:
         precision: "fp16" or "fp32".
         schedule: spelling for `schedule.parse`.
         keep_rate, blocks: the other way to write a schedule; both or neither.
-        tau, granularity: see `node.TokenReduce`; tau None takes the schedule file's, else 0.7.
+        tau, granularity: see `node.TokenReduce`; tau None takes the schedule's.
         strategy: "jmp" uses tau; "merge" and "prune" are tau = -1 and tau = 2.
         proportional: proportional attention.
         dense: no JMP: the baseline.
@@ -193,7 +193,7 @@ def _portable(
 
 def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
     from . import schedule as schedules
-    from .patch import DEFAULT_TAU, model_shape, patch
+    from .patch import model_shape, patch
 
     shape = model_shape(loaded.model)
     if options.keep_rate is not None and options.blocks is not None:
@@ -204,10 +204,8 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
         raise ScheduleError(
             "the schedule keeps every token", "use --dense to build the model without JMP"
         )
-    tau = schedules.read_tau(options.schedule) if options.tau is None else options.tau
-    tau = {"jmp": DEFAULT_TAU if tau is None else tau, "merge": -1.0, "prune": 2.0}[
-        options.strategy
-    ]
+    tau = schedule.tau if options.tau is None else options.tau
+    tau = {"jmp": tau, "merge": -1.0, "prune": 2.0}[options.strategy]
     patch(
         loaded.model,
         schedule,
@@ -219,6 +217,7 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
         "schedule_name": schedule.name,
         "schedule": [list(step) for step in schedule.steps],
         "selection": schedule.selection,
+        "merge_weight": schedule.merge_weight,
         "last_prefix_only": schedule.last_prefix_only,
         "strategy": options.strategy,
         "tau": tau,

@@ -116,7 +116,7 @@ def _add_visualize(commands: Any) -> None:
     parser.add_argument(
         "--schedule", metavar="NAME|LIST|FILE", help="as for build (spread; an artifact's own)"
     )
-    parser.add_argument("--tau", type=float, help="(the schedule file's, else 0.7)")
+    parser.add_argument("--tau", type=float, help="(the schedule's)")
     parser.add_argument("--granularity", choices=("token", "sample"), help="(token)")
     _add_weights(parser, default=None)
     parser.add_argument("--seed", type=int, default=0, help="of random weights (0)")

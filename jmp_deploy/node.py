@@ -57,7 +57,10 @@ class TokenReduce:
         proportional: add log(size) to the logits when importance is computed; true where the
             block's own attention does so.
         selection: which K tokens are critical: "importance" the most important; "distinct" those
-            that least resemble any token more important than themselves.
+            that would be missed most: sqrt(importance) times the distance (1 - cosine) to the
+            nearest token more important than themselves.
+        merge_weight: how much of a merged token's content its target takes, 0 to 1: 1 is the mean
+            weighted by size, 0 leaves the target as it is. Its size goes over in whole.
     """
 
     num_prefix: int
@@ -70,6 +73,7 @@ class TokenReduce:
     importance: str = "class"
     proportional: bool = True
     selection: str = "importance"
+    merge_weight: float = 1.0
 
     def __post_init__(self) -> None:
         checks = (
@@ -82,6 +86,7 @@ class TokenReduce:
             ("granularity", self.granularity in GRANULARITIES),
             ("importance", self.importance in IMPORTANCES),
             ("selection", self.selection in SELECTIONS),
+            ("merge_weight", 0 <= self.merge_weight <= 1),
         )
         for name, ok in checks:
             if not ok:
@@ -98,8 +103,9 @@ class TokenReduce:
 
     def stored(self) -> TokenReduce:
         """The same as an ONNX file gives it back: floats have 32 bits there."""
-        scale, tau = struct.unpack("2f", struct.pack("2f", self.scale, self.tau))
-        return replace(self, scale=scale, tau=tau)
+        floats = (self.scale, self.tau, self.merge_weight)
+        scale, tau, weight = struct.unpack("3f", struct.pack("3f", *floats))
+        return replace(self, scale=scale, tau=tau, merge_weight=weight)
 
     @classmethod
     def from_onnx(cls, attributes: dict[str, Any]) -> TokenReduce:
@@ -118,7 +124,7 @@ class TokenReduce:
             )
         values = dict(attributes)
         for name, value in values.items():
-            kind = float if name in ("scale", "tau") else int
+            kind = float if name in ("scale", "tau", "merge_weight") else int
             if not isinstance(value, kind):
                 raise GraphError(f"{OP_TYPE}: {name}={value!r} should be of type {kind.__name__}")
         enumerations = (
@@ -139,7 +145,7 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
 
     The arithmetic is float32 whatever T is, so the body serves FP32 and FP16 models unchanged.
     All nodes of a model share one body, so they must agree in granularity, importance,
-    proportional and selection; K and tau are read from each node.
+    proportional and selection; K, tau and the merge weight are read from each node.
 
     The merge is a product with a one-hot matrix, not a scatter: exact zeros add nothing, no
     engine has to support ScatterElements with a reduction (TensorRT-RTX does not), and the
@@ -201,7 +207,12 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
   cosine_clipped = Clip (cosine_all, lowest, highest)
   cosine_elder = Where (elder, cosine_clipped, minus_inf)
   redundancy = ReduceMax <keepdims = 0> (cosine_elder, two)
-  rating = Neg (redundancy)
+  distance = Sub (one_f, redundancy)
+  attended = Max (importance, zero_f)
+  root = Sqrt (attended)
+  missed = Mul (root, distance)
+  has_elder = Greater (redundancy, minus_inf)
+  rating = Where (has_elder, missed, plus_inf)
 """
     names = ", ".join(TokenReduce.__dataclass_fields__)
     text = f"""
@@ -213,7 +224,9 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
   two = Constant <value_ints = [2]> ()
   minus_one = Constant <value_ints = [-1]> ()
   zero_f = Constant <value_float = 0.0> ()
+  one_f = Constant <value_float = 1.0> ()
   minus_inf = Constant <value_float = -inf> ()
+  plus_inf = Constant <value_float = inf> ()
   tiny = Constant <value_float = 1e-12> ()
   lowest = Constant <value_float = -1.0> ()
   highest = Constant <value_float = 1.0> ()
@@ -223,6 +236,7 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
   dim_i = Constant <value_int: int = @head_dim> ()
   scale = Constant <value_float: float = @scale> ()
   tau = Constant <value_float: float = @tau> ()
+  merge_weight = Constant <value_float: float = @merge_weight> ()
   prefix = Unsqueeze (prefix_i, zero)
   keep = Unsqueeze (keep_i, zero)
   heads = Unsqueeze (heads_i, zero)
@@ -301,15 +315,18 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
   routes = Where (hits, weight_row, zero_f)
   reaches_col = Unsqueeze (reaches, two)
   x_merged = Where (reaches_col, x_rest, zero_f)
-  incoming = MatMul (routes, x_merged)
+  incoming_whole = MatMul (routes, x_merged)
+  incoming = Mul (incoming_whole, merge_weight)
   incoming_size = ReduceSum <keepdims = 0> (routes, two)
+  incoming_share = Mul (incoming_size, merge_weight)
   size_kept_col = Unsqueeze (size_kept, two)
   own = Mul (x_kept, size_kept_col)
   total = Add (own, incoming)
   kept_size = Add (size_kept, incoming_size)
-  kept_size_col = Unsqueeze (kept_size, two)
-  mean = Div (total, kept_size_col)
-  has_source = Greater (incoming_size, zero_f)
+  divisor = Add (size_kept, incoming_share)
+  divisor_col = Unsqueeze (divisor, two)
+  mean = Div (total, divisor_col)
+  has_source = Greater (incoming_share, zero_f)
   has_source_col = Unsqueeze (has_source, two)
   y_patches = Where (has_source_col, mean, x_kept)
 

@@ -21,8 +21,6 @@ from .schedule import DEFAULT, ModelShape, Schedule, check_last_prefix_only, par
 
 Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, Tensor, Tensor]]
 
-DEFAULT_TAU = 0.7
-
 
 class JMPBlocks(nn.Module):
     """The blocks of a ViT with token reduction in some of them.
@@ -110,7 +108,7 @@ def patch(
     model: nn.Module,
     schedule: Schedule | str = DEFAULT,
     *,
-    tau: float = DEFAULT_TAU,
+    tau: float | None = None,
     granularity: str = "token",
     proportional: bool = True,
 ) -> nn.Module:
@@ -122,7 +120,7 @@ def patch(
             resolved for this model already. Where it says `last_prefix_only`, `forward_features`
             returns the P prefix tokens alone: the last block computes no others (the head reads
             no others).
-        tau, granularity: see `node.TokenReduce`.
+        tau, granularity: see `node.TokenReduce`; tau None takes the schedule's.
         proportional: later attention weighs each token by the patches that it stands for.
 
     Returns:
@@ -147,11 +145,12 @@ def patch(
             num_heads=attention.num_heads,
             head_dim=attention.head_dim,
             scale=attention.scale,
-            tau=tau,
+            tau=schedule.tau if tau is None else tau,
             granularity=granularity,
             importance="class" if shape.has_class_token else "received",
             proportional=proportional,
             selection=schedule.selection,
+            merge_weight=schedule.merge_weight,
         )
     prefix = shape.num_prefix if schedule.last_prefix_only else 0
     model.blocks = JMPBlocks(model.blocks, reductions, prefix)

@@ -27,6 +27,7 @@ class Plan:
         merged: [B, M-K] bool, merged into its target (true) or pruned (false).
         importance: [B, M] float, attention by the class token (or by all); of every patch token.
         similarity: [B, M-K] float, cosine between each non-critical token and its target.
+        rating: [B, M] float, what the K critical tokens were chosen by, largest first.
     """
 
     kept: Tensor
@@ -35,6 +36,7 @@ class Plan:
     merged: Tensor
     importance: Tensor
     similarity: Tensor
+    rating: Tensor
 
 
 def token_reduce(
@@ -55,7 +57,8 @@ def token_reduce(
     Raises:
         ScheduleError: fewer than K patch tokens come in.
     """
-    return apply_plan(x, size, make_plan(qkv, size, attributes), attributes.num_prefix)
+    plan = make_plan(qkv, size, attributes)
+    return apply_plan(x, size, plan, attributes.num_prefix, attributes.merge_weight)
 
 
 def make_plan(qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
@@ -77,7 +80,7 @@ def make_plan(qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
 
     rating = torch.where(importance.isnan(), -torch.inf, importance)
     if attributes.selection == "distinct":
-        rating = -_redundancy(rating, metric)
+        rating = _distinctness(rating, metric)
     order = rating.sort(dim=1, descending=True, stable=True).indices
     kept = order[:, :keep].sort(dim=1).values
     rest = order[:, keep:].sort(dim=1).values
@@ -88,13 +91,16 @@ def make_plan(qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
         merged = similarity >= attributes.tau
     else:
         merged = (similarity.mean(dim=1, keepdim=True) >= attributes.tau).expand_as(similarity)
-    return Plan(kept, rest, target, merged, importance, similarity)
+    return Plan(kept, rest, target, merged, importance, similarity, rating)
 
 
 def apply_plan(
-    x: Tensor, size: Tensor, plan: Plan, num_prefix: int
+    x: Tensor, size: Tensor, plan: Plan, num_prefix: int, merge_weight: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merges and prunes as planned; arguments and results as for `token_reduce`.
+
+    A target takes over the whole size of what is merged into it, but of its content only
+    `merge_weight`: y_j = (s_j x_j + w sum s_i x_i) / (s_j + w sum s_i).
 
     On a GPU the sums over merged tokens are in no fixed order (PyTorch's scatter_add).
     """
@@ -105,14 +111,16 @@ def apply_plan(
 
     weight = torch.where(plan.merged, patch_sizes.gather(1, plan.rest), 0)
     # Where, not a product with zero: a pruned NaN must leave no trace.
-    incoming = torch.where(plan.merged[..., None], _rows(patches, plan.rest) * weight[..., None], 0)
+    share = weight * merge_weight
+    incoming = torch.where(plan.merged[..., None], _rows(patches, plan.rest) * share[..., None], 0)
     own, own_size = _rows(patches, plan.kept), patch_sizes.gather(1, plan.kept)
     channels = plan.target[..., None].expand_as(incoming)
     total = (own * own_size[..., None]).scatter_add(1, channels, incoming)
     kept_size = own_size.scatter_add(1, plan.target, weight)
+    divisor = own_size.scatter_add(1, plan.target, share)
     # A token that takes in nothing is copied, not multiplied and divided by its size.
-    untouched = (kept_size == own_size)[..., None]
-    kept = torch.where(untouched, own, total / kept_size[..., None])
+    untouched = (divisor == own_size)[..., None]
+    kept = torch.where(untouched, own, total / divisor[..., None])
 
     y = torch.cat((wide[:, :num_prefix], kept), dim=1)
     out_size = torch.cat((sizes[:, :num_prefix], kept_size), dim=1)
@@ -138,16 +146,19 @@ def _importance(query: Tensor, key: Tensor, size: Tensor, attributes: TokenReduc
     return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
-def _redundancy(importance: Tensor, metric: Tensor) -> Tensor:
-    """Largest cosine to a more important token: [B, M]; -inf for the most important of all.
+def _distinctness(importance: Tensor, metric: Tensor) -> Tensor:
+    """sqrt(a) * (1 - r), r the largest cosine to a more important token: [B, M].
 
-    Of two equally important tokens the one of lower index counts as more important.
+    Infinite for a token without such a one. Of two equally important tokens the one of lower
+    index counts as more important.
     """
     index = torch.arange(importance.shape[1], device=importance.device)
     mine, other = importance[:, :, None], importance[:, None, :]
     elder = (other > mine) | ((other == mine) & (index < index[:, None]))
     cosine = (metric @ metric.transpose(1, 2)).clamp(-1, 1)
-    return cosine.masked_fill(~elder | cosine.isnan(), -torch.inf).amax(dim=2)
+    redundancy = cosine.masked_fill(~elder | cosine.isnan(), -torch.inf).amax(dim=2)
+    rating = importance.clamp_min(0).sqrt() * (1 - redundancy)
+    return rating.masked_fill(redundancy == -torch.inf, torch.inf)
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:

@@ -260,6 +260,8 @@ def _decision(jmp: dict[str, Any]) -> str:
     others = f"merge where similarity >= {jmp['tau']:g}, else prune, per {jmp['granularity']}"
     if jmp["strategy"] != "jmp":
         others = f"{jmp['strategy']} only"
+    if jmp["merge_weight"] != 1 and jmp["strategy"] != "prune":
+        others += f"; {jmp['merge_weight']:.0%} of a merged token's content counts"
     last = "; the last block computes only what the head reads" if jmp["last_prefix_only"] else ""
     return f"keep the {kept} tokens, of the others {others}{last}"
 

@@ -78,6 +78,8 @@ class Schedule:
         last_prefix_only: the last block computes its attention output, projection and MLP for the
             prefix tokens alone. Nothing that the head reads changes.
         selection: how the K critical tokens are chosen (see `node.TokenReduce`).
+        tau: threshold between merging and pruning, where nobody asks for another.
+        merge_weight: how much of a merged token's content counts (see `node.TokenReduce`).
 
     What is written out (`paper`, lists, rates, constants) is the method's first form and nothing
     else, so that it costs what the literature says; `improved` turns on what was measured to be
@@ -88,17 +90,22 @@ class Schedule:
     steps: tuple[tuple[int, int], ...]
     last_prefix_only: bool = False
     selection: str = "importance"
+    tau: float = 0.7
+    merge_weight: float = 1.0
 
 
 def improved(schedule: Schedule, shape: ModelShape) -> Schedule:
     """The same steps with all that docs/method.md found to pay.
 
-    Selection by `distinct`, and, where the head reads prefix tokens only and the last block
-    reduces nothing, a last block that computes no others.
+    Selection by `distinct`, less of a merged token's content, pruning of what resembles nothing;
+    and, where the head reads prefix tokens only and the last block reduces nothing, a last block
+    that computes no others.
     """
     reduces_last = any(block == shape.depth - 1 for block, _ in schedule.steps)
     saves = shape.head_reads_prefix_only and not reduces_last
-    return replace(schedule, selection="distinct", last_prefix_only=saves)
+    return replace(
+        schedule, selection="distinct", tau=0.8, merge_weight=0.4, last_prefix_only=saves
+    )
 
 
 def parse(spec: str, shape: ModelShape) -> Schedule:
@@ -130,7 +137,7 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
 
 def load(path: Path, shape: ModelShape) -> Schedule:
     """Reads a schedule file: {"steps": [[block, keep], ...]} and, if wanted, "model" (timm name),
-    "selection" and "last_prefix_only" (see `Schedule`), "tau" (see `read_tau`).
+    "selection", "last_prefix_only", "tau" and "merge_weight" (see `Schedule`).
 
     Raises:
         ScheduleError: the file is missing or malformed, or was made for another model.
@@ -142,10 +149,13 @@ def load(path: Path, shape: ModelShape) -> Schedule:
         model = data.get("model", shape.name)
         selection = data.get("selection", "importance")
         last = data.get("last_prefix_only", False)
+        tau, weight = data.get("tau", Schedule.tau), data.get("merge_weight", 1.0)
         if selection not in SELECTIONS or not isinstance(last, bool):
             raise ValueError(
                 f"selection is one of {', '.join(SELECTIONS)}, last_prefix_only true or false"
             )
+        if not (_is_number(tau) and _is_number(weight) and 0 <= weight <= 1):
+            raise ValueError("tau is a number, merge_weight one from 0 to 1")
         if not all(isinstance(n, int) and not isinstance(n, bool) for step in steps for n in step):
             raise ValueError("steps must be pairs of whole numbers")
     except OSError as error:
@@ -160,7 +170,13 @@ def load(path: Path, shape: ModelShape) -> Schedule:
             "make one for this model, or remove the key 'model' to use it all the same",
         )
     found = resolve(path.stem, steps, shape)
-    found = replace(found, selection=selection, last_prefix_only=last)
+    found = replace(
+        found,
+        selection=selection,
+        last_prefix_only=last,
+        tau=float(tau),
+        merge_weight=float(weight),
+    )
     check_last_prefix_only(found, shape)
     return found
 
@@ -172,23 +188,13 @@ def from_manifest(jmp: dict[str, Any]) -> Schedule:
         steps=tuple((block, keep) for block, keep in jmp["schedule"]),
         last_prefix_only=jmp["last_prefix_only"],
         selection=jmp["selection"],
+        tau=jmp["tau"],
+        merge_weight=jmp["merge_weight"],
     )
 
 
-def read_tau(spec: str) -> float | None:
-    """The tau that a schedule file asks for; None if it does not, or `spec` is no file.
-
-    Raises:
-        ScheduleError: there is one and it is no number.
-    """
-    try:
-        data = json.loads(Path(spec).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # `parse` says it better
-    tau = data.get("tau") if isinstance(data, dict) else None
-    if tau is not None and (not isinstance(tau, (int, float)) or isinstance(tau, bool)):
-        raise ScheduleError(f"{spec}: tau {tau!r} is not a number")
-    return None if tau is None else float(tau)
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def paper(shape: ModelShape) -> Schedule:

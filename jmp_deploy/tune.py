@@ -122,6 +122,7 @@ def tune(
         "steps": pairs(found.keeps, shape.num_patches),
         "tau": found.tau,
         "selection": best.selection,
+        "merge_weight": best.merge_weight,
         "last_prefix_only": best.last_prefix_only,
         "image_size": loaded.preprocess.height,
         "objective": OBJECTIVE,

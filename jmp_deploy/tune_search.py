@@ -27,7 +27,7 @@ Keeps = tuple[int, ...]
 Measure = Callable[[Keeps, float, bool], float]
 """(keeps, tau, on all images rather than few) -> distance from the dense model."""
 
-TAUS = (0.7, -1.0, 0.6, 0.8, 0.9, 0.95)
+TAUS = (0.8, -1.0, 0.7, 0.75, 0.85, 0.9)
 """Thresholds to choose from; on equal distance the earlier stays. -1 merges all."""
 MOVES = 6
 COARSEST, FINEST = 12, 96

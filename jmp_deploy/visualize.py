@@ -77,7 +77,7 @@ class VisualizeOptions:
         images: files or folders.
         out: a folder for pictures and page, or one file: .png (one image, or `contact`) or .html.
         weights, schedule, tau, granularity, img_size, seed: as for `build`; with an artifact only
-            `weights`, the rest is what it was built with. tau None: the schedule file's, or 0.7.
+            `weights`, the rest is what it was built with. tau None: the schedule's.
         contact: one contact sheet in place of a picture for each image.
     """
 
@@ -262,7 +262,7 @@ def _load_artifact(
 def _load_model(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[str, Any]]:
     from . import schedule
     from .models import load_model
-    from .patch import DEFAULT_TAU, model_shape, patch
+    from .patch import model_shape, patch
 
     loaded = load_model(
         options.source, options.weights or "auto", img_size=options.img_size, seed=options.seed
@@ -271,8 +271,7 @@ def _load_model(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[
     resolved = schedule.parse(spec, model_shape(loaded.model))
     if not resolved.steps:
         raise ScheduleError("the schedule keeps every token: there is nothing to draw")
-    tau = schedule.read_tau(spec) if options.tau is None else options.tau
-    tau = DEFAULT_TAU if tau is None else tau
+    tau = resolved.tau if options.tau is None else options.tau
     patch(loaded.model, resolved, tau=tau, granularity=options.granularity or "token")
     about = {
         "model": loaded.name,

@@ -37,8 +37,9 @@ class Reduced:
         importance: [B, N] mean attention that the token receives; prefix tokens included.
         similarity: [B, N] v of the non-critical patch tokens; NaN elsewhere.
         select_margin: [B] how close the choice of the critical set was: importance (or, for
-            DISTINCT, redundancy) of the K-th token against the next, and for DISTINCT the gap in
-            importance between any two tokens whose order decides it; inf when K = M.
+            DISTINCT, the rating sqrt(importance) * distance) of the K-th token against the next,
+            and for DISTINCT the gap in importance between any two tokens whose order decides it;
+            inf when K = M.
         decide_margin: [B, N] |v - tau| (token) or |mean v - tau| (sample); inf where no decision.
         target_margin: [B, N] similarity to the best critical token minus that to the second
             best; inf where there is no second or no decision.
@@ -83,6 +84,7 @@ def token_reduce(
     importance: int = CLASS_ROW,
     proportional: int = 1,
     selection: int = IMPORTANCE,
+    merge_weight: float = 1.0,
 ) -> Reduced:
     """Run the node in float64.
 
@@ -128,6 +130,7 @@ def token_reduce(
                 importance=importance,
                 proportional=proportional,
                 selection=selection,
+                merge_weight=merge_weight,
             )
     return result
 
@@ -149,6 +152,7 @@ def _reduce_sample(
     importance: int,
     proportional: int,
     selection: int,
+    merge_weight: float,
 ) -> None:
     tokens = x.shape[0]
     inner = num_heads * head_dim
@@ -175,7 +179,7 @@ def _reduce_sample(
     patches = range(num_prefix, tokens)
     order = sorted(patches, key=lambda t: (np.isnan(received[t]), -np.nan_to_num(received[t]), t))
     if selection == DISTINCT:
-        order, margin = _by_redundancy(order, received, metric, num_keep)
+        order, margin = _by_distinctness(order, received, metric, num_keep)
         result.select_margin[b] = margin
     critical = sorted(order[:num_keep])
     others = sorted(order[num_keep:])
@@ -213,29 +217,33 @@ def _reduce_sample(
             if value >= tau and nearest[i] >= 0:
                 result.destination[b, i] = num_prefix + nearest[i]
 
-    # 5. and 6. Merge by size; a token without sources is copied.
+    # 5. and 6. Merge by size, guests at `merge_weight`; a token without guests is copied.
     for out in range(num_prefix + num_keep):
         members = [t for t in range(tokens) if result.destination[b, t] == out]
         base = out if out < num_prefix else critical[out - num_prefix]
         if len(members) == 1:
             result.y[b, out] = x[base]
         else:
-            weighted = sum((size[t] * x[t] for t in members), np.zeros(x.shape[1]))
-            result.y[b, out] = weighted / sum(size[t] for t in members)
+            guests = [t for t in members if t != base]
+            weights = {base: size[base], **{t: merge_weight * size[t] for t in guests}}
+            weighted = sum((w * x[t] for t, w in weights.items() if w), np.zeros(x.shape[1]))
+            result.y[b, out] = weighted / sum(weights.values())
         result.out_size[b, out] = sum(size[t] for t in members)
         result.log_size[b, out] = np.log(result.out_size[b, out])
 
 
-def _by_redundancy(
+def _by_distinctness(
     elders_first: list[int], received: Float, metric: Float, num_keep: int
 ) -> tuple[list[int], float]:
-    """Tokens in order of redundancy, least first, and the margin of the first `num_keep`.
+    """Tokens in order of distinctness, most first, and the margin of the first `num_keep`.
 
-    Redundancy: largest similarity to a token that comes before in `elders_first`; -inf without.
+    Distinctness: sqrt(importance) times the distance (1 - cosine) to the nearest token that comes
+    before in `elders_first`; infinite without one. NaN importance counts as none.
     """
-    redundancy: dict[int, float] = {}
+    root = {t: np.sqrt(max(np.nan_to_num(received[t]), 0.0)) for t in elders_first}
+    rating: dict[int, float] = {}
     nearest: dict[int, int] = {}
-    second: dict[int, float] = {}
+    freed: dict[int, float] = {}  # the rating if the nearest elder were none
     for position, t in enumerate(elders_first):
         found = []
         for elder in elders_first[:position]:
@@ -243,21 +251,21 @@ def _by_redundancy(
             if not np.isnan(s):
                 found.append((s, elder))
         found.sort(reverse=True)
-        redundancy[t] = found[0][0] if found else -np.inf
+        rating[t] = root[t] * (1 - found[0][0]) if found else np.inf
         nearest[t] = found[0][1] if found else -1
-        second[t] = found[1][0] if len(found) > 1 else -np.inf
-    order = sorted(elders_first, key=lambda t: (redundancy[t], t))
+        freed[t] = root[t] * (1 - found[1][0]) if len(found) > 1 else np.inf
+    order = sorted(elders_first, key=lambda t: (-rating[t], t))
     if num_keep == len(order):
         return order, np.inf
-    last, first_out = redundancy[order[num_keep - 1]], redundancy[order[num_keep]]
-    margin = np.inf if np.isinf(last) else first_out - last
+    last, first_out = rating[order[num_keep - 1]], rating[order[num_keep]]
+    margin = np.inf if np.isinf(last) else last - first_out
     stays = set(order[:num_keep])
     # Pairs whose order by importance matters: with the younger first, the set would be another.
     for position, young in enumerate(elders_first):
         for old in elders_first[:position]:
-            frees_young = young not in stays and nearest[young] == old and second[young] <= last
+            frees_young = young not in stays and nearest[young] == old and freed[young] >= last
             s = np.clip(metric[young] @ metric[old], -1.0, 1.0)
-            dooms_old = old in stays and s >= first_out
+            dooms_old = old in stays and root[old] * (1 - s) <= first_out
             if frees_young or dooms_old:
                 margin = min(margin, received[old] - received[young])
     return order, float(margin)

@@ -39,6 +39,7 @@ def test_equals_the_oracle_wherever_no_decision_is_a_near_tie(data):
         importance=importance,
         proportional=draw(st.booleans(), "proportional"),
         selection=draw(st.sampled_from(["importance", "distinct"]), "selection"),
+        merge_weight=draw(st.sampled_from([0.0, 0.25, 1.0]), "merge_weight"),
     )
     arrays = inputs(
         draw(st.integers(1, 4), "batch"),
@@ -54,6 +55,20 @@ def test_equals_the_oracle_wherever_no_decision_is_a_near_tie(data):
     np.testing.assert_allclose(y[clear], want.y[clear], rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(out_size[clear], want.out_size[clear])
     np.testing.assert_allclose(log_size[clear], want.log_size[clear], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_the_whole_size_goes_over_but_only_a_share_of_the_content(weight):
+    attrs = attributes(num_keep=1, num_prefix=1, tau=-1.0, merge_weight=weight)
+    x, qkv, size = inputs(1, 2, attrs=attrs)
+    size[:] = [[1, 3, 3]]
+    y, out_size, _ = reduce(x, qkv, size, attrs)
+    kept = int(np.abs(x[0, 1:] - y[0, 1]).sum(axis=1).argmin())  # at weight 1 either will do
+    other = x[0, 2 - kept]
+    np.testing.assert_allclose(
+        y[0, 1], (x[0, 1 + kept] + weight * other) / (1 + weight), rtol=1e-5, atol=1e-6
+    )
+    assert out_size.tolist() == [[1, 6]]
 
 
 def test_float64_reference_has_float64_accuracy():

@@ -100,25 +100,28 @@ def test_an_artifact_gives_its_schedule_back():
             "schedule": [list(step) for step in steps.steps],
             "selection": steps.selection,
             "last_prefix_only": steps.last_prefix_only,
+            "tau": steps.tau,
+            "merge_weight": steps.merge_weight,
         }
         assert schedule.from_manifest(jmp) == steps
 
 
 def test_a_schedule_file_says_how(tmp_path):
     path = tmp_path / "s.json"
-    extra = {"selection": "distinct", "last_prefix_only": True, "tau": 0.8}
+    extra = {"selection": "distinct", "last_prefix_only": True, "tau": 0.9, "merge_weight": 0.5}
     path.write_text(json.dumps({"steps": [[3, 100]], **extra}))
     steps = schedule.load(path, SAVING)
     assert steps.selection == "distinct" and steps.last_prefix_only
-    assert schedule.read_tau(str(path)) == 0.8 and schedule.read_tau("spread") is None
+    assert (steps.tau, steps.merge_weight) == (0.9, 0.5)
     with pytest.raises(ScheduleError, match="reads patch tokens"):
         schedule.load(path, DEIT_S)
     path.write_text(json.dumps({"steps": [[3, 100]], "selection": "best"}))
     with pytest.raises(ScheduleError, match="selection is one of"):
         schedule.load(path, SAVING)
-    path.write_text(json.dumps({"steps": [[3, 100]], "tau": "high"}))
-    with pytest.raises(ScheduleError, match="tau 'high' is not a number"):
-        schedule.read_tau(str(path))
+    for odd in ({"tau": "high"}, {"tau": float("nan")}, {"merge_weight": 1.5}):
+        path.write_text(json.dumps({"steps": [[3, 100]], **odd}))
+        with pytest.raises(ScheduleError, match="tau is a number, merge_weight one from 0 to 1"):
+            schedule.load(path, SAVING)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def test_result_fits_the_budget_and_beats_the_plain_schedules(folder, tmp_path, 
     for form in ("paper", "spread"):
         assert result["distance"] <= result["plain"][form]["distance"]
     assert 0 < result["distance"] < 1
-    assert schedule.read_tau(str(tmp_path / "tuned.json")) == result["tau"]
+    assert loaded.tau == result["tau"] and loaded.merge_weight == result["merge_weight"]
     assert not list(tmp_path.glob("*.state"))
 
 

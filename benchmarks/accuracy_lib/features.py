@@ -149,7 +149,7 @@ def shares(
             merged[1] += plan.merged.numel()
             merged[2] = min(merged[2], float(plan.similarity.min()))
             calls += 1
-            return apply_plan(x, size, plan, attributes.num_prefix)
+            return apply_plan(x, size, plan, attributes.num_prefix, attributes.merge_weight)
 
         loaded.model.blocks.reduce = counting
         for start in range(0, len(samples), BATCH):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from jmp_deploy.patch import DEFAULT_TAU
 from jmp_deploy.schedule import Schedule
 
 from .rules import Rule
@@ -27,7 +26,8 @@ class Method:
         name: as on the command line.
         note: what it is, with its source, for the table.
         rule: settings of `rules.Rule`, or None for the package's own reduction.
-        tau, selection: for the package's own reduction.
+        tau: for the package's own reduction; None takes the schedule's.
+        first_form: the package's own reduction as design.md first defined it.
         proportional: later attention adds log(size).
         own: the schedule that it was published with: "all" (equal steps in all blocks), "thirds"
             (blocks at 1/4, 1/2, 3/4 of the depth), or "" for the budget's.
@@ -36,8 +36,8 @@ class Method:
     name: str
     note: str
     rule: dict[str, object] | None = None
-    tau: float = DEFAULT_TAU
-    selection: str = "distinct"
+    tau: float | None = None
+    first_form: bool = False
     proportional: bool = True
     own: str = ""
 
@@ -46,20 +46,22 @@ class Method:
         return None if self.rule is None else Rule(**self.rule)  # type: ignore[arg-type]
 
     def scheduled(self, schedule: Schedule) -> Schedule:
-        """The schedule with this method's way to select."""
-        return replace(schedule, selection=self.selection)
+        """The schedule with this method's way to select and to merge."""
+        if not self.first_form:
+            return schedule
+        return replace(schedule, selection="importance", tau=0.7, merge_weight=1.0)
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("jmp", f"JMP as shipped: distinct tokens stay, merge at tau {DEFAULT_TAU:g}"),
+        Method("jmp", "JMP as shipped"),
         Method("jmp-merge", "JMP, merge only (tau -1)", tau=-1.0),
         Method("jmp-prune", "JMP, prune only (tau 2)", tau=2.0),
         Method(
             "jmp-importance",
-            "JMP, first form: the most attended tokens stay",
-            selection="importance",
+            "JMP, first form: the most attended tokens stay, tau 0.7, plain mean",
+            first_form=True,
         ),
         Method(
             "tome",

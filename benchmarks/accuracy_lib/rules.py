@@ -35,15 +35,19 @@ class Rule:
         metric: what the cosine is taken of: "key_mean" (keys, mean over heads), "keys" (all
             heads), "x", "x_normed" (x less its mean over the image's patch tokens).
         select: who goes. "importance": the M-K least important. "pool": of the M//2 (or M-K, if
-            more) least important, the M-K that most resemble a token outside that pool.
+            more) least important, the M-K that most resemble a token outside that pool. "order":
+            those that most resemble any token more important than themselves; "order_cost" and
+            "order_root": least importance, or its root, times distance to that token first.
             "bipartite": ToMe's: even positions are the pool. "pool_cost": as pool, lowest
             importance * (1 - similarity) first.
         pool: share of the patch tokens in the pool.
-        fate: "merge", "prune", "absolute" (merge where similarity >= tau), "quantile" (prune the
+        fate: "merge", "prune", "absolute" (merge where similarity >= tau), "sample" (the same by
+            the mean over the sample), "quantile" (prune the
             tau share of the sample's least similar), "deviation" (prune below mean - tau * std),
             "rank" (prune the tau share of lowest importance), "fuse" (all into one extra token).
         tau: parameter of `fate`.
         weighting: "size", or "similarity" (size times similarity, as DiffRate remarks).
+        merge_weight: how much of a merged token's content counts (see `node.TokenReduce`).
         keep_norm: rescale a merged token to the size-weighted mean norm of its parts.
         seed: of "random".
     """
@@ -55,6 +59,7 @@ class Rule:
     fate: str = "merge"
     tau: float = 0.0
     weighting: str = "size"
+    merge_weight: float = 1.0
     keep_norm: bool = False
     seed: int = 0
     tally: Tally | None = None
@@ -78,9 +83,10 @@ class Rule:
             )
             size = weighted
         if not self.keep_norm:
-            return apply_plan(x, size, plan, prefix)
-        y, out_size, log_size = apply_plan(x, size, plan, prefix)
-        norms, _, _ = apply_plan(x.norm(dim=-1, keepdim=True), size, plan, prefix)
+            return apply_plan(x, size, plan, prefix, self.merge_weight)
+        y, out_size, log_size = apply_plan(x, size, plan, prefix, self.merge_weight)
+        parts = x.norm(dim=-1, keepdim=True)
+        norms, _, _ = apply_plan(parts, size, plan, prefix, self.merge_weight)
         return y * (norms / y.norm(dim=-1, keepdim=True).clamp_min(1e-12)), out_size, log_size
 
     def plan(self, x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
@@ -125,7 +131,7 @@ class Rule:
         place = stays.cumsum(dim=1) - 1
         target = place.gather(1, anchors.gather(1, nearest))
         merged = self._merged(similarity, importance.gather(1, rest))
-        return Plan(kept, rest, target, merged, importance, similarity)
+        return Plan(kept, rest, target, merged, importance, similarity, importance)
 
     def _plan_by_order(self, importance: Tensor, metric: Tensor, leave: int) -> Plan:
         """Redundant are those that resemble a token more important than themselves."""
@@ -138,7 +144,7 @@ class Rule:
         score = redundancy
         if self.select == "order_cost":
             score = -importance * (1 - redundancy)
-        if self.select == "order_cost_half":
+        if self.select == "order_root":
             score = -importance.sqrt() * (1 - redundancy)
         score = score.scatter(1, order[:, :1], -torch.inf)  # the most important has no elder
         out = score.sort(dim=1, descending=True, stable=True).indices
@@ -147,7 +153,7 @@ class Rule:
         similarity, target = between.clamp(-1, 1).max(dim=2)
         merged = self._merged(similarity, importance.gather(1, rest))
         assert similarity.shape[1] == patches - kept.shape[1]
-        return Plan(kept, rest, target, merged, importance, similarity)
+        return Plan(kept, rest, target, merged, importance, similarity, -score)
 
     def _merged(self, similarity: Tensor, importance: Tensor) -> Tensor:
         if self.fate == "merge":
@@ -156,6 +162,8 @@ class Rule:
             return torch.zeros_like(similarity, dtype=torch.bool)
         if self.fate == "absolute":
             return similarity >= self.tau
+        if self.fate == "sample":
+            return (similarity.mean(dim=1, keepdim=True) >= self.tau).expand_as(similarity)
         if self.fate == "quantile":
             return similarity >= similarity.quantile(self.tau, dim=1, keepdim=True)
         if self.fate == "deviation":
