@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import manifest, runtime
+from . import manifest, runners
 from .errors import ArtifactError, JmpDeployError
 from .images import Preprocess, load_batch
 
@@ -67,7 +67,7 @@ def compare_artifact(
         JmpDeployError: fewer than two backends can run, or one that was asked for cannot.
     """
     data = manifest.read(folder)
-    runtime.quiet_polygraphy()
+    runners.quiet_polygraphy()
     manifest.verify(folder, data, manifest.REFERENCE)
     reference = load_reference(folder / manifest.REFERENCE)
     spec = Preprocess.from_dict(data["preprocess"])
@@ -117,9 +117,9 @@ def run_and_pair(
 
     least, _, most = profile
     size = max(least, min(most, 8))
-    feed = [{runtime.INPUT: piece} for piece in runtime.split(images, size, least)]
+    feed = [{runners.INPUT: piece} for piece in runners.split(images, size, least)]
     by_name = dict(Comparator.run(list(runners), data_loader=feed).items())
-    outputs = {name: runtime.join(iterations, len(images)) for name, iterations in by_name.items()}
+    outputs = {name: runners.join(iterations, len(images)) for name, iterations in by_name.items()}
     first = runners[0].name
     pairs = [
         measure(first, runner.name, output, ours, outputs[runner.name][output], precision)
@@ -193,8 +193,8 @@ def _runner(
     reference: dict[str, Any] | None,
 ) -> Any:
     if name != "torch":
-        runtime.pick_backend(folder, data, name)
-        return runtime.open_runner(folder, data, name)
+        runners.pick_backend(folder, data, name)
+        return runners.open_runner(folder, data, name)
     output = data["model"]["output"]
     try:
         from .restore import restore_model
@@ -230,11 +230,11 @@ def _function_runner(function: Any, output: str, name: str) -> Any:
 
     class FunctionRunner(BaseRunner):  # type: ignore[misc]
         def get_input_metadata_impl(self) -> Any:
-            return TensorMetadata().add(runtime.INPUT, np.float32, (-1, 3, -1, -1))
+            return TensorMetadata().add(runners.INPUT, np.float32, (-1, 3, -1, -1))
 
         def infer_impl(self, feed_dict: dict[str, Any]) -> dict[str, Any]:
             started = time.perf_counter()
-            value = function(np.asarray(feed_dict[runtime.INPUT]))
+            value = function(np.asarray(feed_dict[runners.INPUT]))
             self.inference_time = time.perf_counter() - started
             return {output: value}
 

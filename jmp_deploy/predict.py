@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import manifest, runtime
+from . import manifest, runners
 from .errors import ArtifactError, EngineError
 from .images import Preprocess, find_images, load_batch
 
@@ -48,15 +48,15 @@ def predict(
             f"{folder} has random weights: its answers mean nothing",
             "build it with real weights (--weights FILE), or pass --allow-random",
         )
-    chosen, reason = runtime.pick_backend(folder, data, backend)
+    chosen, reason = runners.pick_backend(folder, data, backend)
     paths = find_images(images)
     spec = Preprocess.from_dict(data["preprocess"])
     output = data["model"]["output"]
     records: list[dict[str, Any]] = []
-    with runtime.open_runner(folder, data, chosen) as runner:
+    with runners.open_runner(folder, data, chosen) as runner:
         for start in range(0, len(paths), CHUNK):
             piece = paths[start : start + CHUNK]
-            values = runtime.infer(runner, load_batch(piece, spec), tuple(data["batch"]))[output]
+            values = runners.infer(runner, load_batch(piece, spec), tuple(data["batch"]))[output]
             for path, row in zip(piece, values, strict=True):
                 if not np.isfinite(row).all():
                     raise EngineError(
