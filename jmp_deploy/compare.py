@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import manifest, runners
+from . import manifest
 from .errors import ArtifactError, JmpDeployError
 from .images import Preprocess, load_batch
+from .runners import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,7 +68,7 @@ def compare_artifact(
         JmpDeployError: fewer than two backends can run, or one that was asked for cannot.
     """
     data = manifest.read(folder)
-    runners.quiet_polygraphy()
+    quiet_polygraphy()
     manifest.verify(folder, data, manifest.REFERENCE)
     reference = load_reference(folder / manifest.REFERENCE)
     spec = Preprocess.from_dict(data["preprocess"])
@@ -117,9 +118,9 @@ def run_and_pair(
 
     least, _, most = profile
     size = max(least, min(most, 8))
-    feed = [{runners.INPUT: piece} for piece in runners.split(images, size, least)]
+    feed = [{INPUT: piece} for piece in split(images, size, least)]
     by_name = dict(Comparator.run(list(runners), data_loader=feed).items())
-    outputs = {name: runners.join(iterations, len(images)) for name, iterations in by_name.items()}
+    outputs = {name: join(iterations, len(images)) for name, iterations in by_name.items()}
     first = runners[0].name
     pairs = [
         measure(first, runner.name, output, ours, outputs[runner.name][output], precision)
@@ -193,8 +194,8 @@ def _runner(
     reference: dict[str, Any] | None,
 ) -> Any:
     if name != "torch":
-        runners.pick_backend(folder, data, name)
-        return runners.open_runner(folder, data, name)
+        pick_backend(folder, data, name)
+        return open_runner(folder, data, name)
     output = data["model"]["output"]
     try:
         from .restore import restore_model
@@ -230,11 +231,11 @@ def _function_runner(function: Any, output: str, name: str) -> Any:
 
     class FunctionRunner(BaseRunner):  # type: ignore[misc]
         def get_input_metadata_impl(self) -> Any:
-            return TensorMetadata().add(runners.INPUT, np.float32, (-1, 3, -1, -1))
+            return TensorMetadata().add(INPUT, np.float32, (-1, 3, -1, -1))
 
         def infer_impl(self, feed_dict: dict[str, Any]) -> dict[str, Any]:
             started = time.perf_counter()
-            value = function(np.asarray(feed_dict[runners.INPUT]))
+            value = function(np.asarray(feed_dict[INPUT]))
             self.inference_time = time.perf_counter() - started
             return {output: value}
 
