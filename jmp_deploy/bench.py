@@ -1,0 +1,370 @@
+"""Latency, throughput, power: one artifact, or two side by side.
+
+Every figure says what it is: end-to-end times go from images in host memory to outputs in host
+memory, one inference after the other; GPU times are CUDA events around the computation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from . import bench_stats, manifest, telemetry
+from .bench_measure import OnProgress, Participant, Series, Settings, measure
+from .bench_runners import Backend, open_backend
+from .device import gpus
+from .errors import ArtifactError, EngineError
+from .runners import pick_backend
+from .telemetry_host import cpu_count, cpu_name
+
+BATCHES = (1, 8, 32)
+GRAPHS: dict[str, tuple[bool | None, ...]] = {
+    "both": (False, True),
+    "on": (True,),
+    "off": (False,),
+}
+UNSTEADY = 0.1
+"""A 95 % interval wider than this share of its ratio is called unsteady."""
+SETTLE = 1 / 3
+"""Share of an energy measurement that is not counted: sensors average over up to a second."""
+
+Opener = Callable[[Path, dict[str, Any], str], Backend]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        folder: the artifact; with `against`, the one that the other is compared with.
+        against: a second artifact, or None.
+        batches: batch sizes; none means those of 1, 8 and 32 that both profiles have.
+        backends: of "auto", "engine", "onnxruntime".
+        cuda_graph: "both", "on" or "off"; ONNX Runtime has none.
+        threads: of ONNX Runtime; None takes every CPU that this process may use.
+        settings: how long.
+        energy_seconds: how long each row runs again for its power, where that can be read.
+    """
+
+    folder: Path
+    against: Path | None = None
+    batches: tuple[int, ...] = ()
+    backends: tuple[str, ...] = ("auto",)
+    cuda_graph: str = "both"
+    threads: int | None = None
+    settings: Settings = field(default_factory=Settings)
+    energy_seconds: float = 3.0
+
+
+def bench(
+    options: BenchOptions,
+    *,
+    on_progress: OnProgress = lambda words, share: None,
+    opener: Opener | None = None,
+    sources: Sequence[telemetry.Source] | None = None,
+) -> tuple[dict[str, Any], list[Series]]:
+    """Measures, and returns the result and the single inferences behind its rows.
+
+    The result: {"device", "complete", "artifacts", "rows", "ratios", "settings", "telemetry",
+    "warnings", "notes"}; rows and ratios as in `_row` and `_ratio`. `complete` is false where
+    Ctrl-C cut it short: what is in it was measured whole.
+
+    Args:
+        opener: in place of `open_backend` (tests); sources: in place of what can be read here.
+
+    Raises:
+        ArtifactError: a batch outside the profiles, or a broken artifact.
+        EngineError: nothing can run it here.
+        KeyboardInterrupt: before anything was measured.
+    """
+    threads = options.threads or cpu_count()
+    folders = [options.folder, *([options.against] if options.against else [])]
+    datas = [manifest.read(folder) for folder in folders]
+    batches = choose_batches(folders, datas, options.batches)
+    chosen = _backends(folders, datas, options.backends)
+    uses_gpu = "engine" in chosen
+    if opener is None:
+        opener = _default_opener(threads)
+    if sources is None:
+        sources = telemetry.open_sources(gpu=uses_gpu)
+    monitor = telemetry.Monitor(sources)
+    busy = monitor.others()
+    rows: list[dict[str, Any]] = []
+    everything: list[Series] = []
+    complete, libraries = True, {}
+    with ExitStack() as stack:
+        stack.enter_context(monitor)
+        for at, backend in enumerate(chosen):
+            opened = []
+            for folder, data in zip(folders, datas, strict=True):
+                opened.append(opener(folder, data, backend))
+                stack.callback(opened[-1].close)
+            libraries[backend] = opened[0].library
+            for index, batch in enumerate(batches):
+                done = at * len(batches) + index
+
+                def report(words: str, share: float, done: int = done, batch: int = batch) -> None:
+                    whole = (done + share) / (len(chosen) * len(batches))
+                    on_progress(f"{words}, batch {batch}", whole)
+
+                found, complete = _measure_group(
+                    folders, opened, backend, batch, options, monitor, report, bool(rows)
+                )
+                everything += [series for series, _ in found]
+                rows += [_row(series, energy) for series, energy in found]
+                if not complete:
+                    break
+            if not complete:
+                break
+    ratios = _ratios(everything, datas) if options.against else []
+    result = {
+        "device": _device(chosen, threads, libraries),
+        "complete": complete,
+        "artifacts": [_artifact(f, d) for f, d in zip(folders, datas, strict=True)],
+        "rows": rows,
+        "ratios": ratios,
+        "settings": {
+            **asdict(options.settings),
+            "threads": threads if "onnxruntime" in chosen else None,
+            "order": "ABBA",
+            "input": "seeded noise",
+        },
+        "telemetry": monitor.summary(),
+        "warnings": _warnings(busy, monitor.throttled(), rows, ratios, datas),
+        "notes": _notes(chosen, uses_gpu, monitor.can_read_power(), rows),
+    }
+    return result, everything
+
+
+def choose_batches(
+    folders: Sequence[Path], datas: Sequence[dict[str, Any]], asked: Sequence[int]
+) -> tuple[int, ...]:
+    """The batch sizes to measure; each once, within every artifact's profile.
+
+    Raises:
+        ArtifactError: one is outside, with the range.
+    """
+    least = max(data["batch"][0] for data in datas)
+    most = min(data["batch"][2] for data in datas)
+    for batch in asked:
+        for folder, data in zip(folders, datas, strict=True):
+            low, _, high = data["batch"]
+            if not low <= batch <= high:
+                raise ArtifactError(
+                    f"batch {batch} is outside the profile of {folder}: {low} to {high}",
+                    f"choose from that range, or build it again with --batch: {data['rebuild']}",
+                )
+    if asked:
+        return tuple(dict.fromkeys(asked))
+    if least > most:
+        ranges = " and ".join("{0} to {2}".format(*data["batch"]) for data in datas)
+        raise ArtifactError(
+            f"the artifacts have no batch size in common: {ranges}", "build them with one --batch"
+        )
+    usual = tuple(batch for batch in BATCHES if least <= batch <= most)
+    return usual or tuple(dict.fromkeys((least, most)))
+
+
+def _backends(
+    folders: Sequence[Path], datas: Sequence[dict[str, Any]], asked: Sequence[str]
+) -> list[str]:
+    """The backends to measure, each able to run every artifact."""
+    chosen = []
+    for name in asked:
+        picks = [pick_backend(f, d, name)[0] for f, d in zip(folders, datas, strict=True)]
+        if len(set(picks)) > 1:  # one has an engine that runs here, the other none
+            picks = [
+                pick_backend(f, d, "onnxruntime")[0] for f, d in zip(folders, datas, strict=True)
+            ]
+        chosen.append(picks[0])
+    return list(dict.fromkeys(chosen))
+
+
+def _default_opener(threads: int) -> Opener:
+    def opener(folder: Path, data: dict[str, Any], backend: str) -> Backend:
+        return open_backend(folder, data, backend, threads=threads)
+
+    return opener
+
+
+def _measure_group(
+    folders: Sequence[Path],
+    opened: Sequence[Backend],
+    backend: str,
+    batch: int,
+    options: BenchOptions,
+    monitor: telemetry.Monitor,
+    on_progress: OnProgress,
+    has_rows: bool,
+) -> tuple[list[tuple[Series, telemetry.Energy | None]], bool]:
+    """One backend at one batch size: its artifacts in turns, then the power of each."""
+    graphs: tuple[bool | None, ...] = (None,)
+    if all(item.has_graphs for item in opened):
+        graphs = GRAPHS[options.cuda_graph]
+    elif options.cuda_graph == "on" and backend == "engine":
+        raise EngineError("these engines cannot be run as CUDA graphs here", "use --cuda-graph off")
+    try:
+        participants = [
+            Participant(str(folder), backend, batch, item.prepare(batch, bool(graph)), graph)
+            for graph in graphs
+            for folder, item in zip(folders, opened, strict=True)
+        ]
+        series, complete = measure(participants, options.settings, on_progress=on_progress)
+    except KeyboardInterrupt:
+        if not has_rows:
+            raise
+        return [], False
+    energies: list[telemetry.Energy | None] = [None] * len(series)
+    if complete and options.energy_seconds > 0 and monitor.can_read_power():
+        try:
+            for index, item in enumerate(series):
+                on_progress(f"power of {item.participant.artifact}", 1.0)
+                energies[index] = _power(item, options.energy_seconds, monitor)
+        except KeyboardInterrupt:
+            complete = False
+    return list(zip(series, energies, strict=True)), complete
+
+
+def _power(series: Series, seconds: float, monitor: telemetry.Monitor) -> telemetry.Energy | None:
+    """Power while nothing but this participant runs. In turns a sensor would mix them."""
+    start = monitor.clock()
+    while monitor.clock() - start < seconds:
+        series.participant.infer()
+    return monitor.energy(start + SETTLE * seconds, monitor.clock())
+
+
+def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
+    item = series.participant
+    total = bench_stats.by_round(series, bench_stats.total)
+    assert total is not None  # every runner has end-to-end times
+    latency = bench_stats.latency(total)
+    row: dict[str, Any] = {
+        "artifact": item.artifact,
+        "backend": item.backend,
+        "batch": item.batch,
+        "cuda_graph": item.cuda_graph,
+        "throughput": bench_stats.throughput(item.batch, latency["p50"]),
+        "latency_ms": latency,
+        "gpu_ms": None,
+        "gpu_throughput": None,
+        "iterations": int(total.size),
+        "warm_iterations": series.warm_iterations,
+        "stable": series.stable,
+        "power_w": None,
+        "mj_per_image": None,
+    }
+    compute = bench_stats.by_round(series, bench_stats.compute)
+    if compute is not None:
+        row["gpu_ms"] = bench_stats.latency(compute)
+        row["gpu_throughput"] = bench_stats.throughput(item.batch, row["gpu_ms"]["p50"])
+    if energy is not None:
+        row["power_w"] = energy.watts
+        row["mj_per_image"] = energy.watts * latency["mean"] / item.batch
+    return row
+
+
+def _ratios(everything: Sequence[Series], datas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The second artifact over the first, for every backend, batch and way to launch."""
+    ratios = []
+    promised = datas[0]["macs"]["model"] / datas[1]["macs"]["model"]
+
+    def key(series: Series) -> tuple[str, int, bool | None]:
+        item = series.participant
+        return item.backend, item.batch, item.cuda_graph
+
+    for (backend, batch, graph), group in groupby(everything, key):
+        first, second = group
+        totals = [bench_stats.by_round(item, bench_stats.total) for item in (first, second)]
+        assert totals[0] is not None and totals[1] is not None
+        entry = {
+            "backend": backend,
+            "batch": batch,
+            "cuda_graph": graph,
+            "first": first.participant.artifact,
+            "second": second.participant.artifact,
+            **bench_stats.ratio(totals[0], totals[1]),
+            "gpu": None,
+            "promised_by_flops": promised,
+        }
+        gpu = [bench_stats.by_round(item, bench_stats.compute) for item in (first, second)]
+        if gpu[0] is not None and gpu[1] is not None:
+            entry["gpu"] = bench_stats.ratio(gpu[0], gpu[1])
+        ratios.append(entry)
+    return ratios
+
+
+def _artifact(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "path": str(folder),
+        "model": data["model"]["name"],
+        "image_size": data["model"]["image_size"],
+        "precision": data["precision"],
+        "jmp": data["jmp"]["schedule_name"] if data["jmp"] else None,
+        "gmacs": data["macs"]["model"] / 1e9,
+        "random_weights": manifest.is_random(data),
+    }
+
+
+def _device(chosen: Sequence[str], threads: int, libraries: dict[str, str]) -> str:
+    parts = []
+    if "engine" in chosen:
+        name = gpus()[0].name if gpus() else "GPU"
+        parts.append(f"{name}, {libraries.get('engine', 'engine')}")
+    if "onnxruntime" in chosen:
+        library = libraries.get("onnxruntime", "ONNX Runtime")
+        plural = "s" if threads > 1 else ""
+        parts.append(f"CPU {cpu_name()}, {library}, {threads} thread{plural}")
+    return "; ".join(parts)
+
+
+def _warnings(
+    busy: Sequence[str],
+    throttled: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    ratios: Sequence[dict[str, Any]],
+    datas: Sequence[dict[str, Any]],
+) -> list[str]:
+    """What makes these figures less than they seem."""
+    warnings = []
+    if busy:
+        warnings.append(f"the machine was busy before we began: {', '.join(busy)}")
+    if throttled:
+        warnings.append(f"the device was throttled: {', '.join(throttled)}")
+    for row in rows:
+        if not row["stable"]:
+            warnings.append(
+                f"{row['artifact']} at batch {row['batch']} was not stable after "
+                f"{row['warm_iterations']} warm-up inferences"
+            )
+    for entry in ratios:
+        low, high = entry["ci95"]
+        if high - low > UNSTEADY * entry["ratio"]:
+            warnings.append(
+                f"the ratio at batch {entry['batch']} is unsteady: {low:.2f} to {high:.2f}"
+            )
+    if len(datas) == 2:
+        for name, values in (
+            ("model", [data["model"]["name"] for data in datas]),
+            ("image size", [data["model"]["image_size"] for data in datas]),
+            ("precision", [data["precision"] for data in datas]),
+        ):
+            if values[0] != values[1]:
+                warnings.append(f"the artifacts differ in {name}: {values[0]} and {values[1]}")
+    return warnings
+
+
+def _notes(
+    chosen: Sequence[str], uses_gpu: bool, has_power: bool, rows: Sequence[dict[str, Any]]
+) -> list[str]:
+    notes = []
+    if not uses_gpu:
+        notes.append("measured on the CPU with ONNX Runtime: it says nothing of an engine on a GPU")
+    if not has_power:
+        notes.append("no energy per image: power cannot be read here")
+    if rows and min(row["iterations"] for row in rows) < 100:
+        notes.append("p99 of fewer than 100 inferences is close to the slowest one")
+    return notes

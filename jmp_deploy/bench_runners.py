@@ -1,0 +1,144 @@
+"""What a benchmark runs: ONNX Runtime on the CPU, an engine on the GPU, each down to its calls.
+
+ONNX Runtime is called directly, without Polygraphy's runner: its checks and copies would be timed
+too, and would weigh more the faster the model is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from . import manifest
+from .bench_measure import Times
+from .errors import EngineError
+from .runners import INPUT
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Images = NDArray[Any]
+
+SEED = 0
+
+
+class Backend(Protocol):
+    """An artifact opened for timing."""
+
+    library: str
+    """What runs it, with its version."""
+    has_graphs: bool
+    """Whether it can replay inferences as CUDA graphs."""
+
+    def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
+        """A function that runs one inference of `batch` images from host memory to host memory."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+def open_backend(folder: Path, data: dict[str, Any], backend: str, *, threads: int) -> Backend:
+    """Opens an artifact with "onnxruntime" or "engine", its file checked beforehand.
+
+    Raises:
+        ArtifactError: the file is missing or altered.
+        EngineError: it cannot be opened here.
+    """
+    if backend == "onnxruntime":
+        manifest.verify(folder, data, manifest.PORTABLE)
+        return OnnxRuntime(folder / manifest.PORTABLE, image_shape(data), threads)
+    manifest.verify(folder, data, manifest.ENGINE)
+    return open_engine(folder, data)
+
+
+def open_engine(folder: Path, data: dict[str, Any]) -> Backend:
+    """The one place that knows how an engine is run."""
+    return PolygraphyEngine(folder, data)
+
+
+def image_shape(data: dict[str, Any]) -> tuple[int, int, int]:
+    """(channels, height, width) of an artifact's images."""
+    return 3, data["preprocess"]["height"], data["preprocess"]["width"]
+
+
+def noise(batch: int, shape: tuple[int, ...]) -> Images:
+    """Seeded normal images [batch, *shape], float32. Shapes are static: contents change no time."""
+    random = np.random.default_rng(SEED)
+    return random.standard_normal((batch, *shape), dtype=np.float32)
+
+
+class OnnxRuntime:
+    """A portable model on the CPU."""
+
+    has_graphs = False
+
+    def __init__(self, model: Path, shape: tuple[int, ...], threads: int, name: str = INPUT):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Two sessions take turns: threads of the one that waits must not spin in the other's time.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self.session: Any = onnxruntime.InferenceSession(
+                str(model), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions share no public base class
+            reason = str(error).splitlines()[0]
+            raise EngineError(f"ONNX Runtime cannot open {model}: {reason}") from error
+        self.library = f"ONNX Runtime {onnxruntime.__version__}"
+        self.model, self.shape, self.name = model, shape, name
+
+    def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
+        return self.prepare_feed({self.name: noise(batch, self.shape)})
+
+    def prepare_feed(self, feed: dict[str, Images]) -> Callable[[], Times]:
+        """The same for any inputs."""
+        session = self.session
+
+        def infer() -> Times:
+            started = time.perf_counter()
+            try:
+                session.run(None, feed)
+            except Exception as error:
+                reason = str(error).splitlines()[0]
+                raise EngineError(f"ONNX Runtime cannot run {self.model}: {reason}") from error
+            return Times(start=1000 * started, total=1000 * (time.perf_counter() - started))
+
+        return infer
+
+    def close(self) -> None:
+        self.session = None
+
+
+class PolygraphyEngine:
+    """An engine through Polygraphy's runner: end-to-end times only."""
+
+    has_graphs = False
+
+    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
+        from .runners import open_runner
+
+        self.runner = open_runner(folder, data, "engine")
+        self.runner.activate()
+        self.library = f"{data['engine']['builder']} {data['engine']['version']}"
+        self.shape = image_shape(data)
+
+    def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
+        feed, runner = {INPUT: noise(batch, self.shape)}, self.runner
+
+        def infer() -> Times:
+            started = time.perf_counter()
+            runner.infer(feed, check_inputs=False)
+            return Times(start=1000 * started, total=1000 * (time.perf_counter() - started))
+
+        return infer
+
+    def close(self) -> None:
+        self.runner.deactivate()
