@@ -181,6 +181,7 @@ def _portable(
         "weights": loaded.origin,
         "preprocess": asdict(loaded.preprocess),
         "class_names": loaded.class_names,
+        "synsets": loaded.synsets,
         "jmp": jmp,
         "macs": _macs(loaded, jmp),
         "precision": options.precision,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli_accuracy, cli_bench, interrupt, output
+from . import cli_accuracy, cli_bench, cli_validate, interrupt, output
 from .arguments import make_parser
 from .errors import JmpDeployError, install_command
 
@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Never raises, never shows a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser = make_parser(cli_accuracy.add_commands, cli_bench.add_commands)
+        parser = make_parser(
+            cli_accuracy.add_commands, cli_bench.add_commands, cli_validate.add_commands
+        )
         options = parser.parse_args(arguments)
         options.rebuild = shlex.join(["python", "-m", "jmp_deploy", *arguments])
         with interrupt.remembered():
@@ -215,4 +217,5 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plugin": _plugin,
     **cli_accuracy.HANDLERS,
     **cli_bench.HANDLERS,
+    **cli_validate.HANDLERS,
 }
