@@ -97,7 +97,10 @@ class Nvml:
     def read(self) -> Reading:
         power = self._uint("nvmlDeviceGetPowerUsage")  # mW
         energy = self._number(ctypes.c_ulonglong, "nvmlDeviceGetTotalEnergyConsumption")  # mJ
-        bits = self._number(ctypes.c_ulonglong, "nvmlDeviceGetCurrentClocksThrottleReasons")
+        bits = None
+        for name in ("ThrottleReasons", "EventReasons"):  # renamed in driver 535, the old one kept
+            if bits is None:
+                bits = self._number(ctypes.c_ulonglong, f"nvmlDeviceGetCurrentClocks{name}")
         memory = _Memory()
         has_memory = self._ok("nvmlDeviceGetMemoryInfo", ctypes.byref(memory))
         return Reading(
