@@ -20,6 +20,8 @@ STABLE = 0.03
 """Warm enough: the medians of two windows are within 3 % of each other."""
 LEAST_ROUNDS = 4
 """Rounds that are measured however long they take; with fewer a ratio has no spread."""
+MOST_PER_VISIT = 500
+"""Inferences per turn. More would tell no more."""
 SETTLE_BELOW = 0.1
 """Seconds. Faster inferences get an unmeasured one at each turn: caches hold the others' data."""
 
@@ -195,7 +197,7 @@ def _visit_length(seconds: float, settings: Settings) -> int:
         math.ceil(settings.visit_seconds / seconds),
     )
     affordable = int(settings.seconds / settings.rounds / seconds)
-    return max(1, min(wanted, affordable))
+    return max(1, min(wanted, affordable, MOST_PER_VISIT))
 
 
 def _median(values: Sequence[float]) -> float:
