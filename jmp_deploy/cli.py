@@ -139,15 +139,23 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from . import render
+    from . import compare_view
     from .compare import compare_artifact
     from .images import find_images
 
     images = find_images(options.images) if options.images else []
-    result = compare_artifact(
-        options.dir, backends=options.backends, images=images, weights=options.weights
-    )
-    output.show(options, render.comparison(result), result)
+    with output.console(stderr=True).status("comparing"):
+        result = compare_artifact(
+            options.dir,
+            backends=options.backends,
+            images=images,
+            limit=options.limit,
+            weights=options.weights,
+            min_cosine=options.min_cosine,
+            max_abs=options.max_abs,
+            debug=options.debug,
+        )
+    output.show(options, compare_view.comparison(result), result)
     return 0 if result["ok"] else 1
 
 
@@ -163,7 +171,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     import json
 
-    from . import manifest, render
+    from . import compare_view, manifest, render
 
     data = manifest.read(options.dir)
     manifest.verify(options.dir, data)
@@ -177,7 +185,8 @@ def _report(options: argparse.Namespace) -> int:
                 f"{options.compare} is not a result of `compare --json`: {error}"
             ) from error
     value = {"manifest": data, "compare": compared}
-    output.show(options, render.report(data, str(options.dir), compared), value)
+    table = compare_view.comparison(compared) if compared else None
+    output.show(options, render.report(data, str(options.dir), compared, table), value)
     return 0
 
 
