@@ -165,11 +165,12 @@ def for_features(root: Path, table: Path | None) -> tuple[Dataset, Dataset]:
 
 
 def _split(root: Path, wanted: str) -> Path | None:
-    """The folder of a split, where `root` holds nothing but splits; None where it does not."""
+    """The folder of a split, where `root` holds splits and not classes; None where it does not."""
     if not root.is_dir():
         raise ImageError(f"no such folder: {root}", "expected --data DIR with DIR/CLASS/IMAGE")
     folders = {path.name for path in _folders(root)}
-    if not folders or not folders <= set(SPLITS):
+    held_out = {"val", "validation"} & folders
+    if not held_out or not ("train" in folders or folders <= set(SPLITS)):
         return None
     for name in (wanted, "validation") if wanted == "val" else (wanted,):
         if name in folders:

@@ -7,7 +7,6 @@ features of every model alike: what differs in its answers differs in the featur
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,13 +79,18 @@ def pick_kind(wanted: str = "auto") -> str:
     Raises:
         MissingPackageError: logistic regression was asked for and scikit-learn is missing.
     """
-    there = find_spec("sklearn") is not None
-    if wanted == "logistic" and not there:
+    if wanted == "ridge":
+        return wanted
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError as error:
+        if wanted == "auto":
+            return "ridge"
         raise MissingPackageError(
-            "a logistic probe needs scikit-learn, which is not installed",
+            f"a logistic probe needs scikit-learn, which cannot be imported: {error}",
             "pip install scikit-learn, or use --probe ridge",
-        )
-    return ("logistic" if there else "ridge") if wanted == "auto" else wanted
+        ) from error
+    return "logistic"
 
 
 def fit(kind: str, features: Array, labels: Array) -> Probe:
