@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from . import bench_stats, manifest, telemetry
+from .bench_backend import Backend
 from .bench_measure import OnProgress, Participant, Series, Settings, measure
-from .bench_runners import Backend, open_backend
+from .bench_runners import open_backend
 from .device import gpus
 from .errors import ArtifactError, EngineError
 from .runners import pick_backend
@@ -85,7 +86,7 @@ def bench(
     folders = [options.folder, *([options.against] if options.against else [])]
     datas = [manifest.read(folder) for folder in folders]
     batches = choose_batches(folders, datas, options.batches)
-    chosen = _backends(folders, datas, options.backends)
+    chosen = choose_backends(folders, datas, options.backends)
     uses_gpu = "engine" in chosen
     if opener is None:
         opener = _default_opener(threads)
@@ -122,7 +123,7 @@ def bench(
                 break
     ratios = _ratios(everything, datas) if options.against else []
     result = {
-        "device": _device(chosen, threads, libraries),
+        "device": device_words(chosen, threads, libraries),
         "complete": complete,
         "artifacts": [_artifact(f, d) for f, d in zip(folders, datas, strict=True)],
         "rows": rows,
@@ -169,7 +170,7 @@ def choose_batches(
     return usual or tuple(dict.fromkeys((least, most)))
 
 
-def _backends(
+def choose_backends(
     folders: Sequence[Path], datas: Sequence[dict[str, Any]], asked: Sequence[str]
 ) -> list[str]:
     """The backends to measure, each able to run every artifact."""
@@ -309,7 +310,8 @@ def _artifact(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _device(chosen: Sequence[str], threads: int, libraries: dict[str, str]) -> str:
+def device_words(chosen: Sequence[str], threads: int, libraries: dict[str, str]) -> str:
+    """What measures: the GPU, the CPU, and the library on it."""
     parts = []
     if "engine" in chosen:
         name = gpus()[0].name if gpus() else "GPU"

@@ -8,37 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from . import manifest
+from .bench_backend import Backend, noise
 from .bench_measure import Times
 from .errors import EngineError
 from .runners import INPUT
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Images = NDArray[Any]
-
-SEED = 0
-
-
-class Backend(Protocol):
-    """An artifact opened for timing."""
-
-    library: str
-    """What runs it, with its version."""
-    has_graphs: bool
-    """Whether it can replay inferences as CUDA graphs."""
-
-    def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
-        """A function that runs one inference of `batch` images from host memory to host memory."""
-
-    def close(self) -> None:
-        """Gives back what it holds."""
 
 
 def open_backend(folder: Path, data: dict[str, Any], backend: str, *, threads: int) -> Backend:
@@ -63,12 +41,6 @@ def open_engine(folder: Path, data: dict[str, Any]) -> Backend:
 def image_shape(data: dict[str, Any]) -> tuple[int, int, int]:
     """(channels, height, width) of an artifact's images."""
     return 3, data["preprocess"]["height"], data["preprocess"]["width"]
-
-
-def noise(batch: int, shape: tuple[int, ...]) -> Images:
-    """Seeded normal images [batch, *shape], float32. Shapes are static: contents change no time."""
-    random = np.random.default_rng(SEED)
-    return random.standard_normal((batch, *shape), dtype=np.float32)
 
 
 class OnnxRuntime:
@@ -98,7 +70,7 @@ class OnnxRuntime:
     def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
         return self.prepare_feed({self.name: noise(batch, self.shape)})
 
-    def prepare_feed(self, feed: dict[str, Images]) -> Callable[[], Times]:
+    def prepare_feed(self, feed: dict[str, Any]) -> Callable[[], Times]:
         """The same for any inputs."""
         session = self.session
 
@@ -112,6 +84,12 @@ class OnnxRuntime:
             return Times(start=1000 * started, total=1000 * (time.perf_counter() - started))
 
         return infer
+
+    def view(self, shape: tuple[int, ...] | None = None) -> OnnxRuntime:
+        """The same session for images of another shape; closing one closes no other."""
+        other = copy(self)
+        other.shape = self.shape if shape is None else shape
+        return other
 
     def close(self) -> None:
         self.session = None

@@ -90,6 +90,34 @@ def summary(result: dict[str, Any], files: Sequence[str] = ()) -> RenderableType
     return Group(*parts)
 
 
+def table_summary(table: dict[str, Any], path: str) -> RenderableType:
+    """The end of `bench --table`: milliseconds of one block over tokens, a column per batch."""
+    batches = sorted({row["batch"] for row in table["rows"]})
+    cost = {(row["batch"], row["tokens"]): row for row in table["rows"]}
+    shown = Table(title=table["device"], title_justify="left", expand=False)
+    shown.add_column("tokens", justify="right")
+    for batch in batches:
+        shown.add_column(f"attention ms, batch {batch}", justify="right")
+        shown.add_column(f"MLP ms, batch {batch}", justify="right")
+    for tokens in sorted({row["tokens"] for row in table["rows"]}, reverse=True):
+        cells = []
+        for batch in batches:
+            row = cost[batch, tokens]
+            cells += [f"{row['attn_ms']:.4f}", f"{row['mlp_ms']:.4f}"]
+        shown.add_row(str(tokens), *cells)
+    lines = [
+        (f"batch {batch}", f"dense model {_ms(table['dense_ms'][str(batch)])} ms, outside the "
+         f"blocks {_ms(table['other_ms'][str(batch)])} ms, a reduction "
+         f"{_ms(cost[batch, tokens]['reduce_ms'])} ms")
+        for batch in batches
+    ]  # fmt: skip
+    lines.append(("table", path))
+    use = f"tune {table['model']} --images DIR --latency-ms X --on {path} --on-batch {batches[0]}"
+    lines.append(("use it with", f"python -m jmp_deploy {use}"))
+    warnings = [Text(f"warning: {words}", style="bold yellow") for words in table["warnings"]]
+    return Group(shown, facts(lines), *warnings)
+
+
 def write_times(everything: Sequence[Series], target: Path) -> list[str]:
     """Writes single inferences as `trtexec --exportTimes` does; one file per row of the result.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import output
 from .arguments import add_command, positive
+from .errors import JmpDeployError
 
 BACKENDS = ("auto", "engine", "onnxruntime")
 
@@ -67,9 +68,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--seconds",
         type=_seconds,
-        default=20.0,
         metavar="S",
-        help="measure each row for this long at most, after at least four rounds (20)",
+        help="measure each row for this long at most, after at least four rounds (20; 1 with "
+        "--table)",
     )
     parser.add_argument(
         "--threads",
@@ -97,6 +98,16 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw latency over batch (needs matplotlib)"
     )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="measure blocks over the number of tokens instead, for tune --latency-ms --on FILE "
+        "(needs PyTorch and timm)",
+    )
+    parser.add_argument(
+        "--table-step", type=positive, default=8, metavar="N", help="tokens between its rows (8)"
+    )
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -104,6 +115,8 @@ def _bench(options: argparse.Namespace) -> int:
     from .bench import BenchOptions, bench
     from .bench_measure import Settings
 
+    if options.table:
+        return _table(options)
     if options.plot:
         bench_view.require_matplotlib()
     asked = BenchOptions(
@@ -116,7 +129,7 @@ def _bench(options: argparse.Namespace) -> int:
         settings=Settings(
             warm_iterations=options.num_warm_iter,
             iterations=options.num_bench_iter,
-            seconds=options.seconds,
+            seconds=options.seconds or Settings().seconds,
         ),
         energy_seconds=0.0 if options.no_energy else 3.0,
     )
@@ -132,6 +145,32 @@ def _bench(options: argparse.Namespace) -> int:
         files.append(str(options.plot))
     output.show(options, bench_view.summary(result, files), {**result, "files": files})
     return 0 if result["complete"] else 130
+
+
+def _table(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from . import bench_view
+    from .bench_table import SETTINGS, TableOptions, measure_table
+    from .files import write_json
+
+    if options.against or options.times or options.plot or len(options.backend) > 1:
+        raise JmpDeployError(
+            "--table measures one artifact with one backend: no --against, --times or --plot"
+        )
+    asked = TableOptions(
+        folder=options.dir,
+        batches=options.batch_size,
+        backend=options.backend[0],
+        threads=options.threads,
+        step=options.table_step,
+        settings=replace(SETTINGS, seconds=options.seconds or SETTINGS.seconds),
+    )
+    with bench_view.BenchProgress(output.console(stderr=True)) as progress:
+        table = measure_table(asked, on_progress=progress.update)
+    write_json(options.table, table)
+    output.show(options, bench_view.table_summary(table, str(options.table)), table)
+    return 0
 
 
 def _batches(text: str) -> tuple[int, ...]:
