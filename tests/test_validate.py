@@ -188,6 +188,22 @@ def test_odd_images_are_answered_like_their_plain_twins(tmp_path):
     assert answers[::2] == answers[1::2] and len(set(answers)) > 2
 
 
+def test_what_a_worker_makes_of_a_photo_is_timms_to_the_last_bit(photos):
+    """ImageNet's usual transform and DINOv2's, for photos of several shapes."""
+    from timm.data import create_transform
+
+    from jmp_deploy.images import Preprocess
+
+    statistics = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    for crop in (0.9, 1.0):
+        config = {"input_size": (3, 224, 224), "crop_pct": crop, "interpolation": "bicubic"}
+        transform = create_transform(**config, **statistics, is_training=False)
+        batch = validate_load.load(photos, Preprocess.from_timm({**config, **statistics}))
+        for path, pixels in zip(photos, batch.images, strict=True):
+            with Image.open(path) as photo:
+                np.testing.assert_array_equal(pixels, transform(photo.convert("RGB")).numpy())
+
+
 def test_outputs_that_are_not_finite_are_named(world, tmp_path, capsys):
     folder, _, _ = world
     matrix = np.ones((validation.PIXELS, CLASSES), np.float32)  # the root of a dark image is NaN
@@ -343,6 +359,19 @@ def test_without_scikit_learn_pytorch_and_timm_a_ridge_probe_is_fitted(features,
     assert validation.lasting(here) == validation.lasting(found)
 
 
+def test_shards_of_a_probed_model_fit_the_same_probe(features, tmp_path):
+    folder, _, _ = features
+    command = ["validate", folder / "jmp", "--data", folder / "data", "--against", folder / "dense"]
+    whole = run(*command, "--json", tmp_path / "whole.json")
+    parts = [tmp_path / f"part{index}.json" for index in (1, 2)]
+    for index, part in enumerate(parts, 1):
+        run(*command, "--shard", f"{index}/2", "--json", part)
+    merged = run("merge", *parts, "--json", tmp_path / "merged.json")
+    assert validation.lasting(merged) == validation.lasting(whole)
+    run(*command, "--shard", "2/2", "--probe", "ridge", "--json", parts[1])
+    assert main(["merge", *map(str, parts)]) == 2
+
+
 def test_data_without_splits_is_no_data_for_a_probe(features, world, capsys):
     folder, _, _ = features
     command = ("validate", folder / "jmp", "--against", folder / "dense", "--data")
@@ -419,7 +448,7 @@ def test_ctrl_c_in_the_whole_process_group_is_one_line(world, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
-    assert "error: interrupted" in err
+    assert "error: interrupted" in err and "leaked" not in err
     assert gone(pids)
 
 
@@ -457,9 +486,24 @@ def gone(pids, seconds=20):
     return False
 
 
+def test_where_shared_memory_is_small_images_come_through_the_pipe(world, tmp_path, monkeypatch):
+    folder, _, _ = world
+    command = ["validate", folder / "jmp", "--data", folder / "data", "--shard", "1/1"]
+    command += ["--workers", "2", "--json", tmp_path / "v.json"]
+    shared = run(*command)
+    asked = []
+
+    def small(path):
+        asked.append(path)
+        return os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
+
+    monkeypatch.setattr(validate_load.os, "statvfs", small)
+    assert run(*command)["shard"]["rows"] == shared["shard"]["rows"] and asked == ["/dev/shm"]
+
+
 def test_a_worker_that_dies_is_reported(world, monkeypatch, capsys):
     folder, _, _ = world
-    monkeypatch.setattr(validate_load, "load", validation.die)
+    monkeypatch.setattr(validate_load, "_task", validation.die)
     command = ("validate", folder / "jmp", "--data", folder / "data", "--workers", "1")
     assert "fewer --workers" in fails(capsys, *command, message="a worker process")
 

@@ -108,6 +108,6 @@ def lasting(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in VOLATILE}
 
 
-def die(group: Any, spec: Any) -> None:
+def die(group: Any, spec: Any, place: Any) -> None:
     """What a worker does when the kernel takes its memory."""
     os._exit(9)
