@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import bench_parts, bench_stats, manifest, telemetry
 from .bench import choose_backends, choose_batches, device_words
 from .bench_backend import Backend
-from .bench_measure import OnProgress, Participant, Series, Settings, measure
+from .bench_measure import OnProgress, Participant, Settings, measure
 from .bench_parts import ATTENTION, DENSE, MLP, Parts
 from .bench_runners import OnnxRuntime, open_backend
 from .errors import ArtifactError
@@ -28,14 +30,18 @@ from .telemetry_host import cpu_count
 
 SETTINGS = Settings(
     warm_iterations=3,
-    warm_seconds=1.0,
-    iterations=12,
-    rounds=6,
-    visit_seconds=0.02,
+    warm_seconds=0.3,
+    iterations=4,
+    rounds=2,
+    visit_seconds=0.01,
     seconds=1.0,
 )
-"""Shorter than a benchmark's: there are two chains for each of some 25 token counts."""
+"""Of one part in one sweep: shorter than a benchmark's, for there are some 50 parts."""
+SWEEPS = 4
+"""How often all token counts are gone through, to and fro: drift reaches all alike."""
 
+Part = tuple[str, int | None]
+"""A part's name, and the tokens of a chain."""
 Opener = Callable[[str, int | None], Backend]
 """Opens a part by its name, a chain at a number of tokens; ARTIFACT is the artifact itself."""
 ARTIFACT = "artifact"
@@ -120,26 +126,23 @@ def fill(
         "settings": asdict(options.settings),
         "warnings": [],
     }
-    work = len(counts) + 1
-    names = [DENSE, *([ARTIFACT] if data["jmp"] else [])]
-    whole: dict[int, dict[str, float]] = {}
-    with _opened(opener, [(name, None) for name in names]) as models:
-        table["library"] = models[0].library
-        for batch in batches:
-            on_progress(f"whole models, batch {batch}", 0.0)
-            medians = _medians(models, batch, options.settings)
-            whole[batch] = dict(zip(names, medians, strict=True))
-    done: dict[tuple[int, int], tuple[float, float]] = {}
-    for index, tokens in enumerate(counts):
-        with _opened(opener, [(ATTENTION, tokens), (MLP, tokens)]) as chains:
-            for batch in batches:
-                on_progress(
-                    f"measuring blocks, {counts[-1]} to {counts[0]} tokens", (index + 1) / work
-                )
-                attention, mlp = _medians(chains, batch, options.settings)
-                done[batch, tokens] = attention / shape.depth, mlp / shape.depth
+    whole = [DENSE, *([ARTIFACT] if data["jmp"] else [])]
+    units: list[list[Part]] = [[(name, None) for name in whole]]
+    units += [[(ATTENTION, tokens), (MLP, tokens)] for tokens in counts]
+    times: dict[tuple[int, Part], list[float]] = {}
+    for sweep in range(SWEEPS):
+        for index, unit in enumerate(units if sweep % 2 == 0 else units[::-1]):
+            share = (sweep + index / len(units)) / SWEEPS
+            on_progress(f"measuring parts, {counts[-1]} to {counts[0]} tokens", share)
+            with _opened(opener, unit) as opened:
+                table["library"] = opened[0].library
+                for batch in batches:
+                    measured = _measure(opened, batch, options.settings)
+                    for part, values in zip(unit, measured, strict=True):
+                        times.setdefault((batch, part), []).extend(values)
+    median = {key: bench_stats.latency(np.array(values))["p50"] for key, values in times.items()}
     for batch in batches:
-        _add_batch(table, shape, data, batch, counts, done, whole[batch])
+        _add_batch(table, shape, data, batch, counts, median)
     return table
 
 
@@ -168,18 +171,24 @@ def _add_batch(
     data: dict[str, Any],
     batch: int,
     counts: Sequence[int],
-    done: dict[tuple[int, int], tuple[float, float]],
-    whole: dict[str, float],
+    median: dict[tuple[int, Part], float],
 ) -> None:
-    full = shape.num_prefix + shape.num_patches
-    other = whole[DENSE] - shape.depth * sum(done[batch, full])
+    full, dense = shape.num_prefix + shape.num_patches, median[batch, (DENSE, None)]
+    blocks = {
+        tokens: (
+            median[batch, (ATTENTION, tokens)] / shape.depth,
+            median[batch, (MLP, tokens)] / shape.depth,
+        )
+        for tokens in counts
+    }
+    other = dense - shape.depth * sum(blocks[full])
     if other < 0:
         table["warnings"].append(
             f"batch {batch}: the blocks alone took {-other:.3f} ms longer than the dense model; "
             "the rest of the model is counted as 0"
         )
     table["other_ms"][str(batch)] = max(other, 0.0)
-    table["dense_ms"][str(batch)] = whole[DENSE]
+    table["dense_ms"][str(batch)] = dense
     reduce_ms = 0.0
     if data["jmp"]:
         sums = LatencyTable(
@@ -188,13 +197,14 @@ def _add_batch(
             num_prefix=shape.num_prefix,
             num_patches=shape.num_patches,
             other_ms=max(other, 0.0),
-            rows={tokens: (*done[batch, tokens], 0.0) for tokens in counts},
+            rows={tokens: (*halves, 0.0) for tokens, halves in blocks.items()},
             short_last_block=bool(data["jmp"].get("last_prefix_only")),
         )
-        above = whole[ARTIFACT] - sums.latency(_keeps(shape, data["jmp"]["schedule"]))
+        above = median[batch, (ARTIFACT, None)] - sums.latency(
+            _keeps(shape, data["jmp"]["schedule"])
+        )
         reduce_ms = max(above, 0.0) / len(data["jmp"]["schedule"])
-    for tokens in counts:
-        attention, mlp = done[batch, tokens]
+    for tokens, (attention, mlp) in blocks.items():
         table["rows"].append(
             {
                 "batch": batch,
@@ -217,17 +227,17 @@ def _keeps(shape: ModelShape, steps: Sequence[Sequence[int]]) -> list[int]:
 
 
 @contextmanager
-def _opened(opener: Opener, wanted: Sequence[tuple[str, int | None]]) -> Iterator[list[Backend]]:
+def _opened(opener: Opener, unit: Sequence[Part]) -> Iterator[list[Backend]]:
     with ExitStack() as stack:
         opened = []
-        for name, tokens in wanted:
+        for name, tokens in unit:
             opened.append(opener(name, tokens))
             stack.callback(opened[-1].close)
         yield opened
 
 
-def _medians(opened: Sequence[Backend], batch: int, settings: Settings) -> list[float]:
-    """Median ms of each, measured in turns: on the device where its events say, else end to end."""
+def _measure(opened: Sequence[Backend], batch: int, settings: Settings) -> list[list[float]]:
+    """Times of each in ms, measured in turns: the device's own where it tells, else end to end."""
     graph = all(backend.has_graphs for backend in opened)
     participants = [
         Participant(str(index), "", batch, backend.prepare(batch, graph))
@@ -236,15 +246,14 @@ def _medians(opened: Sequence[Backend], batch: int, settings: Settings) -> list[
     series, complete = measure(participants, settings)
     if not complete:
         raise KeyboardInterrupt
-    return [_median(item) for item in series]
-
-
-def _median(series: Series) -> float:
-    values = bench_stats.by_round(series, bench_stats.compute)
-    if values is None:
-        values = bench_stats.by_round(series, bench_stats.total)
-    assert values is not None
-    return bench_stats.latency(values)["p50"]
+    found = []
+    for item in series:
+        values = bench_stats.by_round(item, bench_stats.compute)
+        if values is None:
+            values = bench_stats.by_round(item, bench_stats.total)
+        assert values is not None
+        found.append(values.ravel().tolist())
+    return found
 
 
 def _opener(folder: Path, data: dict[str, Any], backend: str, parts: Parts, threads: int) -> Opener:
@@ -268,22 +277,26 @@ def _engine_opener(folder: Path, data: dict[str, Any], parts: Parts) -> Opener:
     from .bench_engine import TimedEngine
     from .engine import EngineSpec, build_engine
 
-    flavour = data["engine"]["flavour"]
+    flavour, built = data["engine"]["flavour"], set()
 
     def opener(name: str, tokens: int | None) -> Backend:
         if name == ARTIFACT:
             return open_backend(folder, data, "engine", threads=1)
         source = parts.files[name]
-        model, plan = source.with_suffix(".part.onnx"), source.with_suffix(".engine")
-        spec = EngineSpec(
-            batch=(data["batch"][0], data["batch"][1], data["batch"][2]),
-            image=(tokens, parts.width) if tokens else parts.image,  # type: ignore[arg-type]
-            precision=data["precision"],
-        )
-        if tokens:
-            bench_parts.with_tokens(source, tokens, model)
-        cache = source.with_name("timing.cache")
-        build_engine(model if tokens else source, plan, flavour, spec, timing_cache=cache)
+        plan = source.with_name(f"{name}.{tokens or 'whole'}.engine")
+        if plan not in built:
+            model = source
+            if tokens:
+                model = bench_parts.with_tokens(source, tokens, source.with_name("part.onnx"))
+            spec = EngineSpec(
+                batch=(data["batch"][0], data["batch"][1], data["batch"][2]),
+                # the builder takes any shape of one "image"
+                image=(tokens, parts.width) if tokens else parts.image,  # type: ignore[arg-type]
+                precision=data["precision"],
+            )
+            cache = source.with_name("timing.cache")
+            build_engine(model, plan, flavour, spec, timing_cache=cache)
+            built.add(plan)
         return TimedEngine(plan, data, use_manifest=False)
 
     return opener
