@@ -23,7 +23,7 @@ from .compare_trace import (
     session_runner,
     show_choices,
 )
-from .errors import ArtifactError
+from .errors import GraphError
 from .node import DOMAIN
 from .runners import INPUT
 
@@ -51,8 +51,13 @@ def by_itself(
         images in which it decides alike (None if there is none). Each is the largest of all
         images, infinite if not finite. same_set is the share of images in which the same tokens
         are kept.
+
+    Raises:
+        GraphError: the model has other reductions than PyTorch's, or no recognisable blocks.
     """
-    show_choices(proto)
+    found = [n.name for n in show_choices(proto)]
+    if found != [c.name for c in a.choices or ()]:
+        raise GraphError(f"the model has reductions {found}, others than {a.backend}'s")
     places = block_tensors(proto)
     producers = {name: n for n in proto.graph.node for name in n.output}
     rows = []
@@ -99,7 +104,7 @@ def extract(
     node from the imports.)
 
     Raises:
-        ArtifactError: the outputs need an input that is not fed.
+        GraphError: the outputs need an input that is not fed.
     """
     import onnx
 
@@ -123,7 +128,7 @@ def extract(
                 needed.add(id(graph_node))
                 todo.extend(graph_node.input)
         else:
-            raise ArtifactError(f"a block reads {name!r}, which is not one of its inputs")
+            raise GraphError(f"a block reads {name!r}, which is not one of its inputs")
     nodes = [n for n in proto.graph.node if id(n) in needed]
     values = [
         onnx.helper.make_tensor_value_info(
@@ -177,14 +182,12 @@ def _feeds(proto: onnx.ModelProto, a: Trace, place: Block, index: int) -> dict[s
 
 
 def _float_type(proto: onnx.ModelProto) -> type:
-    """float16 or float32: the type of the residual stream, read off the first norm's weight."""
+    """float16 or float32: the type of the residual stream, read off a norm's weight."""
     import onnx
 
-    for weight in proto.graph.initializer:
-        if weight.name == "blocks.0.norm1.weight":
-            half = weight.data_type == onnx.TensorProto.FLOAT16
-            return np.float16 if half else np.float32
-    return np.float32
+    scales = {n.input[1] for n in proto.graph.node if n.op_type == "LayerNormalization"}
+    kinds = {w.data_type for w in proto.graph.initializer if w.name in scales}
+    return np.float16 if onnx.TensorProto.FLOAT16 in kinds else np.float32
 
 
 def _precision(*parts: onnx.ModelProto) -> str:

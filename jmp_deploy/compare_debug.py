@@ -245,7 +245,7 @@ def _tokens(
     prefix = a.num_prefix
     p, q = x.astype(np.float64), y.astype(np.float64)
     known = None
-    if p.shape[1] > prefix and a.choices is not None and b.choices is not None:
+    if p.shape[1] > prefix and _comparable(a, b):
         known = _owners(a, block), _owners(b, block)
     cosine, errors, matched = [], [], []
     for image in range(len(p)):
@@ -268,6 +268,11 @@ def _tokens(
     judged = row["prefix_cosine"] if prefix else row["patch_cosine"]
     row["ok"] = bool(judged is not None and judged >= tolerance)
     return row
+
+
+def _comparable(a: Trace, b: Trace) -> bool:
+    names = [None if t.choices is None else [c.name for c in t.choices] for t in (a, b)]
+    return names[0] is not None and names[0] == names[1]
 
 
 def _same_tokens(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .compare_measures import TABLE, TINY
+from .errors import GraphError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,18 +29,27 @@ def report(a: Trace, b: Trace, precision: str) -> dict[str, Any]:
 
     Returns:
         {"a", "b", "selection", "tolerance", "images", "first", "flagged", "near_ties", "nodes",
-        "verdict"}. first is the node where tokens first differ, None if they never do; nodes has
-        for each reduction {"node", "block", "keep", "of", "same_set", "shared", "first_here",
-        "near_ties", "flagged", "merged_elsewhere", "margin", "moved", "images"}: same_set the share of images with the
-        same kept set, shared the mean share of tokens that both keep, first_here the images whose
-        tokens first differ here, margin the largest gap in a's rating between tokens that changed
-        places there (or in importance, see `_judge`), over the interquartile range; moved the largest move
-        of a rating over that range, at the 90th percentile of an image's tokens, among images that
-        came in alike; merged_elsewhere the images that keep the same tokens but first merge others
-        into them in another way; images the indices of flagged ones.
+        "verdict"}; first is the node where tokens first differ, None if they never do. nodes has
+        for each reduction:
+        "node", "block", "keep", "of": its name, block, K and M;
+        "same_set", "shared": share of images with the same kept set, mean share of tokens kept by
+            both;
+        "first_here": images whose tokens first differ here, of which "near_ties" are explained by
+            rounding and "flagged" are not ("images": their indices);
+        "margin": largest gap in a's rating between tokens that changed places here (or in their
+            importance, see `_judge`), over the interquartile range of the image's ratings;
+        "merged_elsewhere": images that keep the same tokens and first merge others differently;
+        "moved": largest move of a rating over that range, at the 90th percentile of an image's
+            tokens, among images that came in alike.
+
+    Raises:
+        GraphError: the backends have different reductions.
     """
     if a.choices is None or b.choices is None:
         raise ValueError("both traces need choices")
+    names_a, names_b = ([c.name for c in trace.choices or ()] for trace in (a, b))
+    if names_a != names_b:
+        raise GraphError(f"{a.backend} has reductions {names_a}, {b.backend} has {names_b}")
     tolerance = TABLE[precision].near_tie
     nodes: list[dict[str, Any]] = []
     patches = a.choices[0].rating.shape[1] if a.choices else 0

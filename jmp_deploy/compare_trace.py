@@ -7,6 +7,7 @@ them as outputs: which tokens it keeps stays inside the plugin.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -209,39 +210,39 @@ def prefix_tokens(proto: onnx.ModelProto) -> int:
 
 
 def block_tensors(proto: onnx.ModelProto) -> list[Block]:
-    """Names of every block's tensors, found by its LayerNorms' weights, portable or deployable.
+    """Names of every block's tensors, portable or deployable.
+
+    They are found by the blocks' two LayerNorms: the ones whose input something else reads too,
+    the residual sum. (Not by their weights' names: the exporter gives equal weights one name, and
+    in an untrained model all are equal.)
 
     Raises:
         GraphError: the blocks are not to be found.
     """
-    norms = {n.input[1]: n.input[0] for n in proto.graph.node if n.op_type == "LayerNormalization"}
-    attended = {n.name: n.input[0] for n in proto.graph.node if n.domain == DOMAIN}
-    depth = 0
-    while f"blocks.{depth}.norm1.weight" in norms and f"blocks.{depth}.norm2.weight" in norms:
-        depth += 1
-    if not depth:
+    readers = Counter(name for n in proto.graph.node for name in set(n.input))
+    inputs = [n.input[0] for n in proto.graph.node if n.op_type == "LayerNormalization"]
+    norms = [name for name in inputs if readers[name] > 1]
+    entries, reduced = norms[0::2], norms[1::2]
+    # The last block's output is the residual sum over what its MLP reads.
+    sums = [
+        n.output[0] for n in proto.graph.node if n.op_type == "Add" and norms[-1:] == [*n.input][:1]
+    ]
+    reductions = {n.name: n for n in proto.graph.node if n.domain == DOMAIN}
+    places = []
+    for index, (entry, after) in enumerate(zip(entries, reduced, strict=False)):
+        node = reductions.pop(reduction_name(index), None)
+        if node is not None and node.output[0] != after:
+            break
+        attended = node.input[0] if node is not None else after
+        out = [*entries, *sums][index + 1 :][:1]
+        places += [Block(entry, attended, after, *out)] if out else []
+    if not places or len(entries) != len(reduced) or len(places) != len(entries) or reductions:
         raise GraphError(
-            "the model has no LayerNormalization with the weights blocks.0.norm1.weight: its "
-            "blocks cannot be told apart",
+            "the model's blocks cannot be told apart: each needs two LayerNormalization nodes on "
+            "the residual stream",
             "build it again with this version of jmp_deploy",
         )
-    entries, reduced = (
-        [norms[f"blocks.{index}.{norm}.weight"] for index in range(depth)]
-        for norm in ("norm1", "norm2")
-    )
-    # The last block's output is the residual sum over what its MLP reads.
-    sums = [n.output[0] for n in proto.graph.node if n.op_type == "Add" and reduced[-1] in n.input]
-    if len(sums) != 1:
-        raise GraphError("the output of the last block cannot be told apart", "build it again")
-    return [
-        Block(
-            entry=entries[index],
-            attended=attended.get(reduction_name(index), reduced[index]),
-            reduced=reduced[index],
-            out=(entries + sums)[index + 1],
-        )
-        for index in range(depth)
-    ]
+    return places
 
 
 def run_session(
@@ -313,7 +314,10 @@ def _copied(outputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
 def _attributes(graph_node: onnx.NodeProto) -> TokenReduce:
     from onnx.helper import get_attribute_value
 
-    return TokenReduce.from_onnx({a.name: get_attribute_value(a) for a in graph_node.attribute})
+    values = {a.name: get_attribute_value(a) for a in graph_node.attribute}
+    # the deployable model's nodes name their plugin too
+    own = {name: value for name, value in values.items() if not name.startswith("plugin_")}
+    return TokenReduce.from_onnx(own)
 
 
 def _block_of(name: str) -> int:

@@ -81,14 +81,21 @@ def _classes(result: dict[str, Any]) -> list[RenderableType]:
 
 def _table(title: str) -> Table:
     """Without a frame: eight columns fit into 80 characters."""
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    return Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
+    )
 
 
 def _tolerance(tolerance: dict[str, Any]) -> str:
     words = f"tolerance: cosine >= {tolerance['cosine']:g} for every image"
     if tolerance.get("max_abs") is not None:
         words += f", largest difference <= {tolerance['max_abs']:g}"
-    return words + (f" ({tolerance['source']})" if tolerance.get("source") else "")
+    return words
 
 
 def _unreadable(files: list[dict[str, str]]) -> list[RenderableType]:
@@ -104,7 +111,7 @@ def _reductions(report: dict[str, Any]) -> Table:
         f"kept tokens of {report['images']} images, {report['a']} - {report['b']}, chosen by "
         f"{report['selection']}"
     )
-    table.add_column("reduction in", no_wrap=True)
+    table.add_column("in", no_wrap=True)
     names = ("keeps", "same set", "shared", "first differ", "near ties", "margin", "flagged")
     for name in names:
         table.add_column(name, justify="right")
@@ -113,7 +120,7 @@ def _reductions(report: dict[str, Any]) -> Table:
             f"blocks.{node['block']}",
             f"{node['keep']} of {node['of']}",
             f"{node['same_set']:.1%}",
-            f"{node['shared']:.2%}",
+            f"{node['shared']:.1%}",
             str(node["first_here"] or "-"),
             str(node["near_ties"] or "-"),
             _number(node["margin"]),
@@ -127,7 +134,7 @@ def _debug(found: dict[str, Any]) -> list[RenderableType]:
     table.add_column("output of", no_wrap=True)
     alone = {row["stage"]: row for row in found["alone"] or ()}
     names = ["class token", "patches"]
-    names += ["precision", "attention", "reduction", "MLP"] if alone else ["error", "matched"]
+    names += ["type", "attention", "reduction", "MLP"] if alone else ["error", "matched"]
     for name in names:
         table.add_column(name, justify="right")
     table.add_column("")
