@@ -113,7 +113,7 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "agreement",
                 f"{result['agreement_with_dense']:.2f} % give the dense model's answer; only the "
-                f"dense model is right on {result['only_dense_right']} images, only this one on "
+                f"dense model is right on {result['only_dense_right']}, only this one on "
                 f"{result['only_model_right']}",
             )
         )
@@ -130,7 +130,7 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     skipped = result["unreadable"]
-    share = f"{skipped['count']} of the images skipped ({skipped['share']:.1%})"
+    share = f"{skipped['count']} skipped ({skipped['share']:.1%} of the images)"
     rows.append(("unreadable", share if skipped["count"] else "none"))
     why = f" ({result['backend_reason']})" if result.get("backend_reason") else ""
     rows.append(("backend", f"{result['backend']}{why} on {result['device']}"))
