@@ -191,18 +191,13 @@ def _float_type(proto: onnx.ModelProto) -> type:
 
 
 def _precision(*parts: onnx.ModelProto) -> str:
-    """What the matrix products of a block's parts work in, as the model says it; empty if not."""
+    """What a block's weight matrices are stored in, as the model says it: "fp16", "fp16+int8"."""
     import onnx
 
-    names = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.FLOAT: "fp32"}
-    found = set()
-    for part in parts:
-        if any(n.op_type == "DequantizeLinear" for n in part.graph.node):
-            found.add("int8")
-        else:
-            kinds = {w.data_type for w in part.graph.initializer if len(w.dims) == 2}
-            found |= {names[kind] for kind in kinds if kind in names}
-    return "+".join(sorted(found))
+    kinds = onnx.TensorProto
+    names = {kinds.FLOAT16: "fp16", kinds.FLOAT: "fp32", kinds.INT8: "int8"}
+    matrices = [w for part in parts for w in part.graph.initializer if len(w.dims) == 2]
+    return "+".join(sorted({names[w.data_type] for w in matrices if w.data_type in names}))
 
 
 def _run_part(

@@ -14,7 +14,6 @@ bisection needs several for.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -90,8 +89,11 @@ def examine(
     traces = trace(a), trace(b)
     way = along_the_way(*traces, tolerance)
     alone = None
-    if a.model is not None and b.name == "onnxruntime":
-        alone = by_itself(portable(), traces[0], data["precision"], tolerance)
+    source = next(
+        (t for t, backend in zip(traces, (a, b), strict=True) if backend.model is not None), None
+    )
+    if source is not None and "onnxruntime" in (a.name, b.name):
+        alone = by_itself(portable(), source, data["precision"], tolerance)
     return conclusion(a.name, b.name, tolerance, data["precision"], way, alone)
 
 
@@ -152,12 +154,15 @@ def conclusion(
             f"median block is off by {usual:.2%}"
         )
     elif alone is None:
-        words.append(f"blocks by themselves can be run for PyTorch and ONNX Runtime, not for {b}")
-    else:
-        worst = max(alone, key=own_error)
         words.append(
-            f"no block stands out by itself (most: {worst['stage']}, {own_error(worst):.2%} of "
-            "what it adds); what there is adds up along the way"
+            "blocks by themselves can only be told of ONNX Runtime beside PyTorch, not of "
+            + (b if b != "onnxruntime" else a)
+        )
+    else:
+        stage, part, error = _worst(alone)
+        words.append(
+            f"no block stands out by itself (most: {stage}, {part}, {error:.2%} of what it adds); "
+            "what there is adds up along the way"
         )
     return {
         "a": a,
@@ -200,8 +205,8 @@ def trace_engine(folder: Path, data: dict[str, Any], images: NDArray[np.float32]
         targets=tuple(facts["targets"]) if facts["flavour"] == "rtx" else (),
         precision=data["precision"],
     )
-    temporary = Path(tempfile.mkdtemp(prefix="jmp-debug-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="jmp-debug-") as name:
+        temporary = Path(name)
         model = temporary / manifest.DEPLOYABLE
         onnx.save_model(mark(proto, names), model)
         plugin = None
@@ -216,8 +221,6 @@ def trace_engine(folder: Path, data: dict[str, Any], images: NDArray[np.float32]
         manifest.write(temporary, {**rest, "engine": {**facts, **built}}, [manifest.ENGINE])
         with open_runner(temporary, manifest.read(temporary), "engine") as runner:
             values = infer(runner, images, tuple(data["batch"]))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     wide = {name: np.asarray(values[name]).astype(np.float32) for name in names}
     return Trace(
         backend="engine",
@@ -305,9 +308,15 @@ def _cause(
 ) -> tuple[str, str, float, float] | None:
     """(stage, part, its error, the median) of the block that stands out, if one does."""
     usual = float(np.median([own_error(row) for row in alone]))
-    worst = max(alone, key=own_error)
-    error = own_error(worst)
+    stage, part, error = _worst(alone)
     if error < np.inf and error <= max(STANDS_OUT * usual, limit_of(tolerance)):
         return None
-    part = next(part for part in PARTS if (worst[part] or 0.0) == error)
-    return worst["stage"], PARTS[part], error, usual
+    return stage, part, error, usual
+
+
+def _worst(alone: Sequence[Mapping[str, Any]]) -> tuple[str, str, float]:
+    """(stage, part in words, its error) of the largest error, the first of equal ones."""
+    row = max(alone, key=own_error)
+    error = own_error(row)
+    part = next(part for part in PARTS if (row[part] or 0.0) == error)
+    return row["stage"], PARTS[part], error

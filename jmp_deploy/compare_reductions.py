@@ -72,7 +72,7 @@ def report(a: Trace, b: Trace, precision: str) -> dict[str, Any]:
         "flagged": sum(n["flagged"] for n in nodes),
         "nodes": nodes,
     }
-    return {**result, "verdict": _verdict(result)}
+    return {**result, "verdict": _verdict(result, precision)}
 
 
 def patch_ids(choices: Sequence[Choice], patches: int, images: int) -> list[NDArray[Any]]:
@@ -211,14 +211,17 @@ def _spread(values: NDArray[Any]) -> float:
     return max(float(high - low), TINY)
 
 
-def _verdict(result: dict[str, Any]) -> str:
+def _verdict(result: dict[str, Any], precision: str) -> str:
     if not result["nodes"]:
         return "the model reduces no tokens"
     if result["first"] is None:
         return "both keep the same tokens everywhere"
     where = f"tokens first differ at {result['first']}"
     if not result["flagged"]:
-        return f"{where}; every difference is a near tie that rounding decides, which is no error"
+        return (
+            f"{where}; every difference is a near tie that {precision.upper()} rounding decides, "
+            "which is no error"
+        )
     nodes = ", ".join(n["node"] for n in result["nodes"] if n["flagged"])
     return (
         f"{where}; {result['flagged']} of them are more than rounding explains (at {nodes}): "

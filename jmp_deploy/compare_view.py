@@ -32,6 +32,8 @@ def comparison(result: dict[str, Any]) -> RenderableType:
     lines += _unreadable(result.get("unreadable", []))
     if result.get("reductions"):
         lines += ["", _reductions(result["reductions"]), result["reductions"]["verdict"]]
+        if "engine" in result["backends"]:
+            lines.append("the engine's kept tokens stay inside its plugin: only outputs compared")
     elif result.get("reductions_skipped"):
         lines.append(f"kept tokens not compared: {result['reductions_skipped']}")
     for found in result.get("debug") or []:
@@ -114,7 +116,7 @@ def _reductions(report: dict[str, Any]) -> Table:
     table.add_column("in", no_wrap=True)
     names = ("keeps", "same set", "shared", "first differ", "near ties", "margin", "flagged")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name == "keeps")
     for node in report["nodes"]:
         table.add_row(
             f"blocks.{node['block']}",
@@ -152,8 +154,8 @@ def _debug(found: dict[str, Any]) -> list[RenderableType]:
     notes = "class token, patches: cosine along the way, patches where made of the same patches"
     if alone:
         notes += (
-            "; attention, reduction, MLP: error of each block by itself, fed with what "
-            f"{found['a']}'s was fed"
+            "; attention, reduction, MLP: error of each block by itself, fed with what PyTorch's "
+            "was fed, over what the part adds"
         )
     return [table, notes, Text(found["verdict"], "bold")]
 

@@ -83,6 +83,7 @@ def test_a_sound_model_has_no_block_outside(form):
     assert all(row["ok"] and row["precision"] == "fp32" for row in found["alone"])
     assert all(0 < row["attention"] < 1e-4 and 0 < row["mlp"] < 1e-4 for row in found["alone"])
     assert "every block is within tolerance" in found["verdict"]
+    assert "no block stands out" in found["verdict"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,14 @@ def test_a_planted_fault_is_found_by_name(half, tmp_path, monkeypatch, capsys, b
     printed = " ".join(capsys.readouterr().out.split())
     assert f"blocks.{block} (fp16) is the first outside tolerance" in printed
     assert f"blocks.{block} (fp16) is off in its {part}" in printed and "…" not in printed
+
+
+def test_the_order_of_the_backends_does_not_hide_the_fault(half, tmp_path):
+    source, model = half
+    folder = broken_copy(source, tmp_path / "a", 1, "fc2", lambda w: w * 3)
+    a, b = Backend("onnxruntime", None), Backend("torch", None, model)
+    found = compare_debug.examine(folder, manifest.read(folder), a, b, IMAGES, 0.999)
+    assert found["cause"] == "blocks.1" and found["a"] == "onnxruntime"
 
 
 def test_a_fault_in_a_reduction_is_found(half):
@@ -151,11 +160,25 @@ def test_the_engine_is_built_anew_with_its_blocks_marked(half, tmp_path, monkeyp
     for a in (Backend("torch", None, model), Backend("onnxruntime", None)):
         found = compare_debug.examine(folder, data, a, Backend("engine", None), IMAGES, 0.999)
         assert found["first"] == "blocks.4" and found["alone"] is None
-        assert "not for engine" in found["verdict"]
+        assert "not of engine" in found["verdict"]
         assert all(row["matched"] is None for row in found["stages"])
     flavour, spec, library = asked[0]
     assert (flavour, library) == ("rtx", "library.so")
     assert spec.batch == (1, 4, 8) and spec.targets == ("sm_86",) and spec.image == (3, 32, 32)
+
+
+@pytest.mark.skipif(not engine.installed("rtx"), reason="TensorRT-RTX not installed")
+def test_a_real_builder_takes_the_marked_model(half, tmp_path):
+    folder, _ = half
+    proto = onnx.load_model(folder / manifest.DEPLOYABLE)
+    names = [place.out for place in block_tensors(proto)]
+    onnx.save_model(compare_trace.mark(proto, names), tmp_path / "marked.onnx")
+    spec = engine.EngineSpec(batch=PROFILE, image=(3, 32, 32), targets=("sm_86",))
+    library = plugin.plugin_library()
+    target = tmp_path / "e"
+    facts = engine.build_engine(tmp_path / "marked.onnx", target, "rtx", spec, plugin=library)
+    reductions = [n for n in proto.graph.node if n.domain == "jmp_deploy"]
+    assert facts["plugin_layers"] == len(reductions) > 0 and target.stat().st_size > 0
 
 
 def test_marking_keeps_the_names_of_the_blocks_in_the_deployable_model(half):
