@@ -14,8 +14,8 @@ BACKENDS = ("auto", "engine", "onnxruntime")
 
 MORE = """shards in parallel (... stands for `python -m jmp_deploy validate DIR --data DIR`):
   Slurm:     ... --shard $((SLURM_PROCID + 1))/$SLURM_NTASKS --json part$SLURM_PROCID.json
-  torchrun:  torchrun --nproc-per-node 4 --no-python bash -c 'CUDA_VISIBLE_DEVICES=$LOCAL_RANK
-             ... --shard $((RANK + 1))/$WORLD_SIZE --json part$RANK.json'
+  torchrun:  torchrun --nproc-per-node 4 --no-python bash -c \\
+    'CUDA_VISIBLE_DEVICES=$LOCAL_RANK ... --shard $((RANK + 1))/$WORLD_SIZE --json part$RANK.json'
 
 exit code 1: more than one image in a hundred is unreadable, or an output is not finite."""
 

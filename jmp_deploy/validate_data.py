@@ -196,13 +196,24 @@ def _class_folders(root: Path) -> Listing:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not _hidden(path.name))
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir() and not _hidden(path.name))
+    except OSError as error:
+        raise _unlisted(error) from error
+
+
+def _unlisted(error: OSError) -> ImageError:
+    return ImageError(f"cannot list the images in {error.filename}: {error.strerror or error}")
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
     """Follows links, of which subsets of ImageNet are often made, but no link in a circle."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over the folder without a word
+        raise _unlisted(error) from error
+
     seen = set()
-    for base, folders, names in os.walk(folder, followlinks=True):
+    for base, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(base)
         if real in seen:
             folders.clear()
@@ -341,9 +352,14 @@ def _natural(name: str) -> list[Any]:
 
 
 def _samples(root: Path, listing: Listing, numbers: dict[str, int]) -> tuple[Sample, ...]:
-    return tuple(
-        Sample(path, (root / path).stat().st_size, numbers[name]) for path, name in listing
-    )
+    return tuple(Sample(path, _size(root / path), numbers[name]) for path, name in listing)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # a link to nowhere: unreadable when its turn comes
 
 
 def _some(names: Sequence[str]) -> str:

@@ -141,7 +141,7 @@ def test_a_few_unreadable_images_are_skipped_counted_and_listed(world, tmp_path,
     (entry,) = found["unreadable"]["files"]
     assert entry["image"] == "3/zzz.jpg" and "zzz.jpg" in entry["reason"]
     assert "skipped: cannot read" in capsys.readouterr().out
-    (data / "4" / "empty.png").touch()
+    (data / "4" / "link.png").symlink_to(tmp_path / "nowhere.png")
     capsys.readouterr()
     found = run("validate", folder / "jmp", "--data", data, "--json", tmp_path / "v.json", code=1)
     assert not found["ok"] and found["unreadable"]["count"] == 2 and found["n"] == 120

@@ -111,6 +111,21 @@ def test_nested_hidden_linked_and_other_files(tmp_path):
     assert [s.path for s in data.samples] == ["1/0.jpg", "1/more/deep/x.PNG", "2/0.jpg", "3/0.jpg"]
 
 
+def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path, monkeypatch):
+    folders(tmp_path, ["0", "1"])
+    (tmp_path / "1" / "locked").mkdir()
+    scandir = validate_data.os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(validate_data.os, "scandir", refuse)
+    with pytest.raises(ImageError, match=r"cannot list the images in .*locked: Permission denied"):
+        for_classifier(tmp_path, None, ClassOrder(2))
+
+
 def test_of_splits_val_is_taken(tmp_path):
     folders(tmp_path / "train", ["0", "1"], count=5)
     folders(tmp_path / "val", ["0", "1"])
