@@ -66,9 +66,10 @@ class GpuMemoryError(EngineError):
 
 
 class NonFiniteError(EngineError):
-    """An engine answered NaN or infinity."""
+    """An engine answered NaN or infinity; `row` is the first image for which it did."""
 
     exit_code = 1
+    row = 0
 
 
 class ArtifactError(JmpDeployError):
