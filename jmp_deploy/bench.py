@@ -23,11 +23,6 @@ from .runners import pick_backend
 from .telemetry_host import cpu_count, cpu_name
 
 BATCHES = (1, 8, 32)
-GRAPHS: dict[str, tuple[bool | None, ...]] = {
-    "both": (False, True),
-    "on": (True,),
-    "off": (False,),
-}
 UNSTEADY = 0.1
 """A 95 % interval wider than this share of its ratio is called unsteady."""
 SETTLE = 1 / 3
@@ -203,11 +198,7 @@ def _measure_group(
     has_rows: bool,
 ) -> tuple[list[tuple[Series, telemetry.Energy | None]], bool]:
     """One backend at one batch size: its artifacts in turns, then the power of each."""
-    graphs: tuple[bool | None, ...] = (None,)
-    if all(item.has_graphs for item in opened):
-        graphs = GRAPHS[options.cuda_graph]
-    elif options.cuda_graph == "on" and backend == "engine":
-        raise EngineError("these engines cannot be run as CUDA graphs here", "use --cuda-graph off")
+    graphs = _graphs(opened, backend, options.cuda_graph)
     try:
         participants = [
             Participant(str(folder), backend, batch, item.prepare(batch, bool(graph)), graph)
@@ -228,6 +219,17 @@ def _measure_group(
         except KeyboardInterrupt:
             complete = False
     return list(zip(series, energies, strict=True)), complete
+
+
+def _graphs(opened: Sequence[Backend], backend: str, asked: str) -> tuple[bool | None, ...]:
+    """With which launches to measure: None where there is no GPU, True for CUDA graphs."""
+    if backend != "engine":
+        return (None,)
+    if asked == "off" or all(item.has_graphs for item in opened):
+        return {"both": (False, True), "on": (True,), "off": (False,)}[asked]
+    if asked == "on":
+        raise EngineError("these engines cannot be run as CUDA graphs here", "use --cuda-graph off")
+    return (False,)
 
 
 def _power(series: Series, seconds: float, monitor: telemetry.Monitor) -> telemetry.Energy | None:
@@ -367,6 +369,8 @@ def _notes(
         notes.append("measured on the CPU with ONNX Runtime: it says nothing of an engine on a GPU")
     if not has_power:
         notes.append("no energy per image: power cannot be read here")
+    if uses_gpu and rows and not any(row["cuda_graph"] for row in rows):
+        notes.append("no row is of CUDA graphs: not asked for, or they cannot be captured here")
     if rows and min(row["iterations"] for row in rows) < 100:
         notes.append("p99 of fewer than 100 inferences is close to the slowest one")
     return notes

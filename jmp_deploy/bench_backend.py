@@ -22,8 +22,10 @@ class Backend(Protocol):
 
     library: str
     """What runs it, with its version."""
-    has_graphs: bool
-    """Whether it can replay inferences as CUDA graphs."""
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether it can replay inferences as CUDA graphs."""
 
     def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
         """A function that runs one inference of `batch` images from host memory to host memory."""

@@ -35,7 +35,9 @@ def open_backend(folder: Path, data: dict[str, Any], backend: str, *, threads: i
 
 def open_engine(folder: Path, data: dict[str, Any]) -> Backend:
     """The one place that knows how an engine is run."""
-    return PolygraphyEngine(folder, data)
+    from .bench_engine import TimedEngine
+
+    return TimedEngine(folder, data)
 
 
 def image_shape(data: dict[str, Any]) -> tuple[int, int, int]:
@@ -93,30 +95,3 @@ class OnnxRuntime:
 
     def close(self) -> None:
         self.session = None
-
-
-class PolygraphyEngine:
-    """An engine through Polygraphy's runner: end-to-end times only."""
-
-    has_graphs = False
-
-    def __init__(self, folder: Path, data: dict[str, Any]) -> None:
-        from .runners import open_runner
-
-        self.runner = open_runner(folder, data, "engine")
-        self.runner.activate()
-        self.library = f"{data['engine']['builder']} {data['engine']['version']}"
-        self.shape = image_shape(data)
-
-    def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
-        feed, runner = {INPUT: noise(batch, self.shape)}, self.runner
-
-        def infer() -> Times:
-            started = time.perf_counter()
-            runner.infer(feed, check_inputs=False)
-            return Times(start=1000 * started, total=1000 * (time.perf_counter() - started))
-
-        return infer
-
-    def close(self) -> None:
-        self.runner.deactivate()

@@ -147,15 +147,17 @@ def plot(result: dict[str, Any], target: Path) -> None:
     """Draws the median latency over the batch, up to p90, a line per artifact and backend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     lines: dict[str, list[dict[str, Any]]] = {}
     short = short_names([artifact["path"] for artifact in result["artifacts"]])
+    ways = len({_way(row) for row in result["rows"]}) > 1
     for row in result["rows"]:
-        lines.setdefault(f"{short[row['artifact']]}, {_way(row)}", []).append(row)
+        name = short[row["artifact"]]
+        lines.setdefault(f"{name}, {_way(row)}" if ways else name, []).append(row)
     for index, (label, rows) in enumerate(lines.items()):
         rows.sort(key=lambda row: row["batch"])
         batches = [row["batch"] for row in rows]
@@ -173,7 +175,8 @@ def plot(result: dict[str, Any], target: Path) -> None:
     axes.set_yscale("log")
     shown = sorted({row["batch"] for row in result["rows"]})
     axes.set_xticks(shown, [str(batch) for batch in shown])
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("images per inference")
     axes.set_ylabel("ms per inference, median to p90")
@@ -203,7 +206,9 @@ def _rows(result: dict[str, Any]) -> Table:
     short = short_names([artifact["path"] for artifact in result["artifacts"]])
     table = Table(title=result["device"], title_justify="left", expand=False)
     table.add_column("artifact", overflow="fold")
-    table.add_column("run by", overflow="fold")
+    ways = len({_way(row) for row in rows}) > 1  # else the title says it
+    if ways:
+        table.add_column("run by", overflow="fold")
     names = ["batch", "images/s", "p50 ms", "p90", "p99", "mean"]
     names += ["GPU p50 ms", "GPU images/s"] if has_gpu else []
     names += ["W", "mJ/image"] if has_power else []
@@ -221,7 +226,8 @@ def _rows(result: dict[str, Any]) -> Table:
             cells += (
                 [f"{row['power_w']:.1f}", f"{row['mj_per_image']:.1f}"] if known else ["-", "-"]
             )
-        table.add_row(short[row["artifact"]], _way(row), *cells, str(row["iterations"]))
+        way = [_way(row)] if ways else []
+        table.add_row(short[row["artifact"]], *way, *cells, str(row["iterations"]))
     return table
 
 
@@ -233,7 +239,9 @@ def _ratios(ratios: Sequence[dict[str, Any]]) -> Table:
         title_justify="left",
         expand=False,
     )
-    table.add_column("run by", overflow="fold")
+    ways = len({_way(entry) for entry in ratios}) > 1
+    if ways:
+        table.add_column("run by", overflow="fold")
     has_gpu = any(entry["gpu"] for entry in ratios)
     names = [
         "batch",
@@ -249,7 +257,8 @@ def _ratios(ratios: Sequence[dict[str, Any]]) -> Table:
         if has_gpu:
             gpu = entry["gpu"]
             cells.append(f"{gpu['ratio']:.3f}x ({_interval(gpu)})" if gpu else "-")
-        table.add_row(_way(entry), *cells, f"{entry['promised_by_flops']:.2f}x")
+        way = [_way(entry)] if ways else []
+        table.add_row(*way, *cells, f"{entry['promised_by_flops']:.2f}x")
     return table
 
 

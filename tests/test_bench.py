@@ -589,7 +589,8 @@ def test_table_of_a_real_model(tmp_path, monkeypatch, capsys):
     from tests.tiny import tiny_vit
 
     spec = Preprocess(32, 32, 32, "bicubic", "center", (0.5,) * 3, (0.5,) * 3)
-    loaded = models.LoadedModel(tiny_vit(depth=2), "tiny", {"kind": "random", "seed": 0}, spec, None)
+    origin = {"kind": "random", "seed": 0}
+    loaded = models.LoadedModel(tiny_vit(depth=2), "tiny", origin, spec, None)
     monkeypatch.setattr(models, "load_model", lambda *_, **__: loaded)
     folder = artifact(tmp_path / "a", preprocess={"height": 32, "width": 32})
     out = tmp_path / "table.json"
