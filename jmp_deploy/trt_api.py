@@ -139,7 +139,12 @@ def describe_network(network: tensorrt.INetworkDefinition) -> dict[str, Any]:
 
 
 def _describe_tensor(tensor: tensorrt.ITensor) -> dict[str, Any]:
-    return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+    return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(_shape(tensor.shape))}
+
+
+def _shape(dims: tensorrt.Dims) -> tuple[int, ...]:
+    """TensorRT's Dims as a tuple; it has a length and items, but says nothing of iteration."""
+    return tuple(int(dims[index]) for index in range(len(dims)))
 
 
 def count_plugins(trt: Any, network: tensorrt.INetworkDefinition) -> int:
@@ -192,12 +197,12 @@ def device_memory(engine: tensorrt.ICudaEngine) -> int:
 # --- Running ------------------------------------------------------------------------------------
 
 
-def invalidity(trt: Any, runtime: Any, plan: bytes) -> str | None:
+def invalidity(trt: Any, runtime: tensorrt.Runtime, plan: bytes) -> str | None:
     """What TensorRT-RTX has against a plan here, in words; None where it is fit, or for TensorRT,
     which cannot tell before it deserializes."""
     if not hasattr(trt, "EngineInvalidityDiagnostics"):
         return None
-    verdict, bits = runtime.get_engine_validity(plan)
+    verdict, bits = runtime.get_engine_validity(plan)  # type: ignore[attr-defined,unused-ignore]
     if verdict != trt.EngineValidity.INVALID:
         return None
     known = trt.EngineInvalidityDiagnostics.__members__.items()
@@ -224,7 +229,7 @@ def engine_tensors(trt: Any, engine: tensorrt.ICudaEngine) -> list[Tensor]:
     tensors = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
-        shape = tuple(engine.get_tensor_shape(name))
+        shape = _shape(engine.get_tensor_shape(name))
         if not shape or any(size < 0 for size in shape[1:]):
             raise EngineError(
                 f"tensor {name!r} has shape {list(shape)}: only the batch may be dynamic"

@@ -80,10 +80,11 @@ DIFFERENCES = (
 
 
 def lacks(name: str, flavour: str, version: str) -> bool:
-    """Whether `DIFFERENCES` says that this flavour and version has no such name."""
+    """Whether `DIFFERENCES` says that this flavour and version lacks a name, or what it is a member of."""
     have = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     for difference in DIFFERENCES:
-        if difference.name == name and flavour in difference.lacking:
+        is_it = name == difference.name or name.startswith(f"{difference.name}.")
+        if is_it and flavour in difference.lacking:
             since, until = difference.lacking[flavour]
             return (since is None or have >= since) and (until is None or have < until)
     return False
