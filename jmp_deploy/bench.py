@@ -39,9 +39,9 @@ class BenchOptions:
         folder: the artifact; with `against`, the one that the other is compared with.
         against: a second artifact, or None.
         batches: batch sizes; none means those of 1, 8 and 32 that both profiles have.
-        backends: of "auto", "engine", "onnxruntime".
-        cuda_graph: "both", "on" or "off"; ONNX Runtime has none.
-        threads: of ONNX Runtime; None takes every CPU that this process may use.
+        backends: of "auto", "engine", "onnxruntime", "torch".
+        cuda_graph: "both", "on" or "off"; for engines.
+        threads: on a CPU; None takes every one that this process may use.
         settings: how long.
         energy_seconds: how long each row runs again for its power, where that can be read.
     """
@@ -82,7 +82,7 @@ def bench(
     datas = [manifest.read(folder) for folder in folders]
     batches = choose_batches(folders, datas, options.batches)
     chosen = choose_backends(folders, datas, options.backends)
-    uses_gpu = "engine" in chosen
+    uses_gpu = "engine" in chosen or ("torch" in chosen and bool(gpus()))
     if opener is None:
         opener = _default_opener(threads)
     if sources is None:
@@ -92,28 +92,22 @@ def bench(
     rows: list[dict[str, Any]] = []
     everything: list[Series] = []
     complete, libraries = True, {}
-    with ExitStack() as stack:
-        stack.enter_context(monitor)
-        for at, backend in enumerate(chosen):
-            opened = []
-            for folder, data in zip(folders, datas, strict=True):
-                opened.append(opener(folder, data, backend))
-                stack.callback(opened[-1].close)
-            libraries[backend] = opened[0].library
-            for index, batch in enumerate(batches):
-                done = at * len(batches) + index
+    work = [(backend, batch) for backend in chosen for batch in batches]
+    with monitor, ExitStack() as stack:
+        for done, (backend, batch) in enumerate(work):
+            if backend not in libraries:
+                stack.close()  # one backend's memory and threads are not in another's way
+                opened = _open(stack, folders, datas, backend, opener)
+                libraries[backend] = opened[0].library
 
-                def report(words: str, share: float, done: int = done, batch: int = batch) -> None:
-                    whole = (done + share) / (len(chosen) * len(batches))
-                    on_progress(f"{words}, batch {batch}", whole)
+            def report(words: str, share: float, done: int = done, batch: int = batch) -> None:
+                on_progress(f"{words}, batch {batch}", (done + share) / len(work))
 
-                found, complete = _measure_group(
-                    folders, opened, backend, batch, options, monitor, report, bool(rows)
-                )
-                everything += [series for series, _ in found]
-                rows += [_row(series, energy) for series, energy in found]
-                if not complete:
-                    break
+            found, complete = _measure_group(
+                folders, opened, backend, batch, options, monitor, report, bool(rows)
+            )
+            everything += [series for series, _ in found]
+            rows += [_row(series, energy) for series, energy in found]
             if not complete:
                 break
     ratios = _ratios(everything, datas) if options.against else []
@@ -125,7 +119,7 @@ def bench(
         "ratios": ratios,
         "settings": {
             **asdict(options.settings),
-            "threads": threads if "onnxruntime" in chosen else None,
+            "threads": threads if set(chosen) - {"engine"} else None,
             "order": "ABBA",
             "input": "seeded noise",
         },
@@ -171,6 +165,9 @@ def choose_backends(
     """The backends to measure, each able to run every artifact."""
     chosen = []
     for name in asked:
+        if name == "torch":  # its own import tells what is missing
+            chosen.append(name)
+            continue
         picks = [pick_backend(f, d, name)[0] for f, d in zip(folders, datas, strict=True)]
         if len(set(picks)) > 1:  # one has an engine that runs here, the other none
             picks = [
@@ -178,6 +175,21 @@ def choose_backends(
             ]
         chosen.append(picks[0])
     return list(dict.fromkeys(chosen))
+
+
+def _open(
+    stack: ExitStack,
+    folders: Sequence[Path],
+    datas: Sequence[dict[str, Any]],
+    backend: str,
+    opener: Opener,
+) -> list[Backend]:
+    """Every artifact, opened until the stack is closed."""
+    opened = []
+    for folder, data in zip(folders, datas, strict=True):
+        opened.append(opener(folder, data, backend))
+        stack.callback(opened[-1].close)
+    return opened
 
 
 def _default_opener(threads: int) -> Opener:
@@ -314,14 +326,15 @@ def _artifact(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
 
 def device_words(chosen: Sequence[str], threads: int, libraries: dict[str, str]) -> str:
     """What measures: the GPU, the CPU, and the library on it."""
+    gpu = gpus()[0].name if gpus() else None
+    cpu = f"{threads} thread{'s' if threads > 1 else ''}"
     parts = []
-    if "engine" in chosen:
-        name = gpus()[0].name if gpus() else "GPU"
-        parts.append(f"{name}, {libraries.get('engine', 'engine')}")
-    if "onnxruntime" in chosen:
-        library = libraries.get("onnxruntime", "ONNX Runtime")
-        plural = "s" if threads > 1 else ""
-        parts.append(f"CPU {cpu_name()}, {library}, {threads} thread{plural}")
+    for backend in chosen:
+        library = libraries.get(backend, backend)
+        if backend == "engine" or (backend == "torch" and gpu):
+            parts.append(f"{gpu or 'GPU'}, {library}")
+        else:
+            parts.append(f"CPU {cpu_name()}, {library}, {cpu}")
     return "; ".join(parts)
 
 
@@ -365,11 +378,12 @@ def _notes(
     chosen: Sequence[str], uses_gpu: bool, has_power: bool, rows: Sequence[dict[str, Any]]
 ) -> list[str]:
     notes = []
+    names = ", ".join({"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}.get(b, b) for b in chosen)
     if not uses_gpu:
-        notes.append("measured on the CPU with ONNX Runtime: it says nothing of an engine on a GPU")
+        notes.append(f"measured on the CPU ({names}): it says nothing of an engine on a GPU")
     if not has_power:
         notes.append("no energy per image: power cannot be read here")
-    if uses_gpu and rows and not any(row["cuda_graph"] for row in rows):
+    if "engine" in chosen and rows and not any(row["cuda_graph"] for row in rows):
         notes.append("no row is of CUDA graphs: not asked for, or they cannot be captured here")
     if rows and min(row["iterations"] for row in rows) < 100:
         notes.append("p99 of fewer than 100 inferences is close to the slowest one")

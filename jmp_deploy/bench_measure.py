@@ -51,10 +51,10 @@ class Participant:
 
     Attributes:
         artifact: its folder, as the user wrote it.
-        backend: "engine" or "onnxruntime".
+        backend: "engine", "onnxruntime" or "torch".
         batch: images per inference.
         infer: runs one inference.
-        cuda_graph: replayed as a CUDA graph; None where there is no GPU.
+        cuda_graph: replayed as a CUDA graph; None where there is no such choice.
     """
 
     artifact: str

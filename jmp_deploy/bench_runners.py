@@ -20,7 +20,7 @@ from .runners import INPUT
 
 
 def open_backend(folder: Path, data: dict[str, Any], backend: str, *, threads: int) -> Backend:
-    """Opens an artifact with "onnxruntime" or "engine", its file checked beforehand.
+    """Opens an artifact with "onnxruntime", "engine" or "torch", its file checked beforehand.
 
     Raises:
         ArtifactError: the file is missing or altered.
@@ -29,6 +29,10 @@ def open_backend(folder: Path, data: dict[str, Any], backend: str, *, threads: i
     if backend == "onnxruntime":
         manifest.verify(folder, data, manifest.PORTABLE)
         return OnnxRuntime(folder / manifest.PORTABLE, image_shape(data), threads)
+    if backend == "torch":
+        from .bench_torch import TorchModel
+
+        return TorchModel(data, image_shape(data), threads)
     manifest.verify(folder, data, manifest.ENGINE)
     return open_engine(folder, data)
 

@@ -54,7 +54,7 @@ class TableOptions:
     Attributes:
         folder: the artifact.
         batches: as for `BenchOptions`.
-        backend: "auto", "engine" or "onnxruntime".
+        backend: "auto", "engine" or "onnxruntime"; PyTorch is not deployed, and has no table.
         threads: of ONNX Runtime.
         step: tokens from one row to the next.
         settings: how long, for every chain at every token count.
@@ -82,6 +82,8 @@ def measure_table(
     threads = options.threads or cpu_count()
     data = manifest.read(options.folder)
     batches = choose_batches([options.folder], [data], options.batches)
+    if options.backend == "torch":
+        raise ArtifactError("a table is measured with engine or onnxruntime, not with torch")
     (backend,) = choose_backends([options.folder], [data], (options.backend,))
     with telemetry.Monitor(telemetry.open_sources(gpu=backend == "engine")) as monitor:
         busy = monitor.others()

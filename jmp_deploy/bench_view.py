@@ -278,11 +278,12 @@ def _facts(result: dict[str, Any], files: Sequence[str]) -> list[tuple[str, str]
         ("memory_mb", "memory in use", "MB"),
     ):
         if name in seen:
-            low, high = seen[name]["min"], seen[name]["max"]
+            low, middle, high = (seen[name][key] for key in ("min", "median", "max"))
             limit = seen.get(f"{name}_limit")
-            of = f", limit {limit:.0f}" if limit else ""
+            of = f", limit {limit:.0f}" if limit else ""  # of clocks and power
             about = f" ({seen['power_of']})" if name == "power_w" and "power_of" in seen else ""
-            lines.append((words, f"{low:.0f} to {high:.0f} {unit}{of}{about}"))
+            spread = f"{middle:.0f} {unit} ({low:.0f} to {high:.0f}{of}){about}"
+            lines.append((words, spread))
     if "cpu_governor" in seen:
         lines.append(("CPU governor", seen["cpu_governor"]))
     lines.append(

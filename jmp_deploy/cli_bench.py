@@ -11,7 +11,7 @@ from . import output
 from .arguments import add_command, positive
 from .errors import JmpDeployError
 
-BACKENDS = ("auto", "engine", "onnxruntime")
+BACKENDS = ("auto", "engine", "onnxruntime", "torch")
 
 
 def add_commands(commands: Any) -> None:
@@ -49,7 +49,8 @@ def add_commands(commands: Any) -> None:
         type=_backends,
         default=("auto",),
         metavar="A,B",
-        help="of auto, engine, onnxruntime; auto takes the engine where a GPU is (auto)",
+        help="of auto, engine, onnxruntime, torch; auto takes the engine where a GPU is, else ONNX "
+        "Runtime (auto)",
     )
     parser.add_argument(
         "--num-warm-iter",
@@ -76,7 +77,7 @@ def add_commands(commands: Any) -> None:
         "--threads",
         type=positive,
         metavar="N",
-        help="of ONNX Runtime (every CPU that this process may use)",
+        help="of ONNX Runtime, and of PyTorch on a CPU (every CPU that this process may use)",
     )
     parser.add_argument(
         "--cuda-graph",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +20,7 @@ from .telemetry_host import Host, Reading, Source
 from .telemetry_jetson import Jetson
 from .telemetry_nvml import Nvml
 
-INTERVAL = 0.1
+INTERVAL = 0.2
 """Seconds between readings of a GPU."""
 
 
@@ -133,7 +134,7 @@ class Monitor:
             values = [getattr(reading, name) for reading in readings]
             known = [value for value in values if value is not None]
             if known:
-                result[name] = {"first": known[0], "min": min(known), "max": max(known)}
+                result[name] = {"min": min(known), "median": median(known), "max": max(known)}
         result["readings"] = len(readings)
         result["throttled"] = self.throttled()
         return result

@@ -602,6 +602,41 @@ def test_table_of_a_real_model(tmp_path, monkeypatch, capsys):
     assert "--latency-ms" in capsys.readouterr().out
 
 
+def test_pytorch_is_measured_too(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    import torch
+
+    from jmp_deploy import bench_torch, restore
+    from tests.tiny import tiny_vit
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(restore, "restore_model", lambda data: tiny_vit(depth=2))
+    folder = artifact(tmp_path / "a", preprocess={"height": 32, "width": 32})
+    model = bench_torch.TorchModel(
+        json.loads((folder / "manifest.json").read_text()), (3, 32, 32), 1
+    )
+    times = model.prepare(2, False)()
+    assert times.total > 0 and times.compute is None and "FP32" in model.library
+    model.close()
+    out = tmp_path / "r.json"
+    command = [
+        "bench",
+        str(folder),
+        "-b",
+        "2",
+        "--backend",
+        "torch,onnxruntime",
+        "--seconds",
+        "0.1",
+    ]
+    monkeypatch.setattr(bench, "open_backend", lambda *_, **__: FakeBackend(2.0))
+    assert cli.main([*command, "--seconds", "0.1", "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [row["backend"] for row in result["rows"]] == ["torch", "onnxruntime"]
+    assert any("PyTorch, ONNX Runtime" in words for words in result["notes"])
+    assert cli.main([*command[:4], "--backend", "torch", "--table", str(out)]) == 2
+
+
 def test_table_of_two_artifacts_is_refused(runnable, tmp_path, capsys):
     command = ["bench", str(runnable[0]), "--against", str(runnable[1])]
     assert cli.main([*command, "--table", str(tmp_path / "t.json")]) == 2
