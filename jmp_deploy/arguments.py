@@ -140,7 +140,13 @@ def _add_run(commands: Any) -> None:
         commands,
         "run",
         "run an artifact on images: top classes, or features of a model without a classifier",
-        ("run artifacts/deit_s photo.jpg", "run artifacts/dinov2_s photos/ --json features.json"),
+        (
+            "run artifacts/deit_s photo.jpg",
+            "run artifacts/dinov2_s photos/ --json features.json",
+            "run artifacts/deit_s photos/ --rebuild        # on another GPU or TensorRT",
+            "run artifacts/deit_s photos/ --batch 4        # less GPU memory",
+            "run some.engine photo.jpg --no-manifest",
+        ),
     )
     _add_artifact(parser)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files or folders")
@@ -152,7 +158,28 @@ def _add_run(commands: Any) -> None:
     )
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes (5)")
     parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="images per inference at most (the engine's own limit)",
+    )
+    parser.add_argument(
         "--allow-random", action="store_true", help="run an artifact with random weights"
+    )
+    parser.add_argument(
+        "--no-cuda-graph", action="store_true", help="enqueue each inference layer by layer"
+    )
+    checks = parser.add_mutually_exclusive_group()
+    checks.add_argument(
+        "--rebuild",
+        dest="rebuild_engine",  # `rebuild` is the whole command, for the manifest
+        action="store_true",
+        help="make the engine anew from model.trt.onnx if it does not fit this machine",
+    )
+    checks.add_argument(
+        "--no-manifest",
+        action="store_true",
+        help="run an engine of which nothing is known: DIR may be a plan file",
     )
 
 

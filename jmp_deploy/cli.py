@@ -10,7 +10,9 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +127,56 @@ def _build(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from . import render
-    from .predict import predict
+    from .predict import Options, predict
 
-    records, backend, reason = predict(
-        options.dir,
-        options.images,
-        backend=options.backend,
-        topk=options.topk,
-        allow_random=options.allow_random,
-    )
-    output.show(options, render.predictions(records, backend, reason), records)
+    if options.rebuild_engine:
+        _rebuild(options.dir)
+    with _warnings_as_lines():
+        result = predict(
+            options.dir,
+            options.images,
+            Options(
+                backend=options.backend,
+                batch=options.batch,
+                cuda_graph=not options.no_cuda_graph,
+                use_manifest=not options.no_manifest,
+                allow_random=options.allow_random,
+            ),
+            topk=options.topk,
+        )
+    table = render.predictions(result.records, result.backend, result.reason)
+    output.show(options, table, [*result.records, *result.skipped])
+    for entry in result.skipped:
+        print(f"skipped: {entry['error']}", file=sys.stderr)
+    if not result.ok:
+        total = len(result.records) + len(result.skipped)
+        return output.fail(f"{len(result.skipped)} of {total} images cannot be read", None, 1)
     return 0
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What the library warns of, without the line of our source where it did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+def _rebuild(folder: Path) -> None:
+    """Makes the engine of an artifact anew where it does not fit."""
+    from . import manifest
+    from .progress import Stages
+    from .rebuild import rebuild_engine, why_rebuild
+
+    data = manifest.read(folder)
+    reason = why_rebuild(folder, data)
+    if reason is None:
+        return
+    print(f"the engine is made anew: {reason}", file=sys.stderr)
+    with Stages(output.console(stderr=True)) as stages:
+        stages.stage("engine")
+        rebuild_engine(folder, data, on_progress=stages.progress)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -296,5 +296,5 @@ class Lane:
 def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """A numpy array over memory that is not numpy's."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = (ctypes.c_byte * size).from_address(address)
+    memory: Any = (ctypes.c_byte * size).from_address(address)
     return np.frombuffer(memory, dtype=dtype).reshape(shape)

@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 INPUT = "images"
 
 
-def pick_backend(folder: Path, data: dict[str, Any], wanted: str = "auto") -> tuple[str, str]:
+def pick_backend(
+    folder: Path, data: dict[str, Any], wanted: str = "auto", *, through: str = "polygraphy"
+) -> tuple[str, str]:
     """Chooses what runs an artifact here: the engine where possible, else ONNX Runtime.
+
+    Args:
+        wanted: "auto", "engine" or "onnxruntime".
+        through: the package that runs the engine: "polygraphy" for `open_runner`, "cuda.bindings"
+            for `runtime.Engine`.
 
     Returns:
         (backend, reason).
@@ -31,7 +38,10 @@ def pick_backend(folder: Path, data: dict[str, Any], wanted: str = "auto") -> tu
     Raises:
         EngineError: the one asked for, or all of them, cannot run here.
     """
-    obstacles = {"engine": _engine_obstacle(folder, data), "onnxruntime": _onnx_obstacle(folder)}
+    obstacles = {
+        "engine": _engine_obstacle(folder, data, through),
+        "onnxruntime": _onnx_obstacle(folder),
+    }
     if wanted != "auto":
         if obstacles[wanted]:
             raise EngineError(f"{wanted}: {obstacles[wanted]}")
@@ -128,7 +138,7 @@ def quiet_polygraphy() -> None:
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
 
 
-def _engine_obstacle(folder: Path, data: dict[str, Any]) -> str | None:
+def _engine_obstacle(folder: Path, data: dict[str, Any], through: str) -> str | None:
     engine = data.get("engine")
     if not engine:
         return "none was built"
@@ -137,9 +147,16 @@ def _engine_obstacle(folder: Path, data: dict[str, Any]) -> str | None:
     if not gpus():
         return "no GPU is here"
     module = MODULES[engine["flavour"]]
-    if not installed(engine["flavour"]) or find_spec("polygraphy") is None:
-        return f"it needs {module} and polygraphy"
+    if not installed(engine["flavour"]) or not _has(through):
+        return f"it needs {module} and {through}"
     return None
+
+
+def _has(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def _onnx_obstacle(folder: Path) -> str | None:

@@ -80,7 +80,7 @@ DIFFERENCES = (
 
 
 def lacks(name: str, flavour: str, version: str) -> bool:
-    """Whether `DIFFERENCES` says that this flavour and version lacks a name, or what it is a member of."""
+    """Whether a flavour and version lacks a name, or what the name is a member of."""
     have = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     for difference in DIFFERENCES:
         is_it = name == difference.name or name.startswith(f"{difference.name}.")
