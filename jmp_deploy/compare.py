@@ -88,14 +88,17 @@ def compare_artifact(
         precision,
         min_cosine=min_cosine,
         max_abs=max_abs,
+        near_ties=bool(data["jmp"]),
     )
+    usual = TOLERANCES[precision] if min_cosine is None else min_cosine
     tried = len(photos.names) + len(photos.unreadable)
     readable = len(photos.unreadable) <= UNREADABLE * tried
     result = {
         "ok": readable and all(pair.ok for pair in pairs),
         "precision": precision,
         "tolerance": {
-            "cosine": TOLERANCES[precision] if min_cosine is None else min_cosine,
+            "cosine": usual,
+            "worst": TABLE[precision].worst if data["jmp"] and min_cosine is None else usual,
             "max_abs": max_abs,
             "source": TABLE[precision].source if min_cosine is None else "--min-cosine",
         },
@@ -126,8 +129,14 @@ def run_and_pair(
     *,
     min_cosine: float | None = None,
     max_abs: float | None = None,
+    near_ties: bool = True,
 ) -> tuple[list[Pair], dict[str, float], dict[str, NDArray[Any]]]:
     """Runs every runner on every image and pairs each runner with the first.
+
+    Args:
+        runners, images: Polygraphy's runners, and [B, 3, H, W].
+        profile: (min, opt, max) batch.
+        precision, min_cosine, max_abs, near_ties: as for `compare_measures.measure`.
 
     Returns:
         The pairs; per runner the time of one image in ms (whole batches, first one included: an
@@ -142,9 +151,18 @@ def run_and_pair(
     interrupt.check()
     outputs = {name: join(iterations, len(images)) for name, iterations in by_name.items()}
     first = runners[0].name
-    limits = {"min_cosine": min_cosine, "max_abs": max_abs}
     pairs = [
-        measure(first, runner.name, output, ours, outputs[runner.name][output], precision, **limits)
+        measure(
+            first,
+            runner.name,
+            output,
+            ours,
+            outputs[runner.name][output],
+            precision,
+            min_cosine=min_cosine,
+            max_abs=max_abs,
+            near_ties=near_ties,
+        )
         for runner in runners[1:]
         for output, ours in outputs[first].items()
     ]

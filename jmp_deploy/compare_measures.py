@@ -18,7 +18,11 @@ TINY = float(np.finfo(np.float64).tiny)
 class Tolerance(NamedTuple):
     """How far a backend of one precision may be from the reference.
 
-    cosine: smallest cosine of an output, for every image.
+    cosine: smallest cosine of an output, for the median image; where no tokens are reduced, for
+        every image.
+    worst: smallest for every image where tokens are reduced: one token that changes places in a
+        near tie moves an image's output by more than rounding does, in any precision (FP16, DINOv2
+        ViT-S, 48 crops of photos: median above 0.9999, smallest 0.9988).
     near_tie: how far rounding may move the rating by which a reduction chooses, over the
         interquartile range of an image's ratings. Largest seen without a change of order: 0.016 in
         FP16 (DINOv2 ViT-S, 24 crops of photos, nine reductions); INT8's is an estimate.
@@ -26,6 +30,7 @@ class Tolerance(NamedTuple):
     """
 
     cosine: float
+    worst: float
     near_tie: float
     source: str
 
@@ -33,18 +38,21 @@ class Tolerance(NamedTuple):
 TABLE = {
     "fp32": Tolerance(
         0.99999,
+        0.99,
         1e-3,
         "rounding of another order of summation (24 bits of mantissa); between PyTorch and ONNX "
         "Runtime outputs differ by some 1e-6 (facts.md, Export)",
     ),
     "fp16": Tolerance(
         0.999,
-        0.05,
+        0.99,
+        0.03,
         "11 bits of mantissa through 12 blocks give 0.9999 and better (DINOv2 ViT-S, photos); the "
         "rest is for near ties that fall the other way, so that another token is kept",
     ),
     "int8": Tolerance(
         0.99,
+        0.95,
         0.5,
         "127 levels for a tensor cannot give what FP16 does; a cosine of 0.99 is a signal-to-noise "
         "ratio of 17 dB, which sound scales keep (0.997 on DINOv2 ViT-S with JMP) and attention "
@@ -62,7 +70,7 @@ class Pair:
     """How far output `output` of backend b is from that of a, over all images.
 
     Attributes:
-        cosine, cosine_mean: smallest over the images, and mean.
+        cosine, cosine_mean, cosine_median: smallest over the images, and their mean and median.
         max_abs, mean_abs: of the differences' magnitudes.
         max_rel: max_abs over a's largest magnitude.
         top1_agreement: share of images with the same top class; None for features.
@@ -82,6 +90,7 @@ class Pair:
     max_rel: float
     top1_agreement: float | None
     ok: bool
+    cosine_median: float = 0.0
     mean_abs: float = math.inf
     top5_agreement: float | None = None
     kl_mean: float | None = None
@@ -101,13 +110,15 @@ def measure(
     *,
     min_cosine: float | None = None,
     max_abs: float | None = None,
+    near_ties: bool = True,
 ) -> Pair:
     """Compares two outputs of shape [B, ...], in float64.
 
     Args:
         precision: which row of the tolerances holds.
-        min_cosine: in its place.
+        min_cosine: smallest cosine for every image, in its place.
         max_abs: largest difference allowed; None allows any that the cosine allows.
+        near_ties: tokens are reduced, so that near ties are to be expected.
     """
     x, y = (np.asarray(value, dtype=np.float64) for value in (ours, theirs))
     if x.shape != y.shape:
@@ -121,9 +132,13 @@ def measure(
     difference = np.abs(x - y)
     largest = float(difference.max())
     problems = []
-    least = TOLERANCES[precision] if min_cosine is None else min_cosine
+    usual = TOLERANCES[precision] if min_cosine is None else min_cosine
+    least = TABLE[precision].worst if near_ties and min_cosine is None else usual
+    median = float(np.median(cosine))
+    if median < usual:
+        problems.append(f"cosine of the median image, {median:.6f}, is below {usual:g}")
     if cosine.min() < least:
-        problems.append(f"cosine {cosine.min():.6f} is below {least:g}")
+        problems.append(f"smallest cosine, {cosine.min():.6f}, is below {least:g}")
     if max_abs is not None and largest > max_abs:
         problems.append(f"largest difference {largest:.3g} is above {max_abs:g}")
     return Pair(
@@ -132,6 +147,7 @@ def measure(
         output=output,
         cosine=float(cosine.min()),
         cosine_mean=float(cosine.mean()),
+        cosine_median=median,
         max_abs=largest,
         mean_abs=float(difference.mean()),
         max_rel=largest / max(float(np.abs(x).max()), TINY),

@@ -219,8 +219,8 @@ def _verdict(result: dict[str, Any], precision: str) -> str:
     where = f"tokens first differ at {result['first']}"
     if not result["flagged"]:
         return (
-            f"{where}; every difference is a near tie that {precision.upper()} rounding decides, "
-            "which is no error"
+            f"{where}; every difference is a near tie of a size that {precision.upper()} rounding "
+            "explains: by itself no error"
         )
     nodes = ", ".join(n["node"] for n in result["nodes"] if n["flagged"])
     return (

@@ -31,7 +31,14 @@ def comparison(result: dict[str, Any]) -> RenderableType:
         lines.append(f"not compared: {name}: {reason}")
     lines += _unreadable(result.get("unreadable", []))
     if result.get("reductions"):
-        lines += ["", _reductions(result["reductions"]), result["reductions"]["verdict"]]
+        report = result["reductions"]
+        lines += ["", _reductions(report)]
+        if report["first"] is not None:
+            lines.append(
+                "margin: largest gap in rating between tokens that changed places, over the "
+                f"interquartile range; moves up to {report['tolerance']:g} are near ties"
+            )
+        lines.append(Text(report["verdict"], "bold"))
         if "engine" in result["backends"]:
             lines.append("the engine's kept tokens stay inside its plugin: only outputs compared")
     elif result.get("reductions_skipped"):
@@ -53,11 +60,11 @@ def _pairs(result: dict[str, Any]) -> Table:
     outputs = ", ".join(dict.fromkeys(pair["output"] for pair in result["pairs"]))
     table = _table(f"{outputs} of {result['images']} images, {result['precision'].upper()}")
     table.add_column("backends", overflow="fold")
-    for name in ("cosine min", "mean", "max abs", "mean", "max rel"):
+    for name in ("cosine min", "median", "max abs", "mean", "max rel"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for pair in result["pairs"]:
-        cells = [_cosine(pair["cosine"]), _cosine(pair["cosine_mean"])]
+        cells = [_cosine(pair["cosine"]), _cosine(pair.get("cosine_median"))]
         # JSON has no infinity: a null that is there was one
         keys = ("max_abs", "mean_abs", "max_rel")
         cells += [_number(pair.get(key, "-"), "not finite") for key in keys]
@@ -94,7 +101,12 @@ def _table(title: str) -> Table:
 
 
 def _tolerance(tolerance: dict[str, Any]) -> str:
-    words = f"tolerance: cosine >= {tolerance['cosine']:g} for every image"
+    words = f"tolerance: cosine >= {tolerance['cosine']:g}"
+    worst = tolerance.get("worst", tolerance["cosine"])
+    if worst == tolerance["cosine"]:
+        words += " for every image"
+    else:
+        words += f" for the median image, >= {worst:g} for every image (near ties)"
     if tolerance.get("max_abs") is not None:
         words += f", largest difference <= {tolerance['max_abs']:g}"
     return words

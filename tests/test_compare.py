@@ -89,6 +89,27 @@ def test_overrides_of_the_tolerances():
     assert not tight.ok and "largest difference 0.1 is above 0.05" in tight.problems
 
 
+def turned(cosines):
+    """Pairs of unit vectors with these cosines."""
+    c = np.asarray(cosines)
+    return np.tile([1.0, 0.0], (len(c), 1)), np.stack([c, np.sqrt(1 - c**2)], axis=1)
+
+
+def test_one_near_tie_does_not_fail_a_reduced_model():
+    a, b = turned([0.9999, 0.995, 0.9999])
+    assert compare.measure("a", "b", "features", a, b, "fp16").ok
+    dense = compare.measure("a", "b", "features", a, b, "fp16", near_ties=False)
+    assert not dense.ok and "smallest cosine, 0.995000" in dense.problems[0]
+    assert not compare.measure("a", "b", "features", a, b, "fp16", min_cosine=0.999).ok
+
+
+def test_many_small_differences_or_a_large_one_fail_a_reduced_model():
+    for cosines, word in (([0.998, 0.998, 0.9999], "median"), ([0.9999, 0.9, 0.9999], "smallest")):
+        pair = compare.measure("a", "b", "features", *turned(cosines), "fp16")
+        assert not pair.ok and len(pair.problems) == 1 and word in pair.problems[0]
+        assert pair.cosine_median == pytest.approx(np.median(cosines))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_are_named(value):
     a, b = np.ones((4, 3)), np.ones((4, 3))
