@@ -51,6 +51,7 @@ class FakeTensorRT:
         self.loaded_kernels: bytes | None = None
         self.graph_strategy: str | None = None
         self.verdict = (0, 0)
+        self.context_type: Any = None  # another than those of this module
         fake = self
 
         class Runtime(_Runtime):
@@ -67,6 +68,8 @@ class FakeTensorRT:
 
 
 class _Logger:
+    """The base class of TensorRT's loggers."""
+
     Severity = IntEnum("Severity", {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2})
 
     def __init__(self) -> None:
@@ -164,8 +167,8 @@ class _Engine(_Counted):
         if self.fake.cuda.fails("create_execution_context"):
             self.log(_Logger.Severity.ERROR, "injected")
             return None
-        kind = _OldContext if self.fake.__version__.startswith("10.0.") else _NewContext
-        return kind(self.fake, self)
+        usual = _OldContext if self.fake.__version__.startswith("10.0.") else NewContext
+        return (self.fake.context_type or usual)(self.fake, self)
 
 
 class _RuntimeConfig:
@@ -274,7 +277,7 @@ class _OldContext(_Context):
         self.give(memory, 1)
 
 
-class _NewContext(_Context):
+class NewContext(_Context):
     """Of TensorRT 10.1 and later, and of TensorRT-RTX."""
 
     def set_device_memory(self, memory: int, size: int) -> None:
