@@ -6,7 +6,7 @@ memory, one inference after the other; GPU times are CUDA events around the comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -18,7 +18,7 @@ from .bench_backend import Backend
 from .bench_measure import OnProgress, Participant, Series, Settings, measure
 from .bench_runners import open_backend
 from .device import gpus
-from .errors import ArtifactError, EngineError
+from .errors import ArtifactError, EngineError, JmpDeployError
 from .runners import pick_backend
 from .telemetry_host import cpu_count, cpu_name
 
@@ -27,6 +27,8 @@ UNSTEADY = 0.1
 """A 95 % interval wider than this share of its ratio is called unsteady."""
 SETTLE = 1 / 3
 """Share of an energy measurement that is not counted: sensors average over up to a second."""
+
+INTERRUPTED = "interrupted"
 
 Opener = Callable[[Path, dict[str, Any], str], Backend]
 
@@ -66,8 +68,9 @@ def bench(
     """Measures, and returns the result and the single inferences behind its rows.
 
     The result: {"device", "complete", "artifacts", "rows", "ratios", "settings", "telemetry",
-    "warnings", "notes"}; rows and ratios as in `_row` and `_ratio`. `complete` is false where
-    Ctrl-C cut it short: what is in it was measured whole.
+    "warnings", "notes", "stopped"}; rows and ratios as in `_row` and `_ratios`. `complete` is false
+    where Ctrl-C or an error cut it short, and `stopped` says which: what is in it was measured
+    whole.
 
     Args:
         opener: in place of `open_backend` (tests); sources: in place of what can be read here.
@@ -89,31 +92,34 @@ def bench(
         sources = telemetry.open_sources(gpu=uses_gpu)
     monitor = telemetry.Monitor(sources)
     busy = monitor.others()
-    rows: list[dict[str, Any]] = []
-    everything: list[Series] = []
-    complete, libraries = True, {}
+    measured: list[tuple[Series, telemetry.Energy | None]] = []
+    libraries: dict[str, str] = {}
+    stopped: str | None = None
     work = [(backend, batch) for backend in chosen for batch in batches]
-    with monitor, ExitStack() as stack:
-        for done, (backend, batch) in enumerate(work):
-            if backend not in libraries:
-                stack.close()  # one backend's memory and threads are not in another's way
-                opened = _open(stack, folders, datas, backend, opener)
-                libraries[backend] = opened[0].library
+    try:
+        with monitor, ExitStack() as stack:
+            for done, (backend, batch) in enumerate(work):
+                if backend not in libraries:
+                    stack.close()  # one backend's memory and threads are not in another's way
+                    opened = _open(stack, folders, datas, backend, opener)
+                    libraries[backend] = opened[0].library
 
-            def report(words: str, share: float, done: int = done, batch: int = batch) -> None:
-                on_progress(f"{words}, batch {batch}", (done + share) / len(work))
+                def report(words: str, share: float, done: int = done, batch: int = batch) -> None:
+                    on_progress(f"{words}, batch {batch}", (done + share) / len(work))
 
-            found, complete = _measure_group(
-                folders, opened, backend, batch, options, monitor, report, bool(rows)
-            )
-            everything += [series for series, _ in found]
-            rows += [_row(series, energy) for series, energy in found]
-            if not complete:
-                break
+                for item in _measure_group(folders, opened, work[done], options, monitor, report):
+                    measured.append(item)
+    except (KeyboardInterrupt, JmpDeployError) as error:
+        if not measured:
+            raise
+        stopped = error.message if isinstance(error, JmpDeployError) else INTERRUPTED
+    everything = [series for series, _ in measured]
+    rows = [_row(series, energy) for series, energy in measured]
     ratios = _ratios(everything, datas) if options.against else []
     result = {
         "device": device_words(chosen, threads, libraries),
-        "complete": complete,
+        "complete": stopped is None,
+        "stopped": stopped,
         "artifacts": [_artifact(f, d) for f, d in zip(folders, datas, strict=True)],
         "rows": rows,
         "ratios": ratios,
@@ -202,39 +208,39 @@ def _default_opener(threads: int) -> Opener:
 def _measure_group(
     folders: Sequence[Path],
     opened: Sequence[Backend],
-    backend: str,
-    batch: int,
+    point: tuple[str, int],
     options: BenchOptions,
     monitor: telemetry.Monitor,
     on_progress: OnProgress,
-    has_rows: bool,
-) -> tuple[list[tuple[Series, telemetry.Energy | None]], bool]:
-    """One backend at one batch size: its artifacts in turns, then the power of each."""
-    graphs = _graphs(opened, backend, options.cuda_graph)
+) -> Iterator[tuple[Series, telemetry.Energy | None]]:
+    """One backend at one batch size: its artifacts in turns, then the power of each.
+
+    What was measured when Ctrl-C came is given out before the interruption goes on.
+    """
+    backend, batch = point
+    participants = [
+        Participant(str(folder), backend, batch, item.prepare(batch, bool(graph)), graph)
+        for graph in _graphs(opened, backend, options.cuda_graph)
+        for folder, item in zip(folders, opened, strict=True)
+    ]
+    series, complete = measure(participants, options.settings, on_progress=on_progress)
+    energies: list[telemetry.Energy | None] = []
+    stop: BaseException | None = None if complete else KeyboardInterrupt()
     try:
-        participants = [
-            Participant(str(folder), backend, batch, item.prepare(batch, bool(graph)), graph)
-            for graph in graphs
-            for folder, item in zip(folders, opened, strict=True)
-        ]
-        series, complete = measure(participants, options.settings, on_progress=on_progress)
-    except KeyboardInterrupt:
-        if not has_rows:
-            raise
-        return [], False
-    energies: list[telemetry.Energy | None] = [None] * len(series)
-    if complete and options.energy_seconds > 0 and monitor.can_read_power():
-        try:
-            for index, item in enumerate(series):
+        if complete and options.energy_seconds > 0 and monitor.can_read_power():
+            for item in series:
                 on_progress(f"power of {item.participant.artifact}", 1.0)
-                energies[index] = _power(item, options.energy_seconds, monitor)
-        except KeyboardInterrupt:
-            complete = False
-    return list(zip(series, energies, strict=True)), complete
+                energies.append(_power(item, options.energy_seconds, monitor))
+    except (KeyboardInterrupt, JmpDeployError) as error:
+        stop = error
+    energies += [None] * (len(series) - len(energies))
+    yield from zip(series, energies, strict=True)
+    if stop is not None:
+        raise stop
 
 
 def _graphs(opened: Sequence[Backend], backend: str, asked: str) -> tuple[bool | None, ...]:
-    """With which launches to measure: None where there is no GPU, True for CUDA graphs."""
+    """With which launches to measure: True is CUDA graphs, None where there is no choice."""
     if backend != "engine":
         return (None,)
     if asked == "off" or all(item.has_graphs for item in opened):

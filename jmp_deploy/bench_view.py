@@ -76,7 +76,8 @@ def summary(result: dict[str, Any], files: Sequence[str] = ()) -> RenderableType
     """The tables that end `bench`."""
     parts: list[RenderableType] = []
     if not result["complete"]:
-        parts.append(Text("INCOMPLETE: interrupted; what was measured whole is below", "bold red"))
+        words = f"INCOMPLETE: {result['stopped']}; what was measured whole is below"
+        parts.append(Text(words, "bold red"))
     parts.append(_rows(result))
     if result["ratios"]:
         parts.append(_ratios(result["ratios"]))

@@ -113,7 +113,7 @@ def add_commands(commands: Any) -> None:
 
 def _bench(options: argparse.Namespace) -> int:
     from . import bench_view
-    from .bench import BenchOptions, bench
+    from .bench import INTERRUPTED, BenchOptions, bench
     from .bench_measure import Settings
 
     if options.table:
@@ -145,7 +145,11 @@ def _bench(options: argparse.Namespace) -> int:
         bench_view.plot(result, options.plot)
         files.append(str(options.plot))
     output.show(options, bench_view.summary(result, files), {**result, "files": files})
-    return 0 if result["complete"] else 130
+    if result["complete"]:
+        return 0
+    if result["stopped"] == INTERRUPTED:
+        return 130
+    return output.fail(result["stopped"], None, 2)
 
 
 def _table(options: argparse.Namespace) -> int:

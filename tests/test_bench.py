@@ -21,7 +21,7 @@ from jmp_deploy import (
     latency_table,
 )
 from jmp_deploy.bench_measure import Participant, Series, Settings, Times
-from jmp_deploy.errors import ArtifactError
+from jmp_deploy.errors import ArtifactError, EngineError
 from jmp_deploy.schedule import ModelShape
 from jmp_deploy.telemetry_host import Reading
 
@@ -338,6 +338,45 @@ def test_interrupt_in_the_second_batch_leaves_the_first(pair):
     assert [row["batch"] for row in result["rows"]] == [1, 1]
     assert [entry["batch"] for entry in result["ratios"]] == [1]
     assert all(backend.closed for backend in backends)
+
+
+def test_interrupt_while_power_is_read_keeps_the_times(pair):
+    backends = [FakeBackend(6.0), FakeBackend(4.0)]
+    calls = itertools.count()
+
+    def interrupt_in_power(words, share):
+        if words.startswith("power of") and next(calls) == 1:
+            raise KeyboardInterrupt
+
+    left = iter(backends)
+    asked = bench.BenchOptions(
+        folder=pair[0], against=pair[1], settings=QUICK, batches=(1, 8), energy_seconds=0.01
+    )
+    result, _ = bench.bench(
+        asked,
+        opener=lambda *_: next(left),
+        sources=[FakeSource(power_w=10.0)],
+        on_progress=interrupt_in_power,
+    )
+    assert result["stopped"] == "interrupted" and len(result["rows"]) == 2
+    assert result["ratios"][0]["ratio"] == pytest.approx(1.5)
+
+
+def test_error_at_a_later_batch_keeps_what_was_measured(runnable, tmp_path, monkeypatch, capsys):
+    class Full(FakeBackend):
+        def prepare(self, batch, cuda_graph):
+            if batch == 4:
+                raise EngineError("out of GPU memory: batch 4 needs 9 GiB")
+            return super().prepare(batch, cuda_graph)
+
+    monkeypatch.setattr(bench, "open_backend", lambda *_, **__: Full(1.0))
+    out = tmp_path / "r.json"
+    assert cli.main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 2
+    result = json.loads(out.read_text())
+    assert not result["complete"] and [row["batch"] for row in result["rows"]] == [1]
+    assert "out of GPU memory" in result["stopped"]
+    assert "out of GPU memory" in capsys.readouterr().err
+    assert cli.main(["bench", str(runnable[0]), "-b", "4"]) == 2  # nothing to keep
 
 
 def test_batches_are_those_of_both_profiles(tmp_path):

@@ -178,3 +178,9 @@ def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monk
     assert any("CUDA graphs" in words for words in result["notes"])
     with pytest.raises(EngineError, match="cannot be run as CUDA graphs"):
         bench.bench(replace(asked, cuda_graph="on"), **options)
+
+
+def test_events_with_a_time_are_in_cuda_bindings():
+    bindings = pytest.importorskip("cuda.bindings.runtime")
+    assert "cudaEventElapsedTime(start, end)" in bindings.cudaEventElapsedTime.__doc__
+    assert bindings.cudaEventDefault == 0
