@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from .bench_backend import Backend
 from .bench_measure import OnProgress, Participant, Series, Settings, measure
 from .bench_runners import open_backend
 from .device import gpus
-from .errors import ArtifactError, EngineError, JmpDeployError
+from .errors import (
+    ArtifactError,
+    EngineError,
+    JmpDeployError,
+    MissingPackageError,
+    install_command,
+)
 from .runners import pick_backend
 from .telemetry_host import cpu_count, cpu_name
 
@@ -77,7 +84,7 @@ def bench(
 
     Raises:
         ArtifactError: a batch outside the profiles, or a broken artifact.
-        EngineError: nothing can run it here.
+        EngineError, MissingPackageError: nothing can run it here.
         KeyboardInterrupt: before anything was measured.
     """
     threads = options.threads or cpu_count()
@@ -171,7 +178,8 @@ def choose_backends(
     """The backends to measure, each able to run every artifact."""
     chosen = []
     for name in asked:
-        if name == "torch":  # its own import tells what is missing
+        if name == "torch":
+            _require_torch()
             chosen.append(name)
             continue
         picks = [pick_backend(f, d, name)[0] for f, d in zip(folders, datas, strict=True)]
@@ -181,6 +189,14 @@ def choose_backends(
             ]
         chosen.append(picks[0])
     return list(dict.fromkeys(chosen))
+
+
+def _require_torch() -> None:
+    for package in ("torch", "timm"):
+        if find_spec(package) is None:
+            raise MissingPackageError(
+                f"torch: {package} is not installed", install_command("export")
+            )
 
 
 def _open(

@@ -12,6 +12,7 @@ from typing import Any
 
 from .bench_backend import noise
 from .bench_measure import Times
+from .errors import GpuMemoryError
 
 
 class TorchModel:
@@ -79,8 +80,13 @@ class TorchModel:
         model, dtype = self.model, next(self.model.parameters()).dtype
         pinned = images.pin_memory()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        with torch.inference_mode():
-            answer = model(pinned.to("cuda", dtype)).float().cpu().pin_memory()
+        try:
+            with torch.inference_mode():
+                answer = model(pinned.to("cuda", dtype)).float().cpu().pin_memory()
+        except torch.cuda.OutOfMemoryError as error:
+            raise GpuMemoryError(
+                f"PyTorch has no GPU memory for a batch of {len(images)}", "choose a smaller one"
+            ) from error
 
         def infer() -> Times:
             started = time.perf_counter()
