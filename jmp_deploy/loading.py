@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class LoadedEngine:
     ) -> None:
         self._file = file
         self._cuda = cuda
-        self._words: list[str] = []
+        self._words: deque[str] = deque(maxlen=8)
         self._logger: Any = None
         self._runtime: Any = None
         self._engine: Any = None

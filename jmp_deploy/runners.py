@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import manifest
+from . import engine_check, manifest, trt_api
 from .device import gpus
-from .engine import MODULES, installed
 from .errors import EngineError, MissingPackageError, install_command
+from .trt_api import MODULES, installed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,7 +69,7 @@ def open_runner(folder: Path, data: dict[str, Any], backend: str) -> Any:
         manifest.verify(folder, data, manifest.PORTABLE)
         return onnxruntime_runner(folder / manifest.PORTABLE)
     manifest.verify(folder, data, manifest.ENGINE)
-    return _engine_runner(folder / manifest.ENGINE, data["engine"])
+    return _engine_runner(folder / manifest.ENGINE, data)
 
 
 def onnxruntime_runner(model: Path, name: str = "onnxruntime") -> Any:
@@ -168,35 +168,35 @@ def _onnx_obstacle(folder: Path) -> str | None:
     return None
 
 
-def _engine_runner(path: Path, engine: dict[str, Any]) -> Any:
-    """A runner of an engine; version and architecture are compared before it is opened."""
+def _engine_runner(path: Path, data: dict[str, Any]) -> Any:
+    """A runner of an engine; whether it fits is asked before it is opened."""
+    engine = data["engine"]
     flavour = engine["flavour"]
     if flavour == "rtx":
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
         from polygraphy import config
 
         config.USE_TENSORRT_RTX = True  # in case polygraphy was imported before
-    trt = __import__(MODULES[flavour])
-    if trt.__version__ != engine["version"]:
-        raise EngineError(
-            f"{path} was built by {engine['builder']} {engine['version']}, here is "
-            f"{trt.__version__}",
-            "build it again with the version that is here",
-        )
-    here = "sm_{}{}".format(*gpus()[0].compute_capability)
-    if engine["targets"] and here not in engine["targets"]:
-        raise EngineError(
-            f"{path} was built for {', '.join(engine['targets'])}; {gpus()[0].name} is {here}",
-            "build it again on this device, or with --targets",
-        )
+    trt = trt_api.load(flavour)
+    library = None
+    if engine["plugin"]:
+        from .plugin import load_plugin, plugin_info, plugin_library
+
+        library = plugin_library()
+    found = engine_check.mismatches(
+        engine,
+        version=trt.__version__,
+        gpu=gpus()[0].name,
+        capability=gpus()[0].compute_capability,
+        plugin=plugin_info(library) if library else None,
+    )
+    engine_check.require_fit(engine_check.EngineFile(path, data, flavour), found)
     from polygraphy.backend.common import bytes_from_path
     from polygraphy.backend.trt import TrtRunner, engine_from_bytes
     from polygraphy.exception import PolygraphyException
 
-    if engine["plugin"]:
-        from .plugin import load_plugin, plugin_library
-
-        load_plugin(trt, plugin_library())
+    if library:
+        load_plugin(trt, library)
 
     def deserialize() -> Any:
         try:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmp_deploy import device, manifest, rebuild, runners
+from jmp_deploy import device, manifest, rebuild, runners, trt_api
 from jmp_deploy.cli import main
 from jmp_deploy.device import Gpu
 from jmp_deploy.errors import EngineError
@@ -86,6 +86,15 @@ def test_an_engine_that_does_not_fit(world, pictures, capsys):
     assert code == 2
     assert "expected 10.3.0.26, found 10.13.0.35" in err and "expected sm_87, found sm_86" in err
     assert "--rebuild" in err
+
+
+def test_polygraphy_s_runner_asks_the_same_first(world, monkeypatch):
+    pytest.importorskip("polygraphy")
+    monkeypatch.setattr(trt_api, "load", lambda flavour: world.trt)
+    folder = world.artifact(version="10.3.0.26", targets=["sm_87"])
+    with pytest.raises(EngineError, match=r"expected 10\.3\.0\.26.*expected sm_87") as caught:
+        runners.open_runner(folder, manifest.read(folder), "engine")
+    assert "--rebuild" in caught.value.hint
 
 
 def test_nan_names_the_image_and_is_a_failed_check(world, pictures, capsys):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -664,3 +666,13 @@ def test_torch_reads_a_device_array_s_interface():
         "version": 3,
     }
     assert array.nbytes == 12 and len(array) == 2
+
+
+def test_importing_the_runtime_takes_numpy_alone():
+    code = (
+        "import sys, jmp_deploy.runtime\n"
+        "names = {name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)\n"
+        "print(sorted(name for name in names if not name.startswith(('_', 'sitecustomize'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['jmp_deploy', 'numpy']", done.stdout
