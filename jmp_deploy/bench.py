@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from . import bench_stats, manifest, telemetry
+from . import bench_stats, bench_words, manifest, telemetry
 from .bench_backend import Backend
 from .bench_measure import OnProgress, Participant, Series, Settings, measure
 from .bench_runners import open_backend
@@ -27,11 +27,9 @@ from .errors import (
     install_command,
 )
 from .runners import pick_backend
-from .telemetry_host import cpu_count, cpu_name
+from .telemetry_host import cpu_count
 
 BATCHES = (1, 8, 32)
-UNSTEADY = 0.1
-"""A 95 % interval wider than this share of its ratio is called unsteady."""
 SETTLE = 1 / 3
 """Share of an energy measurement that is not counted: sensors average over up to a second."""
 
@@ -124,10 +122,10 @@ def bench(
     rows = [_row(series, energy) for series, energy in measured]
     ratios = _ratios(everything, datas) if options.against else []
     result = {
-        "device": device_words(chosen, threads, libraries),
+        "device": bench_words.device(chosen, threads, libraries),
         "complete": stopped is None,
         "stopped": stopped,
-        "artifacts": [_artifact(f, d) for f, d in zip(folders, datas, strict=True)],
+        "artifacts": [bench_words.artifact(f, d) for f, d in zip(folders, datas, strict=True)],
         "rows": rows,
         "ratios": ratios,
         "settings": {
@@ -137,8 +135,8 @@ def bench(
             "input": "seeded noise",
         },
         "telemetry": monitor.summary(),
-        "warnings": _warnings(busy, monitor.throttled(), rows, ratios, datas),
-        "notes": _notes(chosen, uses_gpu, monitor.can_read_power(), rows),
+        "warnings": bench_words.warnings(busy, monitor.throttled(), rows, ratios, datas),
+        "notes": bench_words.notes(chosen, uses_gpu, monitor.can_read_power(), rows),
     }
     return result, everything
 
@@ -332,81 +330,3 @@ def _ratios(everything: Sequence[Series], datas: Sequence[dict[str, Any]]) -> li
             entry["gpu"] = bench_stats.ratio(gpu[0], gpu[1])
         ratios.append(entry)
     return ratios
-
-
-def _artifact(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "path": str(folder),
-        "model": data["model"]["name"],
-        "image_size": data["model"]["image_size"],
-        "precision": data["precision"],
-        "jmp": data["jmp"]["schedule_name"] if data["jmp"] else None,
-        "gmacs": data["macs"]["model"] / 1e9,
-        "random_weights": manifest.is_random(data),
-    }
-
-
-def device_words(chosen: Sequence[str], threads: int, libraries: dict[str, str]) -> str:
-    """What measures: the GPU, the CPU, and the library on it."""
-    gpu = gpus()[0].name if gpus() else None
-    cpu = f"{threads} thread{'s' if threads > 1 else ''}"
-    parts = []
-    for backend in chosen:
-        library = libraries.get(backend, backend)
-        if backend == "engine" or (backend == "torch" and gpu):
-            parts.append(f"{gpu or 'GPU'}, {library}")
-        else:
-            parts.append(f"CPU {cpu_name()}, {library}, {cpu}")
-    return "; ".join(parts)
-
-
-def _warnings(
-    busy: Sequence[str],
-    throttled: Sequence[str],
-    rows: Sequence[dict[str, Any]],
-    ratios: Sequence[dict[str, Any]],
-    datas: Sequence[dict[str, Any]],
-) -> list[str]:
-    """What makes these figures less than they seem."""
-    warnings = []
-    if busy:
-        warnings.append(f"the machine was busy before we began: {', '.join(busy)}")
-    if throttled:
-        warnings.append(f"the device was throttled: {', '.join(throttled)}")
-    for row in rows:
-        if not row["stable"]:
-            warnings.append(
-                f"{row['artifact']} at batch {row['batch']} was not stable after "
-                f"{row['warm_iterations']} warm-up inferences"
-            )
-    for entry in ratios:
-        low, high = entry["ci95"]
-        if high - low > UNSTEADY * entry["ratio"]:
-            warnings.append(
-                f"the ratio at batch {entry['batch']} is unsteady: {low:.2f} to {high:.2f}"
-            )
-    if len(datas) == 2:
-        for name, values in (
-            ("model", [data["model"]["name"] for data in datas]),
-            ("image size", [data["model"]["image_size"] for data in datas]),
-            ("precision", [data["precision"] for data in datas]),
-        ):
-            if values[0] != values[1]:
-                warnings.append(f"the artifacts differ in {name}: {values[0]} and {values[1]}")
-    return warnings
-
-
-def _notes(
-    chosen: Sequence[str], uses_gpu: bool, has_power: bool, rows: Sequence[dict[str, Any]]
-) -> list[str]:
-    notes = []
-    names = ", ".join({"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}.get(b, b) for b in chosen)
-    if not uses_gpu:
-        notes.append(f"measured on the CPU ({names}): it says nothing of an engine on a GPU")
-    if not has_power:
-        notes.append("no energy per image: power cannot be read here")
-    if "engine" in chosen and rows and not any(row["cuda_graph"] for row in rows):
-        notes.append("no row is of CUDA graphs: not asked for, or they cannot be captured here")
-    if rows and min(row["iterations"] for row in rows) < 100:
-        notes.append("p99 of fewer than 100 inferences is close to the slowest one")
-    return notes

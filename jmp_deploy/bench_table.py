@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from . import bench_parts, bench_stats, manifest, telemetry
-from .bench import choose_backends, choose_batches, device_words
+from . import bench_parts, bench_stats, bench_words, manifest, telemetry
+from .bench import choose_backends, choose_batches
 from .bench_backend import Backend
 from .bench_measure import OnProgress, Participant, Settings, measure
 from .bench_parts import ATTENTION, DENSE, MLP, Parts
@@ -93,7 +93,7 @@ def measure_table(
             )
             opener = _opener(options.folder, data, backend, parts, threads)
             table = fill(parts.shape, data, batches, opener, options, on_progress=on_progress)
-    table["device"] = device_words([backend], threads, {backend: table.pop("library")})
+    table["device"] = bench_words.device([backend], threads, {backend: table.pop("library")})
     table["backend"], table["precision"] = backend, data["precision"]
     table["telemetry"] = monitor.summary()
     if busy:
