@@ -217,8 +217,8 @@ def _add_compare(commands: Any) -> None:
         "--min-cosine",
         type=_cosine,
         metavar="C",
-        help="smallest cosine of an output, for every image (by precision: fp32 0.99999, "
-        "fp16 0.999, int8 0.99)",
+        help="smallest cosine of an output, for every image (by precision, for the median image: "
+        "fp32 0.99999, fp16 0.999, int8 0.99)",
     )
     parser.add_argument(
         "--max-abs",
