@@ -51,6 +51,7 @@ class FakeTensorRT:
         self.loaded_kernels: bytes | None = None
         self.graph_strategy: str | None = None
         self.verdict = (0, 0)
+        self.seen: np.ndarray | None = None  # the last input
         self.context_type: Any = None  # another than those of this module
         fake = self
 
@@ -287,7 +288,7 @@ class NewContext(_Context):
 def _work(
     context: _Context, addresses: dict[str, int], shape: tuple[int, ...], scratch: int
 ) -> Any:
-    cuda, facts = context.fake.cuda, context.facts
+    fake, cuda, facts = context.fake, context.fake.cuda, context.facts
     state, generation = context.state, context.state.generation
 
     def work() -> None:
@@ -305,7 +306,8 @@ def _work(
                 return
         ctypes.memset(scratch, 0xAB, size)
         source = np.frombuffer(ctypes.string_at(addresses["images"], images), np.float32)
-        values = answer(source.reshape(shape)).astype(np.float32)
+        fake.seen = source.reshape(shape)
+        values = answer(fake.seen).astype(np.float32)
         if facts["nan"]:
             values[-1] = np.nan
         ctypes.memmove(addresses["logits"], values.tobytes(), logits)

@@ -20,7 +20,7 @@ from jmp_deploy import gpu_arrays, manifest
 from jmp_deploy.errors import ArtifactError, EngineError, GpuMemoryError, NonFiniteError
 from jmp_deploy.runtime import Engine
 from tests.engine_world import World, close_to, images, make_world, world  # noqa: F401
-from tests.fake_cuda import PRIMARY, Status
+from tests.fake_cuda import PRIMARY
 from tests.fake_tensorrt import CLASSES, IMAGE, plan
 
 # --- Host memory --------------------------------------------------------------------------------
@@ -37,6 +37,10 @@ def test_a_batch_below_the_profile_is_padded(world):
     with Engine(world.artifact(plan(batch=(4, 4, 8)))) as engine:
         for count in (1, 3, 9):
             assert close_to(engine.infer(images(count, count))["logits"], images(count, count))
+            last = images(count, count)[-1:]
+            assert np.array_equal(
+                world.trt.seen[count % 8 :], np.repeat(last, 4 - count % 8, axis=0)
+            )
 
 
 def test_what_the_engine_says_of_itself(world):
@@ -124,17 +128,32 @@ def test_without_cuda_graphs(world):
     assert world.cuda.count("cudaStreamBeginCapture") == 0 and world.cuda.launches == 0
 
 
-def test_where_capture_fails_work_goes_on_with_one_warning(world, monkeypatch):
-    with Engine(world.artifact()) as engine:
-        engine.infer(images(2))
-        unsupported = Status.cudaErrorStreamCaptureUnsupported
-        monkeypatch.setattr(world.cuda.runtime, "cudaStreamBeginCapture", lambda *a: (unsupported,))
+@pytest.mark.parametrize(
+    ("call", "which"),
+    [
+        ("cudaStreamBeginCapture", 0),
+        ("execute_async_v3", 1),  # the one that is recorded
+        ("cudaStreamEndCapture", 0),
+        ("cudaGraphInstantiate", 0),
+    ],
+)
+def test_where_capture_fails_work_goes_on_with_one_warning(world, call, which):
+    folder = world.artifact()
+    with Engine(folder) as engine:
+        opened = len(world.cuda.calls)
+        engine.infer(images(5))
+        calls = world.cuda.calls[opened:]
+    with Engine(folder) as engine:
+        position = [index for index, name in enumerate(calls) if name == call][which]
+        world.cuda.fail_at = len(world.cuda.calls) + position
         with pytest.warns(RuntimeWarning, match="no CUDA graphs"):
             assert close_to(engine.infer(images(5))["logits"], images(5))
+        assert world.cuda.failed == call
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for count in (5, 6, 2):
+            for count in (5, 6, 2, 5):
                 assert close_to(engine.infer(images(count))["logits"], images(count))
+        assert world.cuda.launches == 0
 
 
 def test_more_batch_sizes_than_are_kept(world):
@@ -243,8 +262,10 @@ def test_what_is_no_stream_is_refused(world):
     world.free(given)
 
 
-def test_two_streams_share_a_lane_without_mixing(world):
-    """The second stream's work is waited for first: its buffers must not have been taken early."""
+@pytest.mark.parametrize("done", [0, 1, 3, 4])
+def test_two_streams_share_a_lane_without_mixing(world, done):
+    """The first stream has come some steps far when the second one's work is waited for: it must
+    not have taken the lane's buffers."""
     streams = [world.cuda.cudaStreamCreateWithFlags(1)[1] for _ in range(2)]
     given = [world.device_array(images(2, seed)) for seed in range(2)]
     targets = [world.device_array(np.zeros((2, CLASSES), "f4")) for _ in range(2)]
@@ -253,6 +274,8 @@ def test_two_streams_share_a_lane_without_mixing(world):
         for index in range(2):
             out = {"logits": targets[index]}
             engine.infer(given[index], stream=streams[index], out=out)
+        first = world.cuda.streams[streams[0]]
+        world.cuda.drain(first, until=done)  # of two copies in, two of padding, a run, a copy out
         for index in (1, 0):
             world.cuda.cudaStreamSynchronize(streams[index])
         for index in range(2):
@@ -604,7 +627,8 @@ class Producer:
             ctypes.py_object,
             (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
         )
-        return new(ctypes.addressof(self.managed), b"dltensor", None)
+        self.capsule = new(ctypes.addressof(self.managed), b"dltensor", None)
+        return self.capsule
 
 
 def test_dlpack_arrays_are_used_in_place_and_given_back(world):
@@ -618,6 +642,9 @@ def test_dlpack_arrays_are_used_in_place_and_given_back(world):
         assert close_to(world.read(result), images(5))
         assert producer.streams == [int(stream)], "the producer makes this stream wait"
         assert producer.released == 0, "the GPU may still be reading"
+        is_valid = ctypes.pythonapi.PyCapsule_IsValid
+        is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
+        assert is_valid(producer.capsule, b"used_dltensor"), "or its end would free it again"
         engine.infer(images(1))
         assert producer.released == 1
         result = engine.infer(Producer(address, (5, *IMAGE)), stream=0)["logits"]
