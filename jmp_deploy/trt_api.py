@@ -245,6 +245,9 @@ def engine_tensors(trt: Any, engine: tensorrt.ICudaEngine) -> list[Tensor]:
 
 def profile_batches(engine: tensorrt.ICudaEngine, name: str) -> tuple[int, int, int]:
     """(min, opt, max) images of profile 0, by the first dimension of input `name`."""
+    fixed = _shape(engine.get_tensor_shape(name))[0]
+    if fixed >= 0:  # then there need be no profile
+        return fixed, fixed, fixed
     least, best, most = (int(shape[0]) for shape in engine.get_tensor_profile_shape(name, 0))
     return least, best, most
 

@@ -144,7 +144,8 @@ class _Engine(_Counted):
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         image, classes = self.facts["image"], self.facts["classes"]
-        return (-1, *image) if name == "images" else (-1, classes)
+        batch = self.facts["batch"][0] if self.facts.get("static") else -1
+        return (batch, *image) if name == "images" else (batch, classes)
 
     def get_tensor_dtype(self, name: str) -> Any:
         return np.float32
@@ -154,6 +155,8 @@ class _Engine(_Counted):
         return modes.INPUT if name == "images" else modes.OUTPUT
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, ...]]:
+        if self.facts.get("static"):
+            raise RuntimeError("a static network has no profile")
         return [(batch, *self.facts["image"]) for batch in self.facts["batch"]]
 
     def create_runtime_config(self) -> _RuntimeConfig:
@@ -196,7 +199,7 @@ class _Context(_Counted):
     def __init__(self, fake: FakeTensorRT, engine: _Engine) -> None:
         super().__init__(fake)
         self.facts, self.log = engine.facts, engine.log
-        self.state = SimpleNamespace(is_alive=True, generation=0)
+        self.state = SimpleNamespace(is_alive=True, generation=0, pending=0)
         self.shape: tuple[int, ...] | None = None
         self.addresses: dict[str, int] = {}
         self.scratch: tuple[int, int] | None = None
@@ -260,8 +263,11 @@ class _Context(_Counted):
         capturing = cuda.streams[stream].capture is not None
         if capturing and self.warm != self.state.generation:
             self.violation("captured before it was enqueued once with this shape")
+        if capturing and self.state.pending:
+            self.violation("captured while it still runs")
         if not capturing:
             self.warm = self.state.generation
+            self.state.pending += 1
         work = _work(self, dict(self.addresses), self.shape, self.scratch[0])
         return cuda.enqueue(stream, work) == 0
 
@@ -292,6 +298,7 @@ def _work(
     state, generation = context.state, context.state.generation
 
     def work() -> None:
+        state.pending = 0
         size = facts["scratch"] * shape[0]
         images, logits = shape[0] * 4 * int(np.prod(shape[1:])), shape[0] * facts["classes"] * 4
         for wrong, what in (

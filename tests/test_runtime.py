@@ -43,6 +43,12 @@ def test_a_batch_below_the_profile_is_padded(world):
             )
 
 
+def test_a_static_batch(world):
+    with Engine(world.artifact(plan(batch=(4, 4, 4), static=True))) as engine:
+        assert engine.batch == (4, 4, 4)
+        assert close_to(engine.infer(images(6))["logits"], images(6))
+
+
 def test_what_the_engine_says_of_itself(world):
     with Engine(world.artifact()) as engine:
         assert engine.batch == (1, 4, 8) and engine.max_batch == 8
@@ -212,6 +218,7 @@ def test_a_short_batch_on_the_gpu_is_padded(world):
             given = world.device_array(images(count, count))
             result = engine.infer(given)["logits"]
             assert close_to(world.read(result), images(count, count))
+            assert (world.trt.seen[count % 8 :] == images(count, count)[-1]).all()
             world.free(given)
         del result
 
