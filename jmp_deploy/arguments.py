@@ -140,7 +140,13 @@ def _add_run(commands: Any) -> None:
         commands,
         "run",
         "run an artifact on images: top classes, or features of a model without a classifier",
-        ("run artifacts/deit_s photo.jpg", "run artifacts/dinov2_s photos/ --json features.json"),
+        (
+            "run artifacts/deit_s photo.jpg",
+            "run artifacts/dinov2_s photos/ --json features.json",
+            "run artifacts/deit_s photos/ --rebuild        # on another GPU or TensorRT",
+            "run artifacts/deit_s photos/ --batch 4        # less GPU memory",
+            "run some.engine photo.jpg --no-manifest",
+        ),
     )
     _add_artifact(parser)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files or folders")
@@ -152,7 +158,28 @@ def _add_run(commands: Any) -> None:
     )
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes (5)")
     parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="images per inference at most (the engine's own limit)",
+    )
+    parser.add_argument(
         "--allow-random", action="store_true", help="run an artifact with random weights"
+    )
+    parser.add_argument(
+        "--no-cuda-graph", action="store_true", help="enqueue each inference layer by layer"
+    )
+    checks = parser.add_mutually_exclusive_group()
+    checks.add_argument(
+        "--rebuild",
+        dest="rebuild_engine",  # `rebuild` is the whole command, for the manifest
+        action="store_true",
+        help="make the engine anew from model.trt.onnx if it does not fit this machine",
+    )
+    checks.add_argument(
+        "--no-manifest",
+        action="store_true",
+        help="run an engine of which nothing is known: DIR may be a plan file",
     )
 
 
@@ -164,6 +191,8 @@ def _add_compare(commands: Any) -> None:
         (
             "compare artifacts/deit_s",
             "compare artifacts/deit_s --backends torch,engine --images photos/ --json -",
+            "compare artifacts/deit_s --min-cosine 0.9995 --max-abs 0.2",
+            "compare artifacts/deit_s --debug           # which block loses the accuracy",
         ),
     )
     _add_artifact(parser)
@@ -175,7 +204,34 @@ def _add_compare(commands: Any) -> None:
     )
     _add_images(parser, "files or folders (the artifact's reference images)")
     parser.add_argument(
+        "--limit",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="images to use at most, spread evenly (64)",
+    )
+    parser.add_argument(
         "--weights", metavar="PATH", help="if they are not where the build had them"
+    )
+    parser.add_argument(
+        "--min-cosine",
+        type=_cosine,
+        metavar="C",
+        help="smallest cosine of an output, for every image (by precision, for the median image: "
+        "fp32 0.99999, fp16 0.999, int8 0.99)",
+    )
+    parser.add_argument(
+        "--max-abs",
+        type=_not_negative,
+        metavar="X",
+        help="largest difference of an output (any that the cosine allows)",
+    )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="look at every block of what is outside tolerance (of the first pair if nothing is), "
+        "and name the first block outside and the one at fault; an engine is built anew for it, "
+        "with its blocks marked",
     )
 
 
@@ -261,6 +317,27 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def _cosine(text: str) -> float:
+    number = _number(text)
+    if not -1 <= number <= 1:
+        raise argparse.ArgumentTypeError("a cosine lies between -1 and 1")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("must be a number of at least 0")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
 
 def _backends(text: str) -> list[str]:

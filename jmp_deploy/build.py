@@ -181,6 +181,7 @@ def _portable(
         "weights": loaded.origin,
         "preprocess": asdict(loaded.preprocess),
         "class_names": loaded.class_names,
+        "synsets": loaded.synsets,
         "jmp": jmp,
         "macs": _macs(loaded, jmp),
         "precision": options.precision,
@@ -241,7 +242,8 @@ def _check(
     options: BuildOptions, loaded: LoadedModel, portable: Path, output: str
 ) -> dict[str, Any]:
     """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
-    from . import compare, runtime
+    from . import compare
+    from .runners import onnxruntime_runner, quiet_polygraphy
 
     if options.images:
         paths = find_images(options.images)
@@ -251,10 +253,10 @@ def _check(
         photos = sample_photos()
         names = [name for name, _ in photos]
         images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
-    runtime.quiet_polygraphy()
+    quiet_polygraphy()
     runners = [
         compare.torch_runner(loaded.model, output),
-        runtime.onnxruntime_runner(portable),
+        onnxruntime_runner(portable),
     ]
     pairs, times, outputs = compare.run_and_pair(runners, images, options.batch, options.precision)
     with (

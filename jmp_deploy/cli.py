@@ -10,11 +10,13 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import cli_accuracy, interrupt, output
+from . import cli_accuracy, cli_bench, cli_validate, interrupt, output
 from .arguments import make_parser
 from .errors import JmpDeployError, install_command
 
@@ -40,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Never raises, never shows a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = make_parser(cli_accuracy.add_commands).parse_args(arguments)
+        parser = make_parser(
+            cli_accuracy.add_commands, cli_bench.add_commands, cli_validate.add_commands
+        )
+        options = parser.parse_args(arguments)
         options.rebuild = shlex.join(["python", "-m", "jmp_deploy", *arguments])
         with interrupt.remembered():
             return HANDLERS[options.command](options)
@@ -122,29 +127,76 @@ def _build(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from . import render
-    from .predict import predict
+    from .predict import Options, predict
 
-    records, backend, reason = predict(
-        options.dir,
-        options.images,
-        backend=options.backend,
-        topk=options.topk,
-        allow_random=options.allow_random,
-    )
-    output.show(options, render.predictions(records, backend, reason), records)
+    if options.rebuild_engine:
+        _rebuild(options.dir)
+    with _warnings_as_lines():
+        result = predict(
+            options.dir,
+            options.images,
+            Options(
+                backend=options.backend,
+                batch=options.batch,
+                cuda_graph=not options.no_cuda_graph,
+                use_manifest=not options.no_manifest,
+                allow_random=options.allow_random,
+            ),
+            topk=options.topk,
+        )
+    table = render.predictions(result.records, result.backend, result.reason)
+    output.show(options, table, [*result.records, *result.skipped])
+    for entry in result.skipped:
+        print(f"skipped: {entry['error']}", file=sys.stderr)
+    if not result.ok:
+        total = len(result.records) + len(result.skipped)
+        return output.fail(f"{len(result.skipped)} of {total} images cannot be read", None, 1)
     return 0
 
 
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What the library warns of, without the line of our source where it did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+def _rebuild(folder: Path) -> None:
+    """Makes the engine of an artifact anew where it does not fit."""
+    from . import manifest
+    from .progress import Stages
+    from .rebuild import rebuild_engine, why_rebuild
+
+    data = manifest.read(folder)
+    reason = why_rebuild(folder, data)
+    if reason is None:
+        return
+    print(f"the engine is made anew: {reason}", file=sys.stderr)
+    with Stages(output.console(stderr=True)) as stages:
+        stages.stage("engine")
+        rebuild_engine(folder, data, on_progress=stages.progress)
+
+
 def _compare(options: argparse.Namespace) -> int:
-    from . import render
+    from . import compare_view
     from .compare import compare_artifact
     from .images import find_images
 
     images = find_images(options.images) if options.images else []
-    result = compare_artifact(
-        options.dir, backends=options.backends, images=images, weights=options.weights
-    )
-    output.show(options, render.comparison(result), result)
+    with output.console(stderr=True).status("comparing"):
+        result = compare_artifact(
+            options.dir,
+            backends=options.backends,
+            images=images,
+            limit=options.limit,
+            weights=options.weights,
+            min_cosine=options.min_cosine,
+            max_abs=options.max_abs,
+            debug=options.debug,
+        )
+    output.show(options, compare_view.comparison(result), result)
     return 0 if result["ok"] else 1
 
 
@@ -160,7 +212,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     import json
 
-    from . import manifest, render
+    from . import compare_view, manifest, render
 
     data = manifest.read(options.dir)
     manifest.verify(options.dir, data)
@@ -174,7 +226,8 @@ def _report(options: argparse.Namespace) -> int:
                 f"{options.compare} is not a result of `compare --json`: {error}"
             ) from error
     value = {"manifest": data, "compare": compared}
-    output.show(options, render.report(data, str(options.dir), compared), value)
+    table = compare_view.comparison(compared) if compared else None
+    output.show(options, render.report(data, str(options.dir), compared, table), value)
     return 0
 
 
@@ -213,4 +266,6 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "plugin": _plugin,
     **cli_accuracy.HANDLERS,
+    **cli_bench.HANDLERS,
+    **cli_validate.HANDLERS,
 }

@@ -1,8 +1,13 @@
-"""PyTorch, ONNX Runtime and the engine side by side, run and paired by Polygraphy's Comparator."""
+"""PyTorch, ONNX Runtime and the engine side by side, on the same images.
+
+Polygraphy's runners and its Comparator.run run them; what is compared and how is ours
+(compare_measures.py): Comparator.compare_accuracy judges tensors element by element, and a ViT
+whose tokens may change places in a near tie is judged by the cosine of its answer for each image.
+"""
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,38 +15,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import manifest, runtime
-from .errors import ArtifactError, JmpDeployError
-from .images import Preprocess, load_batch
+from . import interrupt, manifest
+from .compare_measures import TABLE, TOLERANCES, Pair, measure
+from .compare_trace import Backend
+from .errors import ArtifactError, ImageError, JmpDeployError
+from .images import Preprocess, open_image, preprocess
+from .runners import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BACKENDS = ("torch", "onnxruntime", "engine")
-
-TOLERANCES = {"fp32": 0.99999, "fp16": 0.999}
-"""Smallest cosine, over all images, at which two backends agree. FP32: rounding of another order of
-summation. FP16: 10 bits of mantissa through 12 blocks give 0.9999 and better; the rest is for a
-near tie in importance that falls the other way, so that one token more or less is merged."""
+LIMIT = 64
+BATCH = 8
+UNREADABLE = 0.01
+"""Share of unreadable images above which a comparison fails."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """How far output `output` of backend b is from that of a, over all images.
+class Photos:
+    """Input: images [B, 3, H, W], their names, and files that could not be read: (path, why)."""
 
-    cosine is the smallest over the images; max_rel is max_abs over a's largest magnitude;
-    top1_agreement is the share of images with the same top class, None for features.
-    """
-
-    a: str
-    b: str
-    output: str
-    cosine: float
-    cosine_mean: float
-    max_abs: float
-    max_rel: float
-    top1_agreement: float | None
-    ok: bool
+    images: NDArray[np.float32]
+    names: tuple[str, ...]
+    unreadable: tuple[tuple[str, str], ...] = ()
 
 
 def compare_artifact(
@@ -49,7 +46,11 @@ def compare_artifact(
     *,
     backends: Sequence[str] | None = None,
     images: Sequence[Path] = (),
+    limit: int = LIMIT,
     weights: str | None = None,
+    min_cosine: float | None = None,
+    max_abs: float | None = None,
+    debug: bool = False,
 ) -> dict[str, Any]:
     """Runs an artifact's backends on the same images and compares each with the first.
 
@@ -57,48 +58,67 @@ def compare_artifact(
         folder: the artifact.
         backends: of "torch", "onnxruntime", "engine"; None takes all that can run here.
         images: files; none means the artifact's reference images.
+        limit: files to use at most, spread evenly over those given.
         weights: where PyTorch takes the weights from, if not from where the build did.
+        min_cosine, max_abs: tolerances in place of the precision's own (compare_measures.TABLE).
+        debug: look at every block of each pair outside tolerance, or of the first pair.
 
     Returns:
-        {"ok", "precision", "images", "backends", "skipped": {backend: reason}, "pairs",
-        "runtime_ms": {backend: per image}}
+        {"ok", "precision", "tolerance", "images", "unreadable", "random_weights", "backends",
+        "skipped": {backend: reason}, "pairs", "reductions", "reductions_skipped", "debug",
+        "debug_skipped", "runtime_ms": {backend: per image}}. pairs are those of
+        compare_measures.Pair; reductions is compare_reductions.report's, debug a list of
+        compare_debug.conclusion's; where one is None, its _skipped says why.
 
     Raises:
-        JmpDeployError: fewer than two backends can run, or one that was asked for cannot.
+        JmpDeployError: fewer than two backends can run, or one that was asked for cannot; no image
+            can be read.
     """
     data = manifest.read(folder)
-    runtime.quiet_polygraphy()
-    manifest.verify(folder, data, manifest.REFERENCE)
-    reference = load_reference(folder / manifest.REFERENCE)
-    spec = Preprocess.from_dict(data["preprocess"])
-    batch = load_batch(images, spec) if images else reference["images"]
-
-    runners, skipped = [], {}
-    for name in backends or BACKENDS:
-        try:
-            runners.append(_runner(name, folder, data, weights, None if images else reference))
-        except JmpDeployError as error:
-            if backends:
-                raise
-            skipped[name] = error.message.removeprefix(f"{name}: ")
-    if len(runners) < 2:
-        reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
-        raise ArtifactError(
-            f"nothing to compare: {len(runners)} backend can run here ({reasons})",
-            "run `python -m jmp_deploy doctor` to see what is missing",
-        )
-    pairs, times, _ = run_and_pair(runners, batch, tuple(data["batch"]), data["precision"])
-    return {
-        "ok": all(pair.ok for pair in pairs),
-        "precision": data["precision"],
-        "tolerance": {"cosine": TOLERANCES[data["precision"]]},
-        "images": len(batch),
+    quiet_polygraphy()
+    precision = data["precision"]
+    if precision not in TOLERANCES:
+        raise ArtifactError(f"no tolerances are known for precision {precision!r}")
+    photos, reference = _input(folder, data, images, limit)
+    chosen, skipped = _open(folder, data, backends, weights, reference)
+    pairs, times, _ = run_and_pair(
+        [backend.runner for backend in chosen],
+        photos.images,
+        tuple(data["batch"]),
+        precision,
+        min_cosine=min_cosine,
+        max_abs=max_abs,
+        near_ties=bool(data["jmp"]),
+    )
+    usual = TOLERANCES[precision] if min_cosine is None else min_cosine
+    tried = len(photos.names) + len(photos.unreadable)
+    readable = len(photos.unreadable) <= UNREADABLE * tried
+    result = {
+        "ok": readable and all(pair.ok for pair in pairs),
+        "precision": precision,
+        "tolerance": {
+            "cosine": usual,
+            "worst": TABLE[precision].worst if data["jmp"] and min_cosine is None else usual,
+            "max_abs": max_abs,
+            "source": TABLE[precision].source if min_cosine is None else "--min-cosine",
+        },
+        "images": len(photos.names),
+        "unreadable": [{"image": path, "reason": why} for path, why in photos.unreadable],
         "random_weights": manifest.is_random(data),
-        "backends": [runner.name for runner in runners],
+        "backends": [backend.name for backend in chosen],
         "skipped": skipped,
-        "pairs": [vars(pair) for pair in pairs],
+        "pairs": [_as_dict(pair, photos.names) for pair in pairs],
         "runtime_ms": times,
     }
+    result["reductions"], result["reductions_skipped"] = _reductions(
+        folder, data, chosen, photos.images
+    )
+    result["debug"], result["debug_skipped"] = None, "not asked for (--debug)"
+    if debug:
+        result["debug"], result["debug_skipped"] = _debug(
+            folder, data, chosen, pairs, photos.images, result["tolerance"]["cosine"]
+        )
+    return result
 
 
 def run_and_pair(
@@ -106,8 +126,17 @@ def run_and_pair(
     images: NDArray[np.float32],
     profile: tuple[int, ...],
     precision: str,
+    *,
+    min_cosine: float | None = None,
+    max_abs: float | None = None,
+    near_ties: bool = True,
 ) -> tuple[list[Pair], dict[str, float], dict[str, NDArray[Any]]]:
     """Runs every runner on every image and pairs each runner with the first.
+
+    Args:
+        runners, images: Polygraphy's runners, and [B, 3, H, W].
+        profile: (min, opt, max) batch.
+        precision, min_cosine, max_abs, near_ties: as for `compare_measures.measure`.
 
     Returns:
         The pairs; per runner the time of one image in ms (whole batches, first one included: an
@@ -116,13 +145,24 @@ def run_and_pair(
     from polygraphy.comparator import Comparator
 
     least, _, most = profile
-    size = max(least, min(most, 8))
-    feed = [{runtime.INPUT: piece} for piece in runtime.split(images, size, least)]
+    size = max(least, min(most, BATCH))
+    feed = [{INPUT: piece} for piece in split(images, size, least)]
     by_name = dict(Comparator.run(list(runners), data_loader=feed).items())
-    outputs = {name: runtime.join(iterations, len(images)) for name, iterations in by_name.items()}
+    interrupt.check()
+    outputs = {name: join(iterations, len(images)) for name, iterations in by_name.items()}
     first = runners[0].name
     pairs = [
-        measure(first, runner.name, output, ours, outputs[runner.name][output], precision)
+        measure(
+            first,
+            runner.name,
+            output,
+            ours,
+            outputs[runner.name][output],
+            precision,
+            min_cosine=min_cosine,
+            max_abs=max_abs,
+            near_ties=near_ties,
+        )
         for runner in runners[1:]
         for output, ours in outputs[first].items()
     ]
@@ -131,36 +171,6 @@ def run_and_pair(
         for name, iterations in by_name.items()
     }
     return pairs, times, outputs[first]
-
-
-def measure(
-    a: str,
-    b: str,
-    output: str,
-    ours: NDArray[Any],
-    theirs: NDArray[Any],
-    precision: str,
-) -> Pair:
-    """Compares two outputs of shape [B, D]. Anything not finite fails."""
-    x, y = (np.asarray(value, dtype=np.float64).reshape(len(value), -1) for value in (ours, theirs))
-    if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return Pair(a, b, output, 0.0, 0.0, math.inf, math.inf, None, False)
-    tiny = float(np.finfo(np.float64).tiny)
-    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    cosine = (x * y).sum(axis=1) / np.maximum(norms, tiny)
-    max_abs = float(np.abs(x - y).max())
-    top1 = float((x.argmax(axis=1) == y.argmax(axis=1)).mean()) if output == "logits" else None
-    return Pair(
-        a=a,
-        b=b,
-        output=output,
-        cosine=float(np.min(cosine)),
-        cosine_mean=float(cosine.mean()),
-        max_abs=max_abs,
-        max_rel=max_abs / max(float(np.abs(x).max()), tiny),
-        top1_agreement=top1,
-        ok=bool(np.min(cosine) >= TOLERANCES[precision]),
-    )
 
 
 def load_reference(path: Path) -> dict[str, Any]:
@@ -174,6 +184,30 @@ def load_reference(path: Path) -> dict[str, Any]:
         )
 
 
+def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
+    """Decodes at most `limit` files, spread evenly; those that cannot be read are listed.
+
+    Raises:
+        ImageError: none can be read.
+    """
+    count = min(limit, len(paths))
+    spread = [paths[index * len(paths) // count] for index in range(count)]
+    images, names, unreadable = [], [], []
+    for path in spread:
+        interrupt.check()
+        try:
+            images.append(preprocess(open_image(path), spec))
+        except ImageError as error:
+            unreadable.append((str(path), error.message))
+        else:
+            names.append(str(path))
+    if not images:
+        why = unreadable[0][1]
+        more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+        raise ImageError(f"no image can be read: {why}{more}")
+    return Photos(np.stack(images), tuple(names), tuple(unreadable))
+
+
 def torch_runner(model: Any, output: str, name: str = "torch") -> Any:
     """A Polygraphy runner of a PyTorch model in FP32 on the CPU."""
     import torch
@@ -185,28 +219,133 @@ def torch_runner(model: Any, output: str, name: str = "torch") -> Any:
     return _function_runner(forward, output, name)
 
 
-def _runner(
+def _input(
+    folder: Path, data: dict[str, Any], images: Sequence[Path], limit: int
+) -> tuple[Photos, dict[str, Any] | None]:
+    """What the backends see, and the reference where that is its images."""
+    if images:
+        return load_photos(images, Preprocess.from_dict(data["preprocess"]), limit), None
+    manifest.verify(folder, data, manifest.REFERENCE)
+    reference = load_reference(folder / manifest.REFERENCE)
+    return Photos(reference["images"], tuple(map(str, reference["names"]))), reference
+
+
+def _open(
+    folder: Path,
+    data: dict[str, Any],
+    wanted: Sequence[str] | None,
+    weights: str | None,
+    reference: dict[str, Any] | None,
+) -> tuple[list[Backend], dict[str, str]]:
+    """The backends that can run, and why the others cannot."""
+    chosen, skipped = [], {}
+    for name in wanted or BACKENDS:
+        try:
+            chosen.append(_backend(name, folder, data, weights, reference))
+        except JmpDeployError as error:
+            if wanted:
+                raise
+            skipped[name] = error.message.removeprefix(f"{name}: ")
+    if len(chosen) < 2:
+        reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
+        raise ArtifactError(
+            f"nothing to compare: {len(chosen)} backend can run here ({reasons})",
+            "run `python -m jmp_deploy doctor` to see what is missing",
+        )
+    return chosen, skipped
+
+
+def _backend(
     name: str,
     folder: Path,
     data: dict[str, Any],
     weights: str | None,
     reference: dict[str, Any] | None,
-) -> Any:
+) -> Backend:
     if name != "torch":
-        runtime.pick_backend(folder, data, name)
-        return runtime.open_runner(folder, data, name)
+        pick_backend(folder, data, name)
+        return Backend(name, open_runner(folder, data, name))
     output = data["model"]["output"]
     try:
         from .restore import restore_model
 
-        return torch_runner(restore_model(data, weights), output)
+        model = restore_model(data, weights)
+        return Backend(name, torch_runner(model, output), model)
     except (ImportError, JmpDeployError) as error:
         if reference is None or weights is not None:
             raise error if isinstance(error, JmpDeployError) else ArtifactError(str(error)) from (
                 error
             )
         # PyTorch's outputs travel with the artifact, for devices without PyTorch.
-        return _stored_runner(reference, output)
+        runner = _stored_runner(reference, output)
+        return Backend(runner.name, runner)
+
+
+def _reductions(
+    folder: Path,
+    data: dict[str, Any],
+    chosen: Sequence[Backend],
+    images: NDArray[np.float32],
+) -> tuple[dict[str, Any] | None, str | None]:
+    """(report, None), or (None, why there is none).
+
+    The portable model runs a second time for it, with its choices as further outputs: what is
+    compared above is the file as it is deployed.
+    """
+    if not data["jmp"]:
+        return None, "the model is dense"
+    torch_model = next((b.model for b in chosen if b.model is not None), None)
+    if torch_model is None or not any(b.name == "onnxruntime" for b in chosen):
+        return None, (
+            "kept tokens can be seen in PyTorch and ONNX Runtime, and not both take part (an "
+            "engine's stay inside the plugin; stored outputs hold none)"
+        )
+    try:
+        import onnx
+    except ImportError:
+        return None, "onnx is not installed"
+    from . import compare_reductions
+    from .compare_trace import trace_onnx, trace_torch
+
+    try:
+        proto = onnx.load_model(folder / manifest.PORTABLE)
+        theirs = trace_onnx(proto, images, data["batch"])
+        report = compare_reductions.report(
+            trace_torch(torch_model, images), theirs, data["precision"]
+        )
+    except JmpDeployError as error:
+        return None, error.message
+    return report, None
+
+
+def _debug(
+    folder: Path,
+    data: dict[str, Any],
+    chosen: Sequence[Backend],
+    pairs: Sequence[Pair],
+    images: NDArray[np.float32],
+    tolerance: float,
+) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """(conclusions, None), or (None, why there are none): the pairs outside, else the first."""
+    from .compare_debug import examine
+
+    outside = [pair for pair in pairs if not pair.ok] or pairs[:1]
+    wanted = dict.fromkeys((pair.a, pair.b) for pair in outside)
+    by_name = {backend.name: backend for backend in chosen}
+    try:
+        found = [
+            examine(folder, data, by_name[a], by_name[b], images, tolerance) for a, b in wanted
+        ]
+    except ModuleNotFoundError as error:
+        return None, f"blocks cannot be looked at without {error.name}"
+    except JmpDeployError as error:
+        return None, error.message
+    return found, None
+
+
+def _as_dict(pair: Pair, names: Sequence[str]) -> dict[str, Any]:
+    worst = names[pair.worst] if pair.worst is not None else None
+    return {**vars(pair), "problems": list(pair.problems), "worst_image": worst}
 
 
 def _stored_runner(reference: dict[str, Any], output: str) -> Any:
@@ -223,18 +362,16 @@ def _stored_runner(reference: dict[str, Any], output: str) -> Any:
 
 
 def _function_runner(function: Any, output: str, name: str) -> Any:
-    import time
-
     from polygraphy.backend.base import BaseRunner
     from polygraphy.common import TensorMetadata
 
     class FunctionRunner(BaseRunner):  # type: ignore[misc]
         def get_input_metadata_impl(self) -> Any:
-            return TensorMetadata().add(runtime.INPUT, np.float32, (-1, 3, -1, -1))
+            return TensorMetadata().add(INPUT, np.float32, (-1, 3, -1, -1))
 
         def infer_impl(self, feed_dict: dict[str, Any]) -> dict[str, Any]:
             started = time.perf_counter()
-            value = function(np.asarray(feed_dict[runtime.INPUT]))
+            value = function(np.asarray(feed_dict[INPUT]))
             self.inference_time = time.perf_counter() - started
             return {output: value}
 

@@ -24,9 +24,8 @@ from typing import Any
 from .device import gpus
 from .errors import EngineError, install_command
 from .files import atomic_path
+from .trt_api import FLAVOURS, MODULES, installed
 
-FLAVOURS = ("tensorrt", "rtx")
-MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 EVENT = "@jmp "
 """Prefix of the worker's lines that are meant for us; anything else is the builder's log."""
 
@@ -177,12 +176,6 @@ def worker_environment(flavour: str) -> dict[str, str]:
         folders.append(environment["LD_LIBRARY_PATH"])
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(folders)
     return environment
-
-
-def installed(flavour: str) -> bool:
-    """Whether a builder is there; type stubs make an empty namespace package of its name."""
-    spec = find_spec(MODULES[flavour])
-    return spec is not None and spec.origin is not None
 
 
 def _obstacle(flavour: str) -> tuple[str, str] | None:

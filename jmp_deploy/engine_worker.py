@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import trt_api
 from .device import gpus
 from .engine import EVENT, MODULES
 from .errors import EngineError, JmpDeployError
@@ -40,20 +41,19 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     from polygraphy.backend.trt import Profile, engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
 
-    trt = _tensorrt(request["flavour"])
+    trt = trt_api.load(request["flavour"])
     builder, network, parser = _parse(trt, request)
     image = tuple(request["image"])
     profile = Profile()
-    for index in range(network.num_inputs):
+    for name in trt_api.input_names(network):
         shapes = [(batch, *image) for batch in request["batch"]]
-        profile.add(network.get_input(index).name, *shapes)
+        profile.add(name, *shapes)
     options: dict[str, Any] = {
         "profiles": [profile],
-        "progress_monitor": _progress_monitor(trt),
+        "progress_monitor": trt_api.progress_monitor(trt, _emit_progress),
     }
     if request["workspace_mb"]:
-        limit = request["workspace_mb"] << 20
-        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: limit}
+        options["memory_pool_limits"] = trt_api.workspace_limit(trt, request["workspace_mb"])
     cache = request["timing_cache"]
     if cache and Path(cache).is_file():
         options["load_timing_cache"] = cache
@@ -76,32 +76,19 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 2),
         "bytes": data.nbytes,
         "layers": network.num_layers,
-        "plugin_layers": _count_plugins(trt, network),
+        "plugin_layers": trt_api.count_plugins(trt, network),
         "targets": _built_for(trt, request),
     }
 
 
 def _describe(request: dict[str, Any]) -> dict[str, Any]:
-    trt = _tensorrt(request["flavour"])
+    trt = trt_api.load(request["flavour"])
     _, network, _ = _parse(trt, request)
-    layers = []
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        layers.append(
-            {
-                "name": layer.name,
-                "type": layer.type.name,
-                "outputs": [_tensor(tensor) for tensor in outputs if tensor is not None],
-            }
-        )
     return {
         "builder": MODULES[request["flavour"]],
         "version": trt.__version__,
-        "inputs": [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
-        "outputs": [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
-        "layers": layers,
-        "plugin_layers": _count_plugins(trt, network),
+        **trt_api.describe_network(network),
+        "plugin_layers": trt_api.count_plugins(trt, network),
     }
 
 
@@ -109,7 +96,7 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
     from polygraphy.backend.trt import engine_from_bytes
     from polygraphy.exception import PolygraphyException
 
-    trt = _tensorrt(request["flavour"])
+    trt = trt_api.load(request["flavour"])
     _load_plugin(trt, request)
     try:
         engine = engine_from_bytes(Path(request["engine"]).read_bytes())
@@ -118,28 +105,11 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
             f"{request['engine']} cannot be opened here",
             "an engine fits one TensorRT version and GPU architecture: build it again here",
         ) from error
-    inspector = engine.create_engine_inspector()
-    layers = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     return {
         "builder": MODULES[request["flavour"]],
         "version": trt.__version__,
-        # 10.0 has only the one, 11 only the other
-        "device_memory": getattr(engine, "device_memory_size_v2", None)
-        or engine.device_memory_size,
-        "profiles": engine.num_optimization_profiles,
-        "layers": layers.get("Layers", []),
+        **trt_api.describe_engine(trt, engine),
     }
-
-
-def _tensorrt(flavour: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(MODULES[flavour])
-    except ImportError as error:
-        raise EngineError(
-            f"{MODULES[flavour]} cannot be imported: {error}", "run `python -m jmp_deploy doctor`"
-        ) from error
 
 
 def _parse(trt: Any, request: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -148,9 +118,8 @@ def _parse(trt: Any, request: dict[str, Any]) -> tuple[Any, Any, Any]:
     from polygraphy.exception import PolygraphyException
 
     _load_plugin(trt, request)
-    # TensorRT 11 knows no other kind of network; the flag may go.
-    typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     try:
+        typed = trt_api.strongly_typed(trt)
         return network_from_onnx_path(request["model"], strongly_typed=typed)
     except PolygraphyException as error:
         raise EngineError(
@@ -183,17 +152,13 @@ def _config(trt: Any, request: dict[str, Any]) -> Any:
 
 def _targets(trt: Any, request: dict[str, Any]) -> list[tuple[int, int]]:
     """Architectures of an ahead-of-time build: those asked for, or all that there are."""
-    known = [
-        (int(name[2:-1]), int(name[-1]))
-        for name in dir(trt.ComputeCapability)
-        if name.startswith("SM")
-    ]
+    known = trt_api.compute_capabilities(trt)
     # TensorRT-RTX has no FP32 matrix products for Turing.
     usual = [pair for pair in known if request["precision"] != "fp32" or pair != (7, 5)]
     wanted = [(major, minor) for major, minor in request["targets"]] or usual
     for major, minor in wanted:
         if (major, minor) not in known:
-            names = ",".join(f"sm_{a}{b}" for a, b in sorted(known))
+            names = ",".join(f"sm_{a}{b}" for a, b in known)
             raise EngineError(
                 f"TensorRT-RTX {trt.__version__} cannot build for sm_{major}{minor}",
                 f"it knows {names}; for other GPUs build on the device with TensorRT",
@@ -207,36 +172,8 @@ def _built_for(trt: Any, request: dict[str, Any]) -> list[str]:
     return ["sm_{}{}".format(*gpu.compute_capability) for gpu in gpus()[:1]]
 
 
-def _progress_monitor(trt: Any) -> Any:
-    """Sends TensorRT's phases as events. Errors in callbacks would end the process: keep simple."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.totals: dict[str, int] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.totals[phase] = steps
-            _emit("progress", phase=phase, done=0, total=steps)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            _emit("progress", phase=phase, done=step + 1, total=self.totals.get(phase, 0))
-            return True
-
-        def phase_finish(self, phase: str) -> None:
-            total = self.totals.pop(phase, 0)
-            _emit("progress", phase=phase, done=total, total=total)
-
-    return Monitor()
-
-
-def _tensor(tensor: Any) -> dict[str, Any]:
-    return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
-
-
-def _count_plugins(trt: Any, network: Any) -> int:
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    return sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
+def _emit_progress(phase: str, done: int, total: int) -> None:
+    _emit("progress", phase=phase, done=done, total=total)
 
 
 ACTIONS = {"build": _build, "parse": _describe, "inspect": _inspect}

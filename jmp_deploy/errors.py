@@ -55,6 +55,23 @@ class EngineError(JmpDeployError):
     """An engine that cannot be built, loaded or run."""
 
 
+class CheckError(JmpDeployError):
+    """A check of what was measured failed."""
+
+    exit_code = 1
+
+
+class GpuMemoryError(EngineError):
+    """The GPU has no room for what was asked for."""
+
+
+class NonFiniteError(EngineError):
+    """An engine answered NaN or infinity; `row` is the first image for which it did."""
+
+    exit_code = 1
+    row = 0
+
+
 class ArtifactError(JmpDeployError):
     """An artifact directory that is incomplete, altered or cannot be written."""
 

@@ -57,6 +57,7 @@ class LoadedModel:
             "random", ...}.
         preprocess: what its images have to look like.
         class_names: one per output, or None where unknown.
+        synsets: WordNet ids such as n01440764, one per output, or None where unknown.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class LoadedModel:
     origin: dict[str, Any]
     preprocess: Preprocess
     class_names: list[str] | None
+    synsets: list[str] | None = None
 
 
 def resolve_name(name: str) -> tuple[str, int | None]:
@@ -110,7 +112,8 @@ def load_model(
     else:
         model, origin = _from_file(timm_name, size, Path(weights))
     model.eval().requires_grad_(False)
-    return LoadedModel(model, timm_name, origin, _preprocess(model), _class_names(model))
+    names, synsets = _classes(model)
+    return LoadedModel(model, timm_name, origin, _preprocess(model), names, synsets)
 
 
 def _refuse_early(timm_name: str, size: int | None) -> None:
@@ -274,13 +277,14 @@ def _preprocess(model: nn.Module) -> Preprocess:
     return Preprocess.from_timm({**config, "input_size": (config["input_size"][0], *size)})
 
 
-def _class_names(model: nn.Module) -> list[str] | None:
+def _classes(model: nn.Module) -> tuple[list[str] | None, list[str] | None]:
+    """Names and synsets of the classes; a model with 1000 is taken for one of ImageNet-1k."""
     if model.num_classes != 1000:
-        return None
+        return None, None
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
-    return [info.index_to_description(index) for index in range(1000)]
+    return [info.index_to_description(index) for index in range(1000)], list(info.label_names())
 
 
 @contextmanager

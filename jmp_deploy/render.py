@@ -93,39 +93,6 @@ def agreement(pair: dict[str, Any]) -> str:
     return words
 
 
-def comparison(result: dict[str, Any]) -> RenderableType:
-    """The table of `compare`."""
-    outputs = ", ".join(dict.fromkeys(pair["output"] for pair in result["pairs"]))
-    title = f"{outputs} of {result['images']} images, {result['precision'].upper()}"
-    table = Table(title=title, title_justify="left", expand=False)
-    table.add_column("backends", overflow="fold")
-    for name in ("cosine min", "mean", "max abs", "max rel", "top-1"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
-    for pair in result["pairs"]:
-        top1 = pair["top1_agreement"]
-        table.add_row(
-            f"{pair['a']} - {pair['b']}",
-            f"{pair['cosine']:.6f}",
-            f"{pair['cosine_mean']:.6f}",
-            _number(pair["max_abs"]),
-            _number(pair["max_rel"]),
-            "-" if top1 is None else f"{top1:.1%}",
-            Text("ok", "green") if pair["ok"] else Text("outside", "bold red"),
-        )
-    times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result["runtime_ms"].items())
-    lines: list[RenderableType] = [
-        table,
-        f"tolerance: cosine >= {result['tolerance']['cosine']} for every image",
-        f"time per image, cold start included (no benchmark): {times}",
-    ]
-    for name, reason in result["skipped"].items():
-        lines.append(f"not compared: {name}: {reason}")
-    if result["random_weights"]:
-        lines.append(Text(RANDOM_WARNING, style="bold red"))
-    return Group(*lines)
-
-
 def predictions(records: Sequence[dict[str, Any]], backend: str, reason: str) -> RenderableType:
     """The table of `run`."""
     table = Table(title=f"run with {backend} ({reason})", title_justify="left")
@@ -181,7 +148,12 @@ def inspection(result: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def report(data: dict[str, Any], folder: str, comparison_result: dict[str, Any] | None) -> Group:
+def report(
+    data: dict[str, Any],
+    folder: str,
+    comparison_result: dict[str, Any] | None,
+    comparison_table: RenderableType | None,
+) -> Group:
     """The closing table of the quickstart: what was made, by what, and what could not be."""
     stages = Table(title="time", title_justify="left", expand=False)
     stages.add_column("stage")
@@ -192,8 +164,8 @@ def report(data: dict[str, Any], folder: str, comparison_result: dict[str, Any] 
     tools = ", ".join(f"{name} {version}" for name, version in data["tools"].items())
     parts: list[RenderableType] = [artifact(data, folder), facts([("made with", tools)]), stages]
     missing = []
-    if comparison_result:
-        parts.append(comparison(comparison_result))
+    if comparison_result and comparison_table:
+        parts.append(comparison_table)
         missing = [f"run {name}: {why}" for name, why in comparison_result["skipped"].items()]
     if data["engine"] is None:
         missing.append(f"build an engine: {data['no_engine']}")

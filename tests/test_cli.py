@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from jmp_deploy import build, compare, engine, export, manifest, runtime
+from jmp_deploy import build, compare, engine, export, manifest, runners
 from jmp_deploy.cli import main
 from jmp_deploy.device import gpus
 
@@ -385,10 +385,10 @@ def test_batches_are_split_and_padded_to_the_profile():
 
     class Runner:
         def infer(self, feed):
-            calls.append(len(feed[runtime.INPUT]))
-            return {"y": feed[runtime.INPUT] * 2}
+            calls.append(len(feed[runners.INPUT]))
+            return {"y": feed[runners.INPUT] * 2}
 
     images = np.arange(11, dtype=np.float32).reshape(11, 1)
-    out = runtime.infer(Runner(), images, (2, 4, 5))["y"]
+    out = runners.infer(Runner(), images, (2, 4, 5))["y"]
     assert calls == [5, 5, 2]
     np.testing.assert_array_equal(out, images * 2)

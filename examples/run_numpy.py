@@ -1,0 +1,35 @@
+"""Run an engine on photos with numpy alone: no PyTorch, no ONNX Runtime.
+
+    python examples/run_numpy.py artifacts/deit_s photo.jpg ...
+
+Needs a GPU, the TensorRT that the engine was built with, and cuda-bindings.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jmp_deploy import manifest
+from jmp_deploy.images import Preprocess, find_images, load_batch
+from jmp_deploy.runtime import Engine
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the best class, or the first features, of each photo."""
+    folder, *photos = map(Path, arguments)
+    data = manifest.read(folder)
+    paths = find_images(photos)
+    images = load_batch(paths, Preprocess.from_dict(data["preprocess"]))  # [B, 3, H, W] float32
+    with Engine(folder) as engine:
+        (output,) = engine.infer(images).values()  # any B: split and padded as the engine needs
+    for path, row in zip(paths, output, strict=True):
+        if data["model"]["output"] == "features":
+            print(path, row[:4])
+        else:
+            names = data["class_names"]
+            print(path, names[row.argmax()] if names else int(row.argmax()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,209 @@
+"""How far two outputs are from each other, and how far they may be. Arithmetic only: numpy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TOPK = 5
+TINY = float(np.finfo(np.float64).tiny)
+
+
+class Tolerance(NamedTuple):
+    """How far a backend of one precision may be from the reference.
+
+    cosine: smallest cosine of an output, for the median image; where no tokens are reduced, for
+        every image.
+    worst: smallest for every image where tokens are reduced: one token that changes places in a
+        near tie moves an image's output by more than rounding does, in any precision (FP16, DINOv2
+        ViT-S, 48 crops of photos: median above 0.9999, smallest 0.9988).
+    near_tie: how far rounding may move the rating by which a reduction chooses, over the
+        interquartile range of an image's ratings. Largest seen without a change of order: 0.016 in
+        FP16 (DINOv2 ViT-S, 24 crops of photos, nine reductions); INT8's is an estimate.
+    source: where the cosine comes from.
+    """
+
+    cosine: float
+    worst: float
+    near_tie: float
+    source: str
+
+
+TABLE = {
+    "fp32": Tolerance(
+        0.99999,
+        0.99,
+        1e-3,
+        "rounding of another order of summation (24 bits of mantissa); between PyTorch and ONNX "
+        "Runtime outputs differ by some 1e-6 (facts.md, Export)",
+    ),
+    "fp16": Tolerance(
+        0.999,
+        0.99,
+        0.03,
+        "11 bits of mantissa through 12 blocks give 0.9999 and better (DINOv2 ViT-S, photos); the "
+        "rest is for near ties that fall the other way, so that another token is kept",
+    ),
+    "int8": Tolerance(
+        0.99,
+        0.95,
+        0.5,
+        "127 levels for a tensor cannot give what FP16 does; a cosine of 0.99 is a signal-to-noise "
+        "ratio of 17 dB, which sound scales keep (0.997 on DINOv2 ViT-S with JMP) and attention "
+        "quantized at fixed scales does not (17.5 dB; facts.md, INT8)",
+    ),
+}
+"""The one table of tolerances."""
+
+TOLERANCES = {name: row.cosine for name, row in TABLE.items()}
+"""Its column of cosines: what `build` and `compare` hold outputs against."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How far output `output` of backend b is from that of a, over all images.
+
+    Attributes:
+        cosine, cosine_mean, cosine_median: smallest over the images, and their mean and median.
+        max_abs, mean_abs: of the differences' magnitudes.
+        max_rel: max_abs over a's largest magnitude.
+        top1_agreement: share of images with the same top class; None for features.
+        top5_agreement: of the five top classes of an image, the share that both name.
+        kl_mean, kl_max: Kullback-Leibler divergence of b's softmax from a's, in nats.
+        worst: index of the image with the smallest cosine.
+        not_finite: {backend: {"nan": values, "inf": values, "images": indices}}, where any are.
+        problems: why the pair is outside, in words; empty where it is not.
+    """
+
+    a: str
+    b: str
+    output: str
+    cosine: float
+    cosine_mean: float
+    max_abs: float
+    max_rel: float
+    top1_agreement: float | None
+    ok: bool
+    cosine_median: float = 0.0
+    mean_abs: float = math.inf
+    top5_agreement: float | None = None
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    worst: int | None = None
+    not_finite: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+def measure(
+    a: str,
+    b: str,
+    output: str,
+    ours: NDArray[Any],
+    theirs: NDArray[Any],
+    precision: str,
+    *,
+    min_cosine: float | None = None,
+    max_abs: float | None = None,
+    near_ties: bool = True,
+) -> Pair:
+    """Compares two outputs of shape [B, ...], in float64.
+
+    Args:
+        precision: which row of the tolerances holds.
+        min_cosine: smallest cosine for every image, in its place.
+        max_abs: largest difference allowed; None allows any that the cosine allows.
+        near_ties: tokens are reduced, so that near ties are to be expected.
+    """
+    x, y = (np.asarray(value, dtype=np.float64) for value in (ours, theirs))
+    if x.shape != y.shape:
+        return _hopeless(a, b, output, f"{a} gives {list(x.shape)}, {b} gives {list(y.shape)}")
+    x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
+    broken = {name: _not_finite(v) for name, v in ((a, x), (b, y)) if not np.isfinite(v).all()}
+    if broken:
+        words = [_say_not_finite(name, output, counts) for name, counts in broken.items()]
+        return _hopeless(a, b, output, *words, not_finite=broken)
+    cosine = cosines(x, y)
+    difference = np.abs(x - y)
+    largest = float(difference.max())
+    problems = []
+    usual = TOLERANCES[precision] if min_cosine is None else min_cosine
+    least = TABLE[precision].worst if near_ties and min_cosine is None else usual
+    median = float(np.median(cosine))
+    if median < usual:
+        problems.append(f"cosine of the median image, {median:.6f}, is below {usual:g}")
+    if cosine.min() < least:
+        problems.append(f"smallest cosine, {cosine.min():.6f}, is below {least:g}")
+    if max_abs is not None and largest > max_abs:
+        problems.append(f"largest difference {largest:.3g} is above {max_abs:g}")
+    return Pair(
+        a=a,
+        b=b,
+        output=output,
+        cosine=float(cosine.min()),
+        cosine_mean=float(cosine.mean()),
+        cosine_median=median,
+        max_abs=largest,
+        mean_abs=float(difference.mean()),
+        max_rel=largest / max(float(np.abs(x).max()), TINY),
+        worst=int(cosine.argmin()),
+        ok=not problems,
+        problems=tuple(problems),
+        **(classes(x, y) if output == "logits" else {"top1_agreement": None}),
+    )
+
+
+def cosines(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """Cosine of rows: [..., D] and [..., D] to [...]; 1 where both are zero, 0 where one is."""
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    both_zero = ~x.any(axis=-1) & ~y.any(axis=-1)
+    return np.where(both_zero, 1.0, (x * y).sum(axis=-1) / np.maximum(norms, TINY))
+
+
+def relative(difference: NDArray[Any], of: NDArray[Any]) -> float:
+    """Norm of a difference over the norm of what it is a difference of."""
+    return float(np.linalg.norm(difference) / max(float(np.linalg.norm(of)), TINY))
+
+
+def classes(x: NDArray[Any], y: NDArray[Any]) -> dict[str, float]:
+    """What a change of logits [B, classes] means for the answer: the figures of `Pair`."""
+    k = min(TOPK, x.shape[1])
+    best = [np.argsort(-v, axis=1, kind="stable")[:, :k] for v in (x, y)]
+    shared = [len(np.intersect1d(p, q)) / k for p, q in zip(*best, strict=True)]
+    log_p, log_q = _log_softmax(x), _log_softmax(y)
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    return {
+        "top1_agreement": float((best[0][:, 0] == best[1][:, 0]).mean()),
+        "top5_agreement": float(np.mean(shared)),
+        "kl_mean": float(divergence.mean()),
+        "kl_max": float(divergence.max()),
+    }
+
+
+def _log_softmax(values: NDArray[Any]) -> NDArray[Any]:
+    shifted = values - values.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _not_finite(values: NDArray[Any]) -> dict[str, Any]:
+    nan, inf = np.isnan(values), np.isinf(values)
+    images = np.flatnonzero((nan | inf).any(axis=1))
+    return {"nan": int(nan.sum()), "inf": int(inf.sum()), "images": [int(i) for i in images]}
+
+
+def _say_not_finite(backend: str, output: str, counts: dict[str, Any]) -> str:
+    what = " and ".join(
+        f"{counts[key]} {word}" for key, word in (("nan", "NaN"), ("inf", "inf")) if counts[key]
+    )
+    return f"{output} of {backend} holds {what}, in {len(counts['images'])} images"
+
+
+def _hopeless(a: str, b: str, output: str, *problems: str, **more: Any) -> Pair:
+    return Pair(
+        a, b, output, 0.0, 0.0, math.inf, math.inf, None, ok=False, problems=problems, **more
+    )
