@@ -6,8 +6,8 @@ cache from one machine serves another with other versions. A cache of another mo
 another schedule or image size is refused with what differs.
 
 The file is JSON: {"format", "identity", "method", "images", "versions", "layers": {name: {"amax",
-"threshold", "scale", "rows", "channels"}}, "keep_fp16": {name: reason}, "sha256"}; the digest is
-over all the rest, so that a scale changed by hand is noticed.
+"threshold", "scale", "rows", "channels"}}, "keep_fp16": {name: reason}, "equalization", "sha256"}; the digest
+is over all the rest, so that a scale changed by hand is noticed.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Calibration:
         images: of `CalibrationImages.to_manifest`.
         ranges: layer name -> range.
         keep_fp16: layer name -> why it stays in FP16.
+        equalization: layer name -> factor per input channel (`equalize.factors`).
         versions: of the tools that made it.
     """
 
@@ -60,6 +61,7 @@ class Calibration:
     images: dict[str, Any]
     ranges: dict[str, Range]
     keep_fp16: dict[str, str] = field(default_factory=dict)
+    equalization: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=tool_versions)
 
     @property
@@ -123,6 +125,7 @@ def write(path: Path, calibration: Calibration) -> None:
             "images": calibration.images,
             "versions": calibration.versions,
             "keep_fp16": calibration.keep_fp16,
+            "equalization": calibration.equalization,
             "layers": {name: asdict(found) for name, found in calibration.ranges.items()},
         }
     )
@@ -166,6 +169,7 @@ def read(path: Path) -> Calibration:
             images=data["images"],
             ranges=ranges,
             keep_fp16=data["keep_fp16"],
+            equalization=data["equalization"],
             versions=data["versions"],
         )
     except (KeyError, TypeError, AttributeError) as error:

@@ -83,6 +83,16 @@ class Observed:
         counts = np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
         self.histogram += counts
 
+    def divided(self, factors: Sequence[float] | None) -> Observed:
+        """The same had each channel been divided by its factor, a power of two.
+
+        The histogram does not tell channels apart and is left out: good for method "max" alone.
+        """
+        if factors is None:
+            return self
+        channels = self.channel_amax / np.asarray(factors)
+        return Observed(amax=float(channels.max()), channel_amax=channels, rows=self.rows)
+
     def _widen(self, limit: float) -> None:
         if self.limit == 0.0:
             self.limit = limit
