@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import calibration, calibration_cache, interrupt, recipes
+from . import calibration, calibration_cache, interrupt, manifest, recipes
 from .calibration_cache import Calibration
-from .errors import CalibrationError
+from .errors import CalibrationError, JmpDeployError
 
 if TYPE_CHECKING:
     from .models import LoadedModel
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[str, int, int], None]
 """(phase, done, total)"""
+Clock = Callable[[str], AbstractContextManager[None]]
+"""A stage of the build, by its name."""
+Timer = Callable[[], dict[str, float]]
+"""Times of "int8" and "fp16" in ms."""
 
 SENSITIVITY_IMAGES = 64
 
@@ -111,6 +116,37 @@ def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> N
                 "--calib-method does nothing with --calib-cache: the cache has its ranges already",
                 "leave one of them out",
             )
+
+
+def make(
+    options: Int8Options,
+    loaded: LoadedModel,
+    jmp: Mapping[str, Any] | None,
+    macs: int,
+    fp32: Path,
+    seed: int,
+    clock: Clock,
+    on_progress: OnProgress | None,
+) -> dict[str, Any]:
+    """Portable FP32 -> portable INT8 and calibration cache, beside it; `fp32` is used up.
+
+    Args:
+        jmp: the manifest's "jmp".
+        macs: of the whole model per image.
+        seed: of the draw of images.
+        clock: announces stages.
+
+    Returns:
+        The manifest's "int8".
+    """
+    with clock("calibrate"):
+        report = on_progress or (lambda phase, done, total: None)
+        result = calibrate(options, loaded, fp32, jmp, seed=seed, on_progress=report)
+    with clock("int8"):
+        quantize(result, fp32, fp32.parent / manifest.PORTABLE, macs=macs)
+        calibration_cache.write(fp32.parent / manifest.CALIBRATION, result.calibration)
+        fp32.unlink()
+    return result.to_manifest()
 
 
 def calibrate(
@@ -288,3 +324,54 @@ def _phase(on_progress: OnProgress, phase: str) -> Callable[[int, int], None]:
         on_progress(phase, done, total)
 
     return report
+
+
+def settle_engines(
+    staging: Path,
+    data: dict[str, Any],
+    twin: dict[str, Any],
+    clock: Clock,
+    options: Int8Options | None = None,
+    timer: Timer | None = None,
+) -> None:
+    """Decides which of two engines becomes `model.engine`, and writes down why.
+
+    Args:
+        staging: holds the INT8 engine as `model.engine` and the twin under its own name.
+        data: the manifest so far, its "engine" the INT8 one's; changed in place.
+        twin: what would be the manifest's "engine" for FP16.
+        timer: times both engines; None picks the GPU that is here, if any.
+    """
+    from .int8_speed import decide
+
+    engines = {"int8": data["engine"], "fp16": twin}
+    timer = timer or _gpu_timer(staging, data, engines)
+    times, unknown = None, "no GPU is here to time INT8 against FP16"
+    if timer is not None:
+        try:
+            with clock("timing"):
+                times = timer()
+        except JmpDeployError as error:
+            unknown = f"the engines do not run on this GPU: {error.message}"
+    decision = decide(times, unknown, force=options is not None and options.force)
+    if decision["engine"] == "fp16":
+        (staging / manifest.ENGINE).replace(staging / manifest.INT8_ENGINE)
+        (staging / manifest.TWIN_ENGINE).replace(staging / manifest.ENGINE)
+    data["engine"] = {**engines[decision["engine"]], "precision": decision["engine"]}
+    data["int8"]["speed"] = decision
+    data["int8"]["engine_bytes"] = {name: facts["bytes"] for name, facts in engines.items()}
+
+
+def _gpu_timer(
+    staging: Path, data: dict[str, Any], engines: Mapping[str, dict[str, Any]]
+) -> Timer | None:
+    from .device import gpus
+
+    if not gpus():
+        return None
+    from .int8_speed import time_engines
+
+    size = data["preprocess"]["height"], data["preprocess"]["width"]
+    shape = (data["batch"][1], 3, *size)
+    paths = {"int8": staging / manifest.ENGINE, "fp16": staging / manifest.TWIN_ENGINE}
+    return lambda: time_engines(paths, engines, shape)

@@ -161,6 +161,7 @@ def gather(
             f"no usable image in {source}: {doubles} are duplicates, {blank} of one colour",
             "name a folder of images like those that the model will see",
         )
+    on_progress(count, count)
     warnings = _warnings(len(chosen), count, doubles, blank)
     return CalibrationImages(
         names=tuple(names),

@@ -6,14 +6,15 @@ cache from one machine serves another with other versions. A cache of another mo
 another schedule or image size is refused with what differs.
 
 The file is JSON: {"format", "identity", "method", "images", "versions", "layers": {name: {"amax",
-"threshold", "scale", "rows", "channels"}}, "keep_fp16": {name: reason}, "equalization", "sha256"}; the digest
-is over all the rest, so that a scale changed by hand is noticed.
+"threshold", "scale", "rows", "channels"}}, "keep_fp16": {name: reason}, "equalization": {name:
+exponents of two, one per input channel}, "sha256"}; the digest is over all the rest, so that a scale changed by hand is noticed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from .qdq import Layer
 
-FILE = "calibration.json"
 FORMAT = 1
 
 IDENTITY_WORDS = {
@@ -125,7 +125,10 @@ def write(path: Path, calibration: Calibration) -> None:
             "images": calibration.images,
             "versions": calibration.versions,
             "keep_fp16": calibration.keep_fp16,
-            "equalization": calibration.equalization,
+            "equalization": {
+                name: " ".join(f"{math.log2(value):.0f}" for value in values)
+                for name, values in calibration.equalization.items()
+            },
             "layers": {name: asdict(found) for name, found in calibration.ranges.items()},
         }
     )
@@ -169,10 +172,13 @@ def read(path: Path) -> Calibration:
             images=data["images"],
             ranges=ranges,
             keep_fp16=data["keep_fp16"],
-            equalization=data["equalization"],
+            equalization={
+                name: [2.0 ** int(exponent) for exponent in text.split()]
+                for name, text in data["equalization"].items()
+            },
             versions=data["versions"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CalibrationError(
             f"{path} is incomplete: {error}", "calibrate again with --calib DIR"
         ) from error

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 BACKENDS = ("torch", "onnxruntime", "engine")
 
-TOLERANCES = {"fp32": 0.99999, "fp16": 0.999}
+TOLERANCES = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.99}
 """Smallest cosine, over all images, at which two backends agree. FP32: rounding of another order of
 summation. FP16: 10 bits of mantissa through 12 blocks give 0.9999 and better; the rest is for a
-near tie in importance that falls the other way, so that one token more or less is merged."""
+near tie in importance that falls the other way, so that one token more or less is merged. INT8: 127
+levels for each tensor cannot give what FP16 does, with any scales; a cosine of 0.99 is a
+signal-to-noise ratio of 17 dB, which the recipes keep (0.997 on DINOv2 ViT-S with JMP) and wrong
+scales do not (clipping that model's outliers by method entropy: 0.64)."""
 
 
 @dataclass(frozen=True)
