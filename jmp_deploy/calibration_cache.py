@@ -7,7 +7,8 @@ another schedule or image size is refused with what differs.
 
 The file is JSON: {"format", "identity", "method", "images", "versions", "layers": {name: {"amax",
 "threshold", "scale", "rows", "channels"}}, "keep_fp16": {name: reason}, "equalization": {name:
-exponents of two, one per input channel}, "sha256"}; the digest is over all the rest, so that a scale changed by hand is noticed.
+exponents of two, one per input channel}, "sha256"}; the digest is over all the rest, so that a
+scale changed by hand is noticed.
 """
 
 from __future__ import annotations

@@ -236,7 +236,8 @@ def _run_quantizer(
     proto: onnx.ModelProto, chosen: Sequence[Layer], scales: Mapping[str, float]
 ) -> None:
     from onnx import numpy_helper
-    from onnxruntime.quantization import QDQQuantizer, QuantType, TensorData
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+    from onnxruntime.quantization.calibrate import TensorData  # 1.23 exports it nowhere else
 
     weights = {t.name: t for t in proto.graph.initializer}
     overrides: dict[str, list[dict[str, Any]]] = {}
