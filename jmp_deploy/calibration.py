@@ -27,7 +27,7 @@ SAMPLE = "sample"
 """In place of a folder: crops of the photos that scikit-image and scikit-learn ship."""
 DEFAULT_COUNT = 256
 FEW = 64
-BATCH = 8
+BATCH = 4
 KEPT_BYTES = 320 << 20
 """Prepared images up to this size stay in memory between passes; more are decoded again."""
 BLANK_STD = 1.0
@@ -144,7 +144,7 @@ def gather(
             continue
         image = item.open()
         prepared = preprocess(image, spec)
-        if float(np.asarray(image, dtype=np.float32).std()) < BLANK_STD:
+        if np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK_STD:
             blank += 1
             continue
         digests[digest] = len(chosen)

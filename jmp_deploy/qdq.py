@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,10 +226,31 @@ def insert(
     chosen = [layer for layer in found if layer.name in scales and layer.name not in kept]
     if not chosen:
         return []
+    chosen = _own_weights(proto, chosen)
     _run_quantizer(proto, chosen, scales)
     _undo_foreign_readers(proto, chosen)
     _refuse_quantized_reductions(proto)
     return chosen
+
+
+def _own_weights(proto: onnx.ModelProto, chosen: Sequence[Layer]) -> list[Layer]:
+    """Copies of weights that other nodes read too: those must not get the quantized ones.
+
+    The exporter merges equal tensors, so two layers of one model may have one weight.
+    """
+    nodes = {n.name: n for n in proto.graph.node}
+    weights = {t.name: t for t in proto.graph.initializer}
+    owned = []
+    for layer in chosen:
+        readers = sum(name == layer.weight for n in proto.graph.node for name in n.input)
+        if readers > 1:
+            copy = proto.graph.initializer.add()
+            copy.CopyFrom(weights[layer.weight])
+            copy.name = f"{layer.name}.weight.own"
+            nodes[layer.node].input[1] = copy.name
+            layer = replace(layer, weight=copy.name)
+        owned.append(layer)
+    return owned
 
 
 def _run_quantizer(

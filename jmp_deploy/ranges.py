@@ -20,6 +20,7 @@ Methods (`--calib-method`):
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,7 @@ def parse_method(text: str) -> tuple[str, float | None]:
         CalibrationError: none of them.
     """
     name, _, number = text.partition(":")
-    if name in METHODS and not number:
+    if text in METHODS:
         return name, PERCENTILE if name == "percentile" else None
     try:
         percentile = float(number)
@@ -301,7 +302,13 @@ def _session(model: Path, tensors: Iterable[str]) -> tuple[Any, str]:
             proto.graph.output.append(value)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    options.enable_cpu_mem_arena = False  # it would keep the peak of every size that was asked for
+    with tempfile.TemporaryDirectory() as folder:
+        # From a file: serialized in memory, ViT-B would be there three times over.
+        path = Path(folder) / "observed.onnx"
+        onnx.save_model(proto, str(path))
+        del proto
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
     return session, image_input
