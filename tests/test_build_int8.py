@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import sys
 import types
@@ -29,16 +30,30 @@ SPEC = Preprocess(
 )
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """Builds take this model whatever name is asked for; returns a place to change it."""
+def use_tiny(patcher):
     model = tiny_vit()
 
     def load(name, weights="auto", **options):
-        return LoadedModel(model, name, {"kind": "random", "seed": 0}, SPEC, None)
+        return LoadedModel(copy.deepcopy(model), name, {"kind": "random", "seed": 0}, SPEC, None)
 
-    monkeypatch.setattr(models, "load_model", load)
+    patcher.setattr(models, "load_model", load)
     return model
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Builds take this model whatever name is asked for; returns a place to change it."""
+    return use_tiny(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense artifact, without an engine."""
+    folder = tmp_path_factory.mktemp("dense") / "a"
+    with pytest.MonkeyPatch.context() as patcher:
+        use_tiny(patcher)
+        build(folder, dense=True)
+    return folder
 
 
 def build(out, *, engine="none", precision="int8", schedule="1:12,2:8,4:5", dense=False, **int8):
@@ -90,9 +105,9 @@ def test_the_artifact_is_whole_and_a_cache_rebuilds_it_bit_for_bit(tiny, tmp_pat
     assert not (tmp_path / "c").exists()
 
 
-def test_share_of_macs_is_counted_by_what_runs(tiny, tmp_path):
-    """Dense, by hand: 17 tokens, 12 C*C per token and block in linear layers."""
-    data = build(tmp_path / "a", dense=True)
+def test_share_of_macs_is_counted_by_what_runs(dense):
+    """By hand: 17 tokens, 12 C*C per token and block in linear layers."""
+    data = manifest.read(dense)
     linear = 6 * 17 * 12 * 48 * 48
     assert data["int8"]["macs_share"] == pytest.approx(linear / data["macs"]["dense"])
     values = 6 * 17 * (3 * 48 + 192)
@@ -100,18 +115,18 @@ def test_share_of_macs_is_counted_by_what_runs(tiny, tmp_path):
     assert data["int8"]["activations_bytes"] == {"int8": values + rest, "fp16": 2 * values + rest}
 
 
-def test_the_check_holds_int8_and_its_twin_against_pytorch(tiny, tmp_path):
-    data = build(tmp_path / "a", dense=True)
+def test_the_check_holds_int8_and_its_twin_against_pytorch(dense):
+    data = manifest.read(dense)
     ours, twin = data["check"]["pairs"]
     assert data["check"]["ok"] and "FP16 twin" in twin["b"]
     assert 0.99 <= ours["cosine"] < twin["cosine"] and twin["cosine"] >= 0.999
 
 
-def test_the_artifact_runs_on_onnx_runtime(tiny, tmp_path):
-    data = build(tmp_path / "a", dense=True)
-    reference = np.load(tmp_path / "a" / "reference.npz")
+def test_the_artifact_runs_on_onnx_runtime(dense):
+    data = manifest.read(dense)
+    reference = np.load(dense / "reference.npz")
     runtime.quiet_polygraphy()
-    with runtime.open_runner(tmp_path / "a", data, "onnxruntime") as runner:
+    with runtime.open_runner(dense, data, "onnxruntime") as runner:
         got = runtime.infer(runner, reference["images"], tuple(data["batch"]))["logits"]
     assert (got.argmax(1) == reference["output"].argmax(1)).all()
 
