@@ -177,7 +177,7 @@ def _add_int8(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="POINTS",
         help="measure what each layer costs and keep the worst in FP16 until the estimated drop "
-        "holds, e.g. 0.3",
+        "holds, e.g. 0.3 (keep what the model family's recipe says)",
     )
     group.add_argument(
         "--force-int8",

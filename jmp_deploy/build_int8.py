@@ -35,8 +35,8 @@ class Int8Options:
         images: how many.
         method: see `ranges.parse_method`; None takes the recipe's.
         cache: calibration cache to use instead of images.
-        max_drop: points that the model may lose; layers stay in FP16 until it holds. None: only
-            those of the recipe.
+        max_drop: points that the model may lose; the layers that cost most stay in FP16 until it
+            holds. None: those of the recipe stay.
         force: make the INT8 engine `model.engine` though it is no faster than FP16.
     """
 
@@ -302,19 +302,21 @@ def _measure(
     result: Quantized,
     on_progress: OnProgress,
 ) -> None:
-    """Adds the layers that sensitivity keeps in FP16."""
+    """Replaces the recipe's layers by those that measurement keeps in FP16."""
     from . import sensitivity
 
     made = result.calibration
+    unknown = {name: why for name, why in made.keep_fp16.items() if name not in made.ranges}
     choice = sensitivity.choose(
         fp32,
         made.scales,
         images.first(SENSITIVITY_IMAGES),
         max_drop=max_drop,
-        keep_float=set(made.keep_fp16),
+        keep_float=set(unknown),
         on_progress=_phase(on_progress, "measuring layers"),
     )
-    made.keep_fp16.update(choice.keep_fp16)
+    made.keep_fp16.clear()
+    made.keep_fp16.update({**unknown, **choice.keep_fp16})
     result.sensitivity = choice.result
 
 

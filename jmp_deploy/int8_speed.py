@@ -1,7 +1,8 @@
 """Whether INT8 pays on this GPU: both engines in one run, in turns; which one the artifact gets.
 
-INT8 ViTs are often no faster than FP16 (facts in docs: conversions around small matrix products eat
-what the products save), so the claim is measured where it can be and withheld where it cannot.
+INT8 ViTs are often no faster than FP16, or slower (NVIDIA/TensorRT #4273, #3186, #1604):
+conversions around small matrix products eat what the products save. So the claim is measured where
+it can be and withheld where it cannot.
 """
 
 from __future__ import annotations

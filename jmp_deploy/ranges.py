@@ -6,8 +6,8 @@ images come.
 
 Why not ONNX Runtime's own calibrators (1.32): their entropy method has 128 bins and as many levels,
 so its only candidate is the largest magnitude; the histogram methods observe every tensor of the
-graph, the attention matrices included, and keep a chunk of them in memory. docs and
-`calibration/README.md` have the measurement.
+graph, the attention matrices included, and keep a chunk of them in memory. `calibration/README.md`
+has the measurement.
 
 Methods (`--calib-method`):
     max             the largest magnitude seen; clips nothing
