@@ -24,6 +24,7 @@ Timer = Callable[[], dict[str, float]]
 """Times of "int8" and "fp16" in ms."""
 
 SENSITIVITY_IMAGES = 64
+FACTOR_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -259,27 +260,29 @@ def _observe(
     kept = qdq.select(found, recipe.keep_fp16)
     reasons = {layer.name: f"recipe {recipe.name}" for layer in found if layer.name in kept}
 
-    def observe(layers: list[Layer], phase: str) -> dict[str, ranges.Observed]:
+    def observe(layers: list[Layer], phase: str, count: int) -> dict[str, ranges.Observed]:
         return ranges.observe(
             fp32,
             layers,
-            images.batches(),
-            total=len(images),
+            images.batches(stop=count),
+            total=count,
             on_progress=_phase(on_progress, phase),
         )
 
-    seen = observe(found, "running images")
+    # With "max", what divided channels were like is known exactly, factors being powers of two; a
+    # histogram has to be taken anew, and then a few images will do for the factors.
+    twice = bool(recipe.equalize) and ranges.parse_method(method)[0] != "max"
+    few = min(len(images), FACTOR_IMAGES) if twice else len(images)
+    seen = observe(found, "looking for outliers" if twice else "running images", few)
     factors: dict[str, list[float]] = {}
     if recipe.equalize:
         factors = equalize.factors(proto, found, seen, recipe.equalize, keep_float=kept)
         equalize.apply(proto, found, factors)
         save_model(proto, fp32)
         found = qdq.layers(proto)
-        if ranges.parse_method(method)[0] == "max":
-            # Factors are powers of two: what the divided channels were like is known exactly.
-            seen = {name: one.divided(factors.get(name)) for name, one in seen.items()}
-        else:
-            seen = observe(found, "running images again")
+        seen = {name: one.divided(factors.get(name)) for name, one in seen.items()}
+    if twice:
+        seen = observe(found, "running images", len(images))
     chosen = ranges.choose(seen, method)
     for layer in found:
         if layer.name not in chosen:

@@ -77,14 +77,17 @@ class CalibrationImages:
         """Whether these are the photos of `--calib sample`, of which nothing can be promised."""
         return self.source == SAMPLE
 
-    def batches(self, size: int = BATCH) -> Iterator[NDArray[np.float32]]:
-        """Prepared images, [B, 3, H, W] float32, in the order of the sample."""
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
+    def batches(
+        self, size: int = BATCH, *, stop: int | None = None
+    ) -> Iterator[NDArray[np.float32]]:
+        """Prepared images (the first `stop`), [B, 3, H, W] float32, in the order of the sample."""
+        last = len(self) if stop is None else min(stop, len(self))
+        for start in range(0, last, size):
+            end = min(start + size, last)
             if self._kept is not None:
-                yield self._kept[start:stop]
+                yield self._kept[start:end]
             else:
-                yield np.stack([self._load(index) for index in range(start, stop)])
+                yield np.stack([self._load(index) for index in range(start, end)])
 
     def first(self, count: int) -> NDArray[np.float32]:
         """The first `count` images, [min(count, n), 3, H, W]; they are in random order already."""
