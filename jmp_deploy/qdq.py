@@ -2,9 +2,9 @@
 
 Which tensors: the input (one scale per tensor) and the weight (one scale per output channel) of
 linear and convolution layers; both symmetric, so that TensorRT fuses them. Nothing else: not the
-outputs (biases, residuals and LayerNorm read them in FP16), not attention's own products (11.5 dB
-of signal-to-noise worse when tried), and nothing at the JMPTokenReduce nodes, whose plugin reads
-and writes FP16.
+outputs (biases, residuals and LayerNorm read them in FP16), not attention's own products (on a
+DeiT-S 36.9 dB of signal-to-noise in place of 48.4), and nothing at the JMPTokenReduce nodes, whose
+plugin reads and writes FP16.
 
 Every scale is a number that FP16 holds exactly, chosen before the weights are rounded with it. So
 the FP32 form of a quantized model and its FP16 form have the same scales and the same integers,
@@ -198,7 +198,7 @@ def quantize(
             stay in floating point.
         keep_float: layers not to quantize, as `select` takes them.
         half: FP16 for all that is not INT8; False leaves that in FP32: the same integers and
-            scales, five times as fast on a CPU, and right on ONNX Runtime before 1.30, whose FP16
+            scales, four times as fast on a CPU, and right on ONNX Runtime before 1.30, whose FP16
             QuantizeLinear truncates.
 
     Returns:

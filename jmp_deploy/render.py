@@ -123,11 +123,20 @@ def _by_block(names: Sequence[str]) -> list[str]:
         parts = name.split(".")
         kinds.setdefault(parts[-1], []).append(parts[1] if len(parts) == 3 else "")
     return [
-        f"{kind} of block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)}"
-        if blocks[0]
-        else kind
+        f"{kind} of block{'s' if len(blocks) > 1 else ''} {_runs(blocks)}" if blocks[0] else kind
         for kind, blocks in kinds.items()
     ]
+
+
+def _runs(numbers: Sequence[str]) -> str:
+    """ "0", "1", "2", "5" -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
 
 
 def weights(origin: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from jmp_deploy import (
     quantize,
     ranges,
     recipes,
+    render,
     runtime,
 )
 from jmp_deploy.build import BuildOptions
@@ -275,6 +276,13 @@ def test_ctrl_c_while_images_run_leaves_nothing(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "a").exists()
 
 
+INT8_FACTS = {
+    "images": {"demonstration": False, "source": "photos", "count": 256},
+    "method": "max",
+    "from_cache": None,
+    "weights_bytes": {"INT8": 10},
+    "activations_bytes": {"int8": 1, "fp16": 2},
+}
 BASE = ["build", "deit_t", "--weights", "random", "--engine", "none", "-o", "OUT"]
 INT8 = [*BASE, "--precision", "int8"]
 
@@ -300,6 +308,15 @@ def test_flags_that_do_not_go_together_are_refused_at_once(
     err = capsys.readouterr().err
     assert message in err and hint in err and "Traceback" not in err
     assert not (tmp_path / "a").exists()
+
+
+def test_kept_layers_are_listed_shortly():
+    reasons = {f"blocks.{b}.fc2": "recipe x" for b in (0, 1, 2, 5)}
+    lines = dict(render.int8({**INT8_FACTS, "keep_fp16": {**reasons, "head": "zero"}}))
+    assert lines["kept in FP16"].splitlines()[:2] == [
+        "fc2 of blocks 0-2, 5: recipe x",
+        "head: zero",
+    ]
 
 
 def test_the_summary_says_what_it_is(tiny, tmp_path, capsys):
