@@ -385,6 +385,8 @@ def _move_into_place(staging: Path, out: Path) -> None:
     for name in _LISTED:
         if name not in made:
             (out / name).unlink(missing_ok=True)
+    if manifest.TWIN_DEPLOYABLE not in made:
+        (out / manifest.TWIN_BUILD_LOG).unlink(missing_ok=True)
     for name in sorted(made - {manifest.FILE}):
         (staging / name).replace(out / name)
     (staging / manifest.FILE).replace(out / manifest.FILE)
