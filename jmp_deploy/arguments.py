@@ -59,6 +59,8 @@ def _add_build(commands: Any) -> None:
             "build deit_s --schedule paper --strategy merge",
             "build dinov2_s --weights dinov2_s.safetensors --batch 1,8,64",
             "build vit_base_patch16_224 --keep-rate 0.7 --blocks 3,6,9 --precision fp32",
+            "build deit_s --precision int8 --calib photos/ --max-drop 0.3",
+            "build deit_s --precision int8 --calib-cache artifacts/deit_s/calibration.json",
         ),
     )
     parser.add_argument("model", metavar="MODEL", help="deit_s, dinov2_s, ... or any timm name")
@@ -72,7 +74,12 @@ def _add_build(commands: Any) -> None:
         help="auto takes pretrained ones, or random ones (for timing only) where the hub cannot be "
         "reached; PATH is .safetensors or a .pth of plain tensors (auto)",
     )
-    parser.add_argument("--precision", choices=("fp16", "fp32"), default="fp16", help="(fp16)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp16", "int8", "fp32"),
+        default="fp16",
+        help="int8 quantizes the linear layers, keeps the rest in FP16 and needs --calib (fp16)",
+    )
     parser.add_argument(
         "--schedule",
         metavar="NAME|LIST|FILE",
@@ -132,7 +139,51 @@ def _add_build(commands: Any) -> None:
         "--workspace", type=positive, metavar="MIB", help="limit of the builder's scratch memory"
     )
     _add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights (0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of random weights and of the calibration sample (0)"
+    )
+    _add_int8(parser)
+
+
+def _add_int8(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "INT8",
+        "The FP16 twin is built too; where a GPU is, both are timed and the faster one is "
+        "model.engine.",
+    )
+    group.add_argument(
+        "--calib",
+        metavar="DIR|sample",
+        help="images like those that the model will see; sample takes crops of the photos that "
+        "scikit-image and scikit-learn ship (a demonstration)",
+    )
+    group.add_argument(
+        "--calib-images", type=positive, default=256, metavar="N", help="images to draw (256)"
+    )
+    group.add_argument(
+        "--calib-method",
+        metavar="max|entropy|percentile[:P]",
+        help="how ranges are chosen; percentile is 99.999 (the model family's recipe)",
+    )
+    group.add_argument(
+        "--calib-cache",
+        type=Path,
+        metavar="FILE",
+        help="calibration.json of an earlier build of this model and schedule: no images needed, "
+        "the same model again",
+    )
+    group.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="measure what each layer costs and keep the worst in FP16 until the estimated drop "
+        "holds, e.g. 0.3 (keep what the model family's recipe says)",
+    )
+    group.add_argument(
+        "--force-int8",
+        action="store_true",
+        help="use the INT8 engine even if it is less than 5 %% faster than FP16",
+    )
 
 
 def _add_run(commands: Any) -> None:

@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import build_int8, interrupt, manifest
 from . import engine as engines
-from . import interrupt, manifest
+from .build_int8 import Int8Options
 from .errors import ArtifactError, EngineError, ScheduleError
 from .files import atomic_path, make_writable_dir, sha256
 from .images import find_images, load_batch, preprocess, sample_photos
@@ -42,7 +44,8 @@ class BuildOptions:
         model: short or timm name.
         out: artifact folder.
         weights: "auto", "pretrained", "random" or a path.
-        precision: "fp16" or "fp32".
+        precision: "fp16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
+        int8: images or cache, method and so on, for INT8.
         schedule: spelling for `schedule.parse`.
         keep_rate, blocks: the other way to write a schedule; both or neither.
         tau, granularity: see `node.TokenReduce`; tau None takes the schedule's.
@@ -55,13 +58,14 @@ class BuildOptions:
         targets: architectures for TensorRT-RTX.
         workspace_mb: builder memory in MiB.
         images: photos for the check; empty takes sample photos.
-        seed: of random weights.
+        seed: of random weights, and of the draw of calibration images.
     """
 
     model: str
     out: Path
     weights: str = "auto"
     precision: str = "fp16"
+    int8: Int8Options | None = None
     schedule: str = DEFAULT_SCHEDULE
     keep_rate: float | None = None
     blocks: tuple[int, ...] | None = None
@@ -102,13 +106,14 @@ def build(
         raise ScheduleError("--keep-rate and --blocks go together: --keep-rate 0.7 --blocks 3,6,9")
     targets = engines.python_targets(options.targets)
     choice = engines.choose(options.engine)
+    build_int8.refuse_early(options.int8, options.precision, options.rebuild)
     _refuse_odd_target(options.out)
     is_new = not options.out.exists()
     make_writable_dir(options.out)
     clock = _Clock(on_stage)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=options.out))
     try:
-        data, reductions = _portable(options, staging, clock)
+        data, reductions = _portable(options, staging, clock, on_progress)
         # PyTorch's copy of the model is out of reach here; what it held goes back before a builder
         # on a device with little memory starts.
         gc.collect()
@@ -122,9 +127,11 @@ def build(
                 workspace_mb=options.workspace_mb,
                 precision=options.precision,
             )
-            facts = _engine(options, staging, clock, choice.flavour, spec, reductions, on_progress)
-            data["engine"] = {"flavour": choice.flavour, "why": choice.reason, **facts}
-            data["no_engine"] = None
+            make = partial(_engine, options, staging, clock, choice, spec, reductions, on_progress)
+            data["engine"], data["no_engine"] = make(), None
+            if options.precision == "int8":
+                twin = make(manifest.TWIN_DEPLOYABLE, manifest.TWIN_ENGINE, "twin engine")
+                build_int8.settle_engines(staging, data, twin, clock, options.int8)
         data["stages"] = clock.stages
         names = sorted(path.name for path in staging.iterdir() if path.name in _LISTED)
         manifest.write(staging, data, names)
@@ -136,11 +143,25 @@ def build(
     return manifest.read(options.out)
 
 
-_LISTED = (manifest.PORTABLE, manifest.DEPLOYABLE, manifest.ENGINE, manifest.REFERENCE)
+_LISTED = (
+    manifest.PORTABLE,
+    manifest.DEPLOYABLE,
+    manifest.ENGINE,
+    manifest.REFERENCE,
+    manifest.CALIBRATION,
+    manifest.TWIN_DEPLOYABLE,
+    manifest.TWIN_ENGINE,
+    manifest.INT8_ENGINE,
+)
+_TWIN = "fp16.onnx"
+"""The FP16 twin's portable form, while an INT8 artifact is made."""
 
 
 def _portable(
-    options: BuildOptions, staging: Path, clock: _Clock
+    options: BuildOptions,
+    staging: Path,
+    clock: _Clock,
+    on_progress: engines.Progress | None,
 ) -> tuple[dict[str, Any], list[TokenReduce]]:
     """Model to checked portable ONNX and reference.
 
@@ -166,6 +187,14 @@ def _portable(
         with clock("fp16"):
             quantize.to_fp16(fp32, portable)
             fp32.unlink()
+    macs = _macs(loaded, jmp)
+    int8 = None
+    if options.precision == "int8":
+        quantize.to_fp16(fp32, staging / _TWIN)
+        asked = options.int8 or Int8Options()
+        int8 = build_int8.make(
+            asked, loaded, jmp, macs["model"], fp32, options.seed, clock, on_progress
+        )
     with clock("check"):
         check = _check(options, loaded, portable, output)
     patched = loaded.model.blocks.reductions if jmp else {}
@@ -183,8 +212,9 @@ def _portable(
         "class_names": loaded.class_names,
         "synsets": loaded.synsets,
         "jmp": jmp,
-        "macs": _macs(loaded, jmp),
+        "macs": macs,
         "precision": options.precision,
+        "int8": int8,
         "batch": list(options.batch),
         "check": check,
         "rebuild": options.rebuild,
@@ -258,7 +288,16 @@ def _check(
         compare.torch_runner(loaded.model, output),
         onnxruntime_runner(portable),
     ]
-    pairs, times, outputs = compare.run_and_pair(runners, images, options.batch, options.precision)
+    pairs, times, outputs = compare.run_and_pair(
+        runners, images, options.batch, options.precision, near_ties=not options.dense
+    )
+    twin = portable.parent / _TWIN
+    if twin.is_file():
+        runners[1] = onnxruntime_runner(twin, "onnxruntime (FP16 twin)")
+        others, more_times, _ = compare.run_and_pair(
+            runners, images, options.batch, "fp16", near_ties=not options.dense
+        )
+        pairs, times = [*pairs, *others], {**times, **more_times}
     with (
         atomic_path(portable.parent / manifest.REFERENCE) as temporary,
         temporary.open("wb") as file,
@@ -280,39 +319,51 @@ def _check(
 def _deployable(staging: Path, clock: _Clock, reductions: list[TokenReduce]) -> None:
     from .fuse import to_deployable
 
+    forms = {manifest.PORTABLE: manifest.DEPLOYABLE, _TWIN: manifest.TWIN_DEPLOYABLE}
     with clock("fuse"):
-        to_deployable(
-            staging / manifest.PORTABLE, staging / manifest.DEPLOYABLE, expected=reductions
-        )
+        for portable, deployable in forms.items():
+            if (staging / portable).is_file():
+                to_deployable(staging / portable, staging / deployable, expected=reductions)
+        (staging / _TWIN).unlink(missing_ok=True)
 
 
 def _engine(
     options: BuildOptions,
     staging: Path,
     clock: _Clock,
-    flavour: str,
+    choice: engines.Choice,
     spec: engines.EngineSpec,
     reductions: list[TokenReduce],
     on_progress: engines.Progress | None,
+    model: str = manifest.DEPLOYABLE,
+    target: str = manifest.ENGINE,
+    stage: str = "engine",
 ) -> dict[str, Any]:
+    """Builds one engine; returns the manifest's "engine"."""
+    assert choice.flavour is not None
     plugin = None
-    if reductions:
+    if reductions and stage != "engine":
+        from .plugin import plugin_library
+
+        plugin = plugin_library()
+    elif reductions:
         from .plugin import plugin_library
 
         with clock("plugin"):
             plugin = plugin_library()
     cache = options.out / manifest.TIMING_CACHE
-    if cache.is_file():
+    if cache.is_file() and stage == "engine":
         shutil.copy2(cache, staging / manifest.TIMING_CACHE)
-    with clock("engine"):
+    log = manifest.BUILD_LOG if target == manifest.ENGINE else manifest.TWIN_BUILD_LOG
+    with clock(stage):
         facts = engines.build_engine(
-            staging / manifest.DEPLOYABLE,
-            staging / manifest.ENGINE,
-            flavour,
+            staging / model,
+            staging / target,
+            choice.flavour,
             spec,
             plugin=plugin,
             timing_cache=staging / manifest.TIMING_CACHE,
-            log=options.out / manifest.BUILD_LOG,
+            log=options.out / log,
             on_progress=on_progress,
         )
     if facts["plugin_layers"] != len(reductions):
@@ -320,7 +371,7 @@ def _engine(
             f"the engine has {facts['plugin_layers']} plugin layers, expected {len(reductions)}"
         )
     digest = {"file": plugin.name, "sha256": sha256(plugin)} if plugin else None
-    return {**facts, "plugin": digest}
+    return {"flavour": choice.flavour, "why": choice.reason, **facts, "plugin": digest}
 
 
 def _image_size(data: dict[str, Any]) -> tuple[int, int]:
@@ -339,6 +390,8 @@ def _move_into_place(staging: Path, out: Path) -> None:
     for name in _LISTED:
         if name not in made:
             (out / name).unlink(missing_ok=True)
+    if manifest.TWIN_DEPLOYABLE not in made:
+        (out / manifest.TWIN_BUILD_LOG).unlink(missing_ok=True)
     for name in sorted(made - {manifest.FILE}):
         (staging / name).replace(out / name)
     (staging / manifest.FILE).replace(out / manifest.FILE)

@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(options: argparse.Namespace) -> int:
     from . import render
     from .build import DEFAULT_SCHEDULE, BuildOptions, build
+    from .build_int8 import Int8Options
     from .progress import Stages
 
     given = [options.keep_rate is not None or options.blocks is not None, bool(options.schedule)]
@@ -95,6 +96,14 @@ def _build(options: argparse.Namespace) -> int:
                 out=out,
                 weights=options.weights,
                 precision=options.precision,
+                int8=Int8Options(
+                    calib=options.calib,
+                    images=options.calib_images,
+                    method=options.calib_method,
+                    cache=options.calib_cache,
+                    max_drop=options.max_drop,
+                    force=options.force_int8,
+                ),
                 schedule=options.schedule or DEFAULT_SCHEDULE,
                 keep_rate=options.keep_rate,
                 blocks=options.blocks,

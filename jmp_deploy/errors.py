@@ -43,6 +43,10 @@ class ImageError(JmpDeployError):
     """Missing, unreadable or unusable input images."""
 
 
+class CalibrationError(JmpDeployError):
+    """INT8 without usable ranges: no images, a cache of another model, values not finite."""
+
+
 class GraphError(JmpDeployError):
     """An ONNX graph that is corrupt or holds something other than expected."""
 

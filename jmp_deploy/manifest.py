@@ -20,6 +20,13 @@ ENGINE = "model.engine"
 REFERENCE = "reference.npz"
 TIMING_CACHE = "timing.cache"
 BUILD_LOG = "build.log"
+TWIN_BUILD_LOG = "build.fp16.log"
+CALIBRATION = "calibration.json"
+TWIN_DEPLOYABLE = "model.fp16.trt.onnx"
+TWIN_ENGINE = "model.fp16.engine"
+"""The FP16 twin of an INT8 artifact. Where FP16 is as fast, it is `model.engine` instead, and the
+INT8 engine has the name below."""
+INT8_ENGINE = "model.int8.engine"
 
 _REQUIRED = ("format", "model", "weights", "preprocess", "precision", "batch", "files", "rebuild")
 

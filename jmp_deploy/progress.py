@@ -12,11 +12,15 @@ LABELS = {
     "weights": "loading weights",
     "patch": "patching JMP into the model",
     "export": "exporting to ONNX",
+    "calibrate": "calibrating INT8 on images",
+    "int8": "quantizing to INT8, and FP16 for the twin",
     "fp16": "converting to FP16",
     "check": "checking ONNX against PyTorch",
     "fuse": "replacing reductions by the plugin",
     "plugin": "compiling the plugin (the first time only)",
     "engine": "building the engine",
+    "twin engine": "building the FP16 twin's engine",
+    "timing": "timing INT8 against FP16",
 }
 
 

@@ -1,4 +1,4 @@
-"""Precision written into the ONNX: FP16 casts (INT8 Q/DQ is issue 5's).
+"""Precision written into the ONNX: FP16 casts (the Q/DQ of INT8 is qdq.py's).
 
 TensorRT builds strongly typed networks from what the model says, so one model serves TensorRT 10,
 11 and TensorRT-RTX, and ONNX Runtime runs exactly the precision that the engine will have.
@@ -28,9 +28,17 @@ def to_fp16(source: Path, target: Path) -> Path:
     Raises:
         GraphError: not a readable model.
     """
+    save_model(half_proto(load_model(source)), target)
+    return target
+
+
+def half_proto(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """`to_fp16` on a model in memory, which is used up.
+
+    Q/DQ pairs (qdq.py) stay as they are: their scales are numbers that FP16 holds exactly.
+    """
     from onnxconverter_common.float16 import convert_float_to_float16
 
-    proto = load_model(source)
     functions = list(proto.functions)
     # The converter would take a look at local functions for nothing: their bodies are type-free.
     del proto.functions[:]
@@ -50,8 +58,7 @@ def to_fp16(source: Path, target: Path) -> Path:
         finally:
             logging.root.setLevel(level)
     half.functions.extend(functions)
-    save_model(half, target)
-    return target
+    return half
 
 
 def weight_types(proto: onnx.ModelProto) -> dict[str, int]:

@@ -34,7 +34,7 @@ def artifact(data: dict[str, Any], folder: str) -> RenderableType:
         ("artifact", folder),
         ("model", f"{data['model']['name']} at {data['model']['image_size']} pixels"),
         ("weights", weights(data["weights"])),
-        ("precision", f"{data['precision'].upper()}, inputs and outputs FP32"),
+        ("precision", precision(data)),
         ("batch", "min {}, opt {}, max {}".format(*data["batch"])),
         ("GMACs", _gmacs(macs)),
     ]
@@ -57,12 +57,86 @@ def artifact(data: dict[str, Any], folder: str) -> RenderableType:
         rows.append(("engine", engine_line(engine)))
     else:
         rows.append(("engine", f"none: {data['no_engine']}"))
+    if data.get("int8"):
+        rows[4:4] = int8(data["int8"])
     sizes = ", ".join(f"{name} {entry['bytes'] / 1e6:.1f}" for name, entry in data["files"].items())
     rows.append(("sizes (MB)", sizes))
     parts: list[RenderableType] = [facts(rows)]
     if data["weights"]["kind"] == "random":
         parts.append(Text(RANDOM_WARNING, style="bold red"))
+    for warning in (data.get("int8") or {"images": {"warnings": ()}})["images"]["warnings"]:
+        parts.append(Text(f"calibration: {warning}", "yellow"))
     return Group(*parts)
+
+
+def precision(data: dict[str, Any]) -> str:
+    """Which numbers compute what, in words."""
+    name = str(data["precision"]).upper()
+    if not data.get("int8"):
+        return f"{name}, inputs and outputs FP32"
+    found = data["int8"]
+    return (
+        f"{name} in {found['layers_int8']} of {found['layers']} weighted layers "
+        f"({found['macs_share']:.0%} of the MACs), FP16 in the rest, inputs and outputs FP32"
+    )
+
+
+def int8(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of a summary that INT8 adds."""
+    images = found["images"]
+    source = "crops of the sample photos: a DEMONSTRATION, no promise for other images"
+    if not images["demonstration"]:
+        source = f"images of {images['source']}"
+    how = f"{found['method']}, {images['count']} {source}"
+    if found["from_cache"]:
+        how += f"; ranges from {found['from_cache']}"
+    weights_, values = found["weights_bytes"], found["activations_bytes"]
+    rows = [
+        ("calibration", how),
+        (
+            "bytes (MB)",
+            f"weights {weights_.get('INT8', 0) / 1e6:.1f} INT8 and "
+            f"{weights_.get('FLOAT16', 0) / 1e6:.1f} FP16; inputs of the weighted layers, per "
+            f"image, {values['int8'] / 1e6:.2f}, in FP16 {values['fp16'] / 1e6:.2f}",
+        ),
+        ("kept in FP16", _kept(found["keep_fp16"])),
+    ]
+    if speed := found.get("speed"):
+        sizes = ", ".join(f"{k.upper()} {n / 1e6:.1f} MB" for k, n in found["engine_bytes"].items())
+        rows.append(("INT8 or FP16", f"{speed['why']}; engines: {sizes}"))
+    return rows
+
+
+def _kept(reasons: dict[str, str]) -> str:
+    """Layers by the reason for which they stay in FP16, one reason a line."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name)
+    lines = [f"{', '.join(_by_block(names))}: {reason}" for reason, names in layers.items()]
+    return "\n".join([*lines, "attention products, LayerNorm, GELU, Softmax, residuals: by design"])
+
+
+def _by_block(names: Sequence[str]) -> list[str]:
+    """ "blocks.0.fc2", "blocks.1.fc2", "head" -> "fc2 of blocks 0, 1", "head"."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        kinds.setdefault(parts[-1], []).append(parts[1] if len(parts) == 3 else "")
+    return [
+        f"{kind} of block{'s' if len(blocks) > 1 else ''} {_runs(blocks)}" if blocks[0] else kind
+        for kind, blocks in kinds.items()
+    ]
+
+
+def _runs(numbers: Sequence[str]) -> str:
+    """ "0", "1", "2", "5" -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
 
 
 def weights(origin: dict[str, Any]) -> str:
