@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-enum { JMP_FLOAT32 = 0, JMP_FLOAT16 = 1 };             // dtype of every input and output
+enum { JMP_FLOAT32 = 0, JMP_FLOAT16 = 1, JMP_BFLOAT16 = 2 };  // dtype of every input and output
 enum { JMP_PER_TOKEN = 0, JMP_PER_SAMPLE = 1 };        // granularity of merge or prune
 enum { JMP_CLASS_ROW = 0, JMP_ATTENTION_RECEIVED = 1 };  // importance of a patch token
 enum { JMP_BY_IMPORTANCE = 0, JMP_DISTINCT = 1 };        // which K tokens are critical
@@ -31,7 +31,7 @@ typedef struct JmpTokenReduceParams {
   int32_t proportional;  // 1: add log(size) of the key token to the logits
   int32_t selection;     // JMP_BY_IMPORTANCE or JMP_DISTINCT
   // Type and shape of the tensors.
-  int32_t dtype;       // JMP_FLOAT32 or JMP_FLOAT16
+  int32_t dtype;       // JMP_FLOAT32, JMP_FLOAT16 or JMP_BFLOAT16
   int32_t batch;       // B
   int32_t tokens;      // N
   int32_t channels;    // C
@@ -45,6 +45,11 @@ int jmp_token_reduce_check_attributes(const JmpTokenReduceParams* params, char* 
                                       size_t message_size);
 int jmp_token_reduce_check(const JmpTokenReduceParams* params, char* message, size_t message_size);
 
+// 1 if the tuned kernels take `params`, 0 if the plain ones run (or if `params` is refused). Tuned:
+// importance by the class row, head_dim a multiple of 8 up to 128, at most 64 heads, 8192 columns of
+// keys and 2048 patch tokens, rows of x and qkv a multiple of 16 bytes.
+int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params);
+
 // Bytes of scratch memory that one call needs; grows with batch and tokens. 0 for bad `params`.
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params);
 
@@ -53,11 +58,18 @@ size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params);
 //   x [B, N, C], qkv [B, N, W], size [size_batch, N]  ->
 //   y [B, P+K, C], out_size [B, P+K], log_size [B, P+K]
 //   destination: null, or int32 [B, N]: output position of each input token, -1 = pruned
-//   workspace: aligned to 256 bytes
-// Returns a cudaError_t: cudaErrorInvalidValue (1) if jmp_token_reduce_check refuses `params`.
+//   workspace: aligned to 256 bytes; x, qkv, y: to 16 where the tuned kernels run
+// Returns a cudaError_t: cudaErrorInvalidValue (1) if jmp_token_reduce_check refuses `params`,
+// cudaErrorMisalignedAddress (716) for x, qkv or y.
 int jmp_token_reduce(const JmpTokenReduceParams* params, const void* x, const void* qkv,
                      const void* size, void* y, void* out_size, void* log_size,
                      int32_t* destination, void* workspace, void* stream);
+
+// The same by the plain kernels, the specification: slow, for any shape and alignment.
+size_t jmp_token_reduce_plain_workspace_bytes(const JmpTokenReduceParams* params);
+int jmp_token_reduce_plain(const JmpTokenReduceParams* params, const void* x, const void* qkv,
+                           const void* size, void* y, void* out_size, void* log_size,
+                           int32_t* destination, void* workspace, void* stream);
 
 // Text of a value that jmp_token_reduce returned.
 const char* jmp_token_reduce_error_string(int error);
