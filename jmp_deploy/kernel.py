@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import toolchain
 from .errors import EngineError, ToolchainError
@@ -94,10 +95,13 @@ class Kernel:
             params = ctypes.POINTER(Params)
             library.jmp_token_reduce_check.argtypes = [params, ctypes.c_char_p, ctypes.c_size_t]
             library.jmp_token_reduce_check.restype = ctypes.c_int
-            library.jmp_token_reduce_workspace_bytes.argtypes = [params]
-            library.jmp_token_reduce_workspace_bytes.restype = ctypes.c_size_t
-            library.jmp_token_reduce.argtypes = [params] + [ctypes.c_void_p] * 9
-            library.jmp_token_reduce.restype = ctypes.c_int
+            for version in ("jmp_token_reduce", "jmp_token_reduce_plain"):
+                getattr(library, version).argtypes = [params] + [ctypes.c_void_p] * 9
+                getattr(library, version).restype = ctypes.c_int
+                workspace = getattr(library, f"{version}_workspace_bytes")
+                workspace.argtypes, workspace.restype = [params], ctypes.c_size_t
+            library.jmp_token_reduce_is_tuned.argtypes = [params]
+            library.jmp_token_reduce_is_tuned.restype = ctypes.c_int
             library.jmp_token_reduce_error_string.argtypes = [ctypes.c_int]
             library.jmp_token_reduce_error_string.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
@@ -111,11 +115,23 @@ class Kernel:
         wrong = self._library.jmp_token_reduce_check(ctypes.byref(params), message, len(message))
         return message.value.decode() if wrong else None
 
-    def workspace_bytes(self, params: Params) -> int:
-        """Scratch bytes that a launch with `params` needs."""
-        return int(self._library.jmp_token_reduce_workspace_bytes(ctypes.byref(params)))
+    def is_tuned(self, params: Params) -> bool:
+        """Whether the tuned kernels take `params`; else the plain ones run."""
+        return bool(self._library.jmp_token_reduce_is_tuned(ctypes.byref(params)))
 
-    def launch(self, params: Params, addresses: Sequence[int], workspace: int, stream: int) -> None:
+    def workspace_bytes(self, params: Params, *, plain: bool = False) -> int:
+        """Scratch bytes that a launch with `params` needs."""
+        return int(self._function("_workspace_bytes", plain)(ctypes.byref(params)))
+
+    def launch(
+        self,
+        params: Params,
+        addresses: Sequence[int],
+        workspace: int,
+        stream: int,
+        *,
+        plain: bool = False,
+    ) -> None:
         """Enqueues one reduction; allocates nothing, waits for nothing.
 
         Args:
@@ -124,17 +140,21 @@ class Kernel:
                 to 16 bytes.
             workspace: address of `workspace_bytes(params)` bytes, aligned to 256.
             stream: handle of a CUDA stream.
+            plain: by the plain kernels, the specification that the tuned ones are held to.
 
         Raises:
             EngineError: CUDA refused the launch.
         """
         destination = None
-        error = self._library.jmp_token_reduce(
+        error = self._function("", plain)(
             ctypes.byref(params), *addresses, destination, workspace, stream
         )
         if error:
             text = self._library.jmp_token_reduce_error_string(error).decode()
             raise EngineError(f"the token reduction kernel did not start: CUDA: {text} ({error})")
+
+    def _function(self, suffix: str, plain: bool) -> Any:
+        return getattr(self._library, f"jmp_token_reduce{'_plain' if plain else ''}{suffix}")
 
 
 def kernel_library(arch: str, *, force: bool = False) -> Path:

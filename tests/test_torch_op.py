@@ -233,6 +233,12 @@ extern "C" int jmp_token_reduce(const JmpTokenReduceParams* p, const void* x, co
   return 0;
 }
 
+extern "C" int jmp_token_reduce_is_tuned(const JmpTokenReduceParams*) { return 1; }
+extern "C" size_t jmp_token_reduce_plain_workspace_bytes(const JmpTokenReduceParams*) { return 7; }
+extern "C" int jmp_token_reduce_plain(const JmpTokenReduceParams*, const void*, const void*,
+                                      const void*, void*, void*, void*, int32_t*, void*, void*) {
+  return 1;
+}
 extern "C" const char* jmp_token_reduce_error_string(int error) { return error == 1 ? "one" : "?"; }
 """
 
