@@ -42,15 +42,30 @@ int refuse(char* message, size_t message_size, const char* format, ...) {
 
 size_t element_bytes(const Params& p) { return p.dtype == JMP_FLOAT32 ? 4 : 2; }
 
-// What the tuned version takes; everything else goes to the plain one.
-bool is_tuned(const Params& p) {
-  const int elements = static_cast<int>(16 / element_bytes(p));  // in one access
+int check_tuned(const Params& p, char* message, size_t message_size) {
   constexpr int kWidest = JMP_TEST_SUBSET ? 32 : kMaxHeadDim;
-  return p.importance == JMP_CLASS_ROW && p.head_dim % 8 == 0 && p.head_dim <= kWidest &&
-         p.num_heads <= kMaxHeads && p.num_heads * p.head_dim <= kMaxInner &&
-         patch_tokens(p) <= kMaxPatches && p.channels % elements == 0 &&
-         p.qkv_width % elements == 0;
+  const int access = static_cast<int>(16 / element_bytes(p));  // elements
+  if (p.importance != JMP_CLASS_ROW)
+    return refuse(message, message_size, "importance: expected 0 (class token's row), found %d",
+                  p.importance);
+  if (p.head_dim % 8 != 0 || p.head_dim > kWidest)
+    return refuse(message, message_size, "head_dim: expected a multiple of 8 up to %d, found %d",
+                  kWidest, p.head_dim);
+  if (p.num_heads > kMaxHeads || p.num_heads * p.head_dim > kMaxInner)
+    return refuse(message, message_size,
+                  "expected at most %d heads and num_heads*head_dim <= %d, found %d heads of %d",
+                  kMaxHeads, kMaxInner, p.num_heads, p.head_dim);
+  if (patch_tokens(p) > kMaxPatches)
+    return refuse(message, message_size, "x: expected at most %d patch tokens, found %d",
+                  kMaxPatches, patch_tokens(p));
+  if (p.channels % access != 0 || p.qkv_width % access != 0)
+    return refuse(message, message_size,
+                  "expected widths of x and qkv that are multiples of %d, found %d and %d", access,
+                  p.channels, p.qkv_width);
+  return 0;
 }
+
+bool is_tuned(const Params& p) { return check_tuned(p, nullptr, 0) == 0; }
 
 bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
@@ -237,8 +252,14 @@ int jmp_token_reduce_check(const JmpTokenReduceParams* params, char* message,
   return 0;
 }
 
+int jmp_token_reduce_check_tuned(const JmpTokenReduceParams* params, char* message,
+                                 size_t message_size) {
+  if (jmp_token_reduce_check(params, message, message_size) != 0) return 1;
+  return check_tuned(*params, message, message_size);
+}
+
 int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params) {
-  return jmp_token_reduce_check(params, nullptr, 0) == 0 && is_tuned(*params) ? 1 : 0;
+  return jmp_token_reduce_check_tuned(params, nullptr, 0) == 0 ? 1 : 0;
 }
 
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params) {

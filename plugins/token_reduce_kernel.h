@@ -45,10 +45,12 @@ int jmp_token_reduce_check_attributes(const JmpTokenReduceParams* params, char* 
                                       size_t message_size);
 int jmp_token_reduce_check(const JmpTokenReduceParams* params, char* message, size_t message_size);
 
-// 1 if the tuned kernels take `params`, 0 if the plain ones run (or if `params` is refused). Tuned:
-// importance by the class row, head_dim a multiple of 8 up to 128, at most 64 heads, 8192 columns of
-// keys and 2048 patch tokens, rows of x and qkv a multiple of 16 bytes.
-int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params);
+// 0 if the tuned kernels take `params`; else the plain ones run, many times slower, and `message`
+// says why. Tuned: importance by the class row, head_dim a multiple of 8 up to 128, at most 64 heads
+// and 8192 columns of keys, at most 2048 patch tokens, rows of x and qkv of whole 16 bytes.
+int jmp_token_reduce_check_tuned(const JmpTokenReduceParams* params, char* message,
+                                 size_t message_size);
+int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params);  // 1 or 0, without the reason
 
 // Bytes of scratch memory that one call needs; grows with batch and tokens. 0 for bad `params`.
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params);

@@ -52,7 +52,9 @@ __device__ inline const __half* metric_of(const Params& p, const Scratch& w, int
 
 // kLanes neighbouring lanes take one token, each 8 columns of every head: the sum over heads needs
 // no exchange between lanes, and one head's key is one line of memory. Grid: tiles of
-// kThreads / kLanes tokens of each sample. Shared memory: the class token's query, float32.
+// kThreads / kLanes tokens of each sample. Shared memory: the class token's query, float32; of every
+// head first the columns 0-3, 8-11, ... and then the others, so that neighbouring lanes read
+// neighbouring 16 bytes.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qkv, const T* size,
                                                            Scratch w) {
@@ -73,8 +75,12 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qk
   for (int c = static_cast<int>(threadIdx.x) * kPerLoad<T>; c < inner; c += kThreads * kPerLoad<T>) {
     float values[kPerLoad<T>];
     unpack<T>(load_16(row + c), values);
+    const int column = c % p.head_dim;
+    float* const to = query + (c - column) + column / 8 * 4;
     JMP_UNROLL
-    for (int i = 0; i < kPerLoad<T>; ++i) query[c + i] = values[i];
+    for (int i = 0; i < kPerLoad<T>; i += 4) {
+      store_16(to + (column + i) % 8 / 4 * (p.head_dim / 2), pack<float>(values + i));
+    }
   }
   __syncthreads();
 
@@ -101,7 +107,10 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qk
     for (int u = 0; u < kBatch; ++u) {
       float dot = 0.0f;
       if (here && first + u < p.num_heads) {
-        const float* q = query + (first + u) * p.head_dim + part * 8;
+        const float* at = query + (first + u) * p.head_dim + part * 4;
+        float q[8];
+        unpack<float>(load_16(at), q);
+        unpack<float>(load_16(at + p.head_dim / 2), q + 4);
         float values[8];
         JMP_UNROLL
         for (int l = 0; l < kLoads; ++l) unpack<T>(raw[u][l], values + l * kPerLoad<T>);

@@ -8,6 +8,14 @@ namespace {
 
 constexpr int kPieces = 2;  // of 16 bytes, that a lane has under way at once
 
+// Four blocks of 256 threads fit a multiprocessor with 64 registers each. Turing's code needs a few
+// more, and would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define JMP_MERGE_BLOCKS 3
+#else
+#define JMP_MERGE_BLOCKS 4
+#endif
+
 // JMP_PER_SAMPLE: whether the mean similarity of a sample reaches tau. By a whole warp.
 __device__ inline bool sample_merges(const Params& p, const Scratch& w, int sample, int rest) {
   const float* similarity = w.similarity + product(sample, rest);
@@ -49,7 +57,7 @@ __device__ inline void add_row(const T* row, float weight, int piece, int pieces
 // token's sources by ballots over the sample's list, so they come in ascending order, and needs no
 // barrier. A token without sources is copied bit for bit.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, JMP_MERGE_BLOCKS)
     merge_kernel(Params p, const T* x, const T* size, Scratch w, T* y, T* out_size, T* log_size,
                  int32_t* destination) {
   const int out_tokens = p.num_prefix + p.num_keep;

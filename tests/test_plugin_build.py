@@ -569,12 +569,14 @@ def onnx_model(
     domain: str = "jmp_deploy",
     namespace: str | None = None,
 ) -> Path:
-    """One node with inputs x, qkv, size; types f (float32), h (float16) or i (int32) each."""
+    """One node with inputs x, qkv, size; types f (float32), h (float16), b (bfloat16) or i (int32)
+    each."""
     onnx = pytest.importorskip("onnx")
     helper = onnx.helper
     codes = {
         "f": onnx.TensorProto.FLOAT,
         "h": onnx.TensorProto.FLOAT16,
+        "b": onnx.TensorProto.BFLOAT16,
         "i": onnx.TensorProto.INT32,
     }
     shapes = [["batch", tokens, 384], ["batch", tokens, width], [size_batch, size_tokens]]
@@ -621,6 +623,7 @@ def test_real_builder_takes_it_in_every_form(library: Path, tmp_path: Path) -> N
     forms: list[dict[str, Any]] = [
         {},
         {"types": "hhh", "size_batch": "batch"},
+        {"types": "bbb"},
         {"width": 768},  # q and k alone
         {"namespace": ""},
         {"namespace": "jmp_deploy"},
@@ -638,7 +641,7 @@ def test_wrong_shapes_and_types_are_explained(library: Path, tmp_path: Path) -> 
         ({"size_tokens": 196}, ["[1, 196]", "197"]),
         ({"size_batch": 3}, ["size", "3"]),
         ({"types": "hhf"}, ["float16, float16, float32"]),
-        ({"types": "fif"}, ["float32 or all in float16"]),
+        ({"types": "fif"}, ["all in float32, all in float16 or all in bfloat16"]),
     ]
     models = [onnx_model(tmp_path / f"{i}.onnx", **form) for i, (form, _) in enumerate(wrong)]
     results = build_onnx(library, tmp_path, models)

@@ -90,8 +90,8 @@ int main(int argc, char** argv) {
     return 3;
   }
   const bool tuned = strcmp(argv[1], "tuned") == 0;
-  if (tuned && !jmp_token_reduce_is_tuned(&p)) {
-    fprintf(stderr, "the tuned kernels do not take this case\n");
+  if (tuned && jmp_token_reduce_check_tuned(&p, message, sizeof message) != 0) {
+    fprintf(stderr, "the tuned kernels do not take this case: %s\n", message);
     return 3;
   }
   const auto launch = tuned ? &jmp_token_reduce : &jmp_token_reduce_plain;

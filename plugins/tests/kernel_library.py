@@ -76,10 +76,9 @@ class KernelLibrary:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         params = ctypes.POINTER(Params)
-        library.jmp_token_reduce_check.argtypes = [params, ctypes.c_char_p, ctypes.c_size_t]
-        library.jmp_token_reduce_check.restype = ctypes.c_int
-        library.jmp_token_reduce_is_tuned.argtypes = [params]
-        library.jmp_token_reduce_is_tuned.restype = ctypes.c_int
+        for function in (library.jmp_token_reduce_check, library.jmp_token_reduce_check_tuned):
+            function.argtypes = [params, ctypes.c_char_p, ctypes.c_size_t]
+            function.restype = ctypes.c_int
         for function in (
             library.jmp_token_reduce_workspace_bytes,
             library.jmp_token_reduce_plain_workspace_bytes,
@@ -95,13 +94,17 @@ class KernelLibrary:
 
     def check(self, params: Params) -> str | None:
         """What is wrong with `params`, or None."""
-        message = ctypes.create_string_buffer(256)
-        wrong = self._library.jmp_token_reduce_check(ctypes.byref(params), message, len(message))
-        return message.value.decode() if wrong else None
+        return self._refusal(self._library.jmp_token_reduce_check, params)
 
-    def is_tuned(self, params: Params) -> bool:
-        """Whether the tuned kernels take `params`; the plain ones take everything."""
-        return bool(self._library.jmp_token_reduce_is_tuned(ctypes.byref(params)))
+    def check_tuned(self, params: Params) -> str | None:
+        """Why the plain kernels run with `params`; None if the tuned ones do."""
+        return self._refusal(self._library.jmp_token_reduce_check_tuned, params)
+
+    @staticmethod
+    def _refusal(function: Any, params: Params) -> str | None:
+        message = ctypes.create_string_buffer(256)
+        wrong = function(ctypes.byref(params), message, len(message))
+        return message.value.decode() if wrong else None
 
     def workspace_bytes(self, params: Params, *, plain: bool = False) -> int:
         """Scratch bytes that a launch with `params` needs."""
