@@ -93,15 +93,14 @@ class Kernel:
         try:
             self._library = library = ctypes.CDLL(str(path))
             params = ctypes.POINTER(Params)
-            library.jmp_token_reduce_check.argtypes = [params, ctypes.c_char_p, ctypes.c_size_t]
-            library.jmp_token_reduce_check.restype = ctypes.c_int
+            for check in (library.jmp_token_reduce_check, library.jmp_token_reduce_check_tuned):
+                check.argtypes = [params, ctypes.c_char_p, ctypes.c_size_t]
+                check.restype = ctypes.c_int
             for version in ("jmp_token_reduce", "jmp_token_reduce_plain"):
                 getattr(library, version).argtypes = [params] + [ctypes.c_void_p] * 9
                 getattr(library, version).restype = ctypes.c_int
                 workspace = getattr(library, f"{version}_workspace_bytes")
                 workspace.argtypes, workspace.restype = [params], ctypes.c_size_t
-            library.jmp_token_reduce_is_tuned.argtypes = [params]
-            library.jmp_token_reduce_is_tuned.restype = ctypes.c_int
             library.jmp_token_reduce_error_string.argtypes = [ctypes.c_int]
             library.jmp_token_reduce_error_string.restype = ctypes.c_char_p
         except (OSError, AttributeError) as error:
@@ -111,13 +110,11 @@ class Kernel:
 
     def refusal(self, params: Params) -> str | None:
         """One sentence on why the kernel does not take `params`, or None if it does."""
-        message = ctypes.create_string_buffer(256)
-        wrong = self._library.jmp_token_reduce_check(ctypes.byref(params), message, len(message))
-        return message.value.decode() if wrong else None
+        return self._sentence(self._library.jmp_token_reduce_check, params)
 
-    def is_tuned(self, params: Params) -> bool:
-        """Whether the tuned kernels take `params`; else the plain ones run."""
-        return bool(self._library.jmp_token_reduce_is_tuned(ctypes.byref(params)))
+    def why_plain(self, params: Params) -> str | None:
+        """One sentence on why the slow plain kernels run for `params`, or None if they do not."""
+        return self._sentence(self._library.jmp_token_reduce_check_tuned, params)
 
     def workspace_bytes(self, params: Params, *, plain: bool = False) -> int:
         """Scratch bytes that a launch with `params` needs."""
@@ -152,6 +149,12 @@ class Kernel:
         if error:
             text = self._library.jmp_token_reduce_error_string(error).decode()
             raise EngineError(f"the token reduction kernel did not start: CUDA: {text} ({error})")
+
+    @staticmethod
+    def _sentence(check: Any, params: Params) -> str | None:
+        message = ctypes.create_string_buffer(256)
+        wrong = check(ctypes.byref(params), message, len(message))
+        return message.value.decode() if wrong else None
 
     def _function(self, suffix: str, plain: bool) -> Any:
         return getattr(self._library, f"jmp_token_reduce{'_plain' if plain else ''}{suffix}")

@@ -11,7 +11,8 @@ at the first call; make that call before a capture, as PyTorch asks for anyway.
     reference   plain PyTorch operators, wherever the model runs
     cuda        the kernel; an error where there is no GPU, no compiler, or a shape it refuses
     auto        the kernel for CUDA tensors where no gradient is wanted, else the reference; where
-                the kernel cannot be had, one warning and the reference
+                the kernel cannot be had, or has only its slow plain version for a shape, one
+                warning and the reference
 
 The operator has no backward: train with the reference.
 """
@@ -201,7 +202,7 @@ def _(
         SELECTIONS[selection],
     )
     try:
-        return launch(x, qkv, size, attributes)
+        return launch(x, qkv, size, attributes, tuned_only=fallback)
     except JmpDeployError as error:
         if not fallback:
             raise
@@ -210,11 +211,23 @@ def _(
 
 
 def launch(
-    x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
+    x: Tensor,
+    qkv: Tensor,
+    size: Tensor,
+    attributes: TokenReduce,
+    *,
+    tuned_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One launch of the kernel on the current stream of x's device.
 
-    Args and results as for `reduction.token_reduce`, on a GPU; x of a type of kernel.DTYPES.
+    Args:
+        x, qkv, size, attributes: as for `reduction.token_reduce`; on a GPU, x of a type of
+            kernel.DTYPES, the others no wider.
+        tuned_only: refuse what only the plain kernels take. They are there to be read; PyTorch's
+            own operators are the better way then.
+
+    Returns:
+        y, out_size, log_size as `reduction.token_reduce`.
 
     Raises:
         ModelError: the kernel refuses the shapes, types or attributes.
@@ -233,6 +246,8 @@ def launch(
     params = make_params(attributes, kind, x.shape, qkv.shape, size.shape)
     if x.shape[0] > 0 and (refusal := kernel.refusal(params)) is not None:
         raise ModelError(f"the CUDA kernel refuses this reduction: {refusal}", REFERENCE_HINT)
+    if tuned_only and (reason := kernel.why_plain(params)) is not None:
+        raise ModelError(f"only the slow plain CUDA kernels take this: {reason}", REFERENCE_HINT)
     places = attributes.num_prefix + attributes.num_keep
     inputs = [_aligned(tensor.to(x.dtype)) for tensor in (x, qkv, size)]
     outputs = (

@@ -159,7 +159,7 @@ def cuda_implementation():
 
 
 def test_fallback_warns_once_and_computes(no_kernel):
-    def no_launch(*arguments):
+    def no_launch(*arguments, tuned_only):
         raise ToolchainError("no usable CUDA compiler (nvcc): none found")
 
     no_kernel.setattr(torch_op, "launch", no_launch)
@@ -233,7 +233,12 @@ extern "C" int jmp_token_reduce(const JmpTokenReduceParams* p, const void* x, co
   return 0;
 }
 
-extern "C" int jmp_token_reduce_is_tuned(const JmpTokenReduceParams*) { return 1; }
+extern "C" int jmp_token_reduce_check_tuned(const JmpTokenReduceParams* p, char* message,
+                                            size_t size) {
+  if (p->head_dim % 8 == 0) return 0;
+  std::snprintf(message, size, "head_dim is %d", p->head_dim);
+  return 1;
+}
 extern "C" size_t jmp_token_reduce_plain_workspace_bytes(const JmpTokenReduceParams*) { return 7; }
 extern "C" int jmp_token_reduce_plain(const JmpTokenReduceParams*, const void*, const void*,
                                       const void*, void*, void*, void*, int32_t*, void*, void*) {
@@ -286,6 +291,16 @@ def test_narrower_qkv_and_sizes_are_widened_as_autocast_needs(no_cuda_around):
     assert y.dtype == torch.float32 and torch.equal(y, x[:, :7])
     scale = torch.tensor(attrs.scale, dtype=torch.float32)
     assert torch.equal(log_size, qkv.half().float()[:, :7, 0] * scale)
+
+
+def test_auto_leaves_what_is_not_tuned_to_pytorch(no_cuda_around, no_kernel):
+    attrs = attributes(head_dim=7, num_heads=3)
+    arrays = tensors(attrs=attrs)
+    marked = cuda_implementation()(*operands(attrs, arrays, fallback=False))
+    assert torch.equal(marked[0], arrays[0][:, :7])  # the stand-in's own output: it was launched
+    with pytest.warns(RuntimeWarning, match="slow plain CUDA kernels take this: head_dim is 7"):
+        got = cuda_implementation()(*operands(attrs, arrays, fallback=True))
+    assert all(map(torch.equal, got, token_reduce(*arrays, attrs)))
 
 
 def test_a_failed_launch_says_what_cuda_said(no_cuda_around):

@@ -94,9 +94,9 @@ def test_auto_takes_the_kernel_without_gradients_and_the_reference_with(model, m
     launches = []
     launch = torch_op.launch
 
-    def counting(*arguments):
+    def counting(*arguments, **options):
         launches.append(1)
-        return launch(*arguments)
+        return launch(*arguments, **options)
 
     monkeypatch.setattr(torch_op, "launch", counting)
     reduced(model, "auto").requires_grad_(True)
