@@ -115,15 +115,15 @@ def run_sanitizers(folder: Path, driver: Path) -> list[dict[str, Any]]:
             case = random_case(1, attrs, batch=3, tokens=75, channels=channels, dtype=dtype)
             path, out = folder / "case", folder / "out"
             write_case(path, *case, **attrs)
+            run = [str(driver), "tuned" if name.startswith("tuned") else "plain"]
+            run += [str(path), str(out)]
             label = f"{np.dtype(dtype).name}, {name}"
             for check, options in SANITIZERS.items():
                 if tool is None:
                     rows.append({"check": check, "case": label, "result": "not installed"})
                     continue
                 command = [tool, "--tool", check, "--error-exitcode", "9", *options]
-                done = subprocess.run(
-                    [*command, str(driver), str(path), str(out)], capture_output=True, text=True
-                )
+                done = subprocess.run([*command, *run], capture_output=True, text=True)
                 if done.returncode == 0:
                     result = judge(out, case, attrs)
                 else:
@@ -132,9 +132,7 @@ def run_sanitizers(folder: Path, driver: Path) -> list[dict[str, Any]]:
                 rows.append({"check": check, "case": label, "result": result})
     if tool is not None:
         command = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
-        done = subprocess.run(
-            [*command, str(driver), str(path), str(out), "y"], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, *run, "y"], capture_output=True, text=True)
         noticed = done.returncode == 9 and "Invalid __global__ write" in done.stdout
         result = "ok" if noticed else "FAILED: a planted overflow was not reported"
         rows.append({"check": "memcheck bites", "case": "y one element short", "result": result})
