@@ -121,6 +121,8 @@ __device__ inline void multiply_tile(float* c, const uint32_t* a, uint32_t b0, u
       "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[2]), "r"(a[3]), "r"(b1));
+#else
+  static_cast<void>(c), static_cast<void>(a), static_cast<void>(b0), static_cast<void>(b1);
 #endif
 }
 
