@@ -264,8 +264,15 @@ int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params) {
 
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params) {
   if (jmp_token_reduce_check(params, nullptr, 0) != 0) return 0;
-  return is_tuned(*params) ? Scratch(*params, nullptr).bytes
-                           : plain::PlainScratch(*params, nullptr).bytes;
+  if (is_tuned(*params)) return Scratch(*params, nullptr).bytes;
+  const size_t bytes = plain::PlainScratch(*params, nullptr).bytes;
+  // Memory for these shapes must do for smaller ones: TensorRT asks for a profile's largest. With
+  // fewer tokens the tuned kernels may run, which need more for each.
+  Params fewer = *params;
+  fewer.tokens = fewer.num_prefix + kMaxPatches;
+  if (fewer.tokens > params->tokens || fewer.num_keep > kMaxPatches || !is_tuned(fewer)) return bytes;
+  const size_t tuned_bytes = Scratch(fewer, nullptr).bytes;
+  return tuned_bytes > bytes ? tuned_bytes : bytes;
 }
 
 int jmp_token_reduce(const JmpTokenReduceParams* params, const void* x, const void* qkv,

@@ -52,7 +52,8 @@ int jmp_token_reduce_check_tuned(const JmpTokenReduceParams* params, char* messa
                                  size_t message_size);
 int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params);  // 1 or 0, without the reason
 
-// Bytes of scratch memory that one call needs; grows with batch and tokens. 0 for bad `params`.
+// Bytes of scratch memory that one call needs, and enough for every smaller batch and number of
+// tokens. 0 for bad `params`.
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params);
 
 // Enqueues the reduction on `stream` (a cudaStream_t). Allocates nothing, waits for nothing, so it

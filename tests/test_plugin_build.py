@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -183,6 +184,17 @@ def test_the_key_follows_sources_architectures_and_versions(
     monkeypatch.setattr(plugin, "sources_dir", lambda: changed)
     paths.add(plugin.build_plugin())
     assert len(paths) == 5
+
+
+def test_every_included_file_is_part_of_the_key() -> None:
+    folder = plugin.sources_dir()
+    included, todo = set(plugin.SOURCES), list(plugin.SOURCES)
+    while todo:
+        text = (folder / todo.pop()).read_text()
+        found = set(re.findall(r'^#include "([^"/]+)"', text, re.MULTILINE)) - included
+        included |= found
+        todo += found
+    assert included == {*plugin.SOURCES, *plugin.OTHER_SOURCES} - {"exports.map"}
 
 
 def test_concurrent_builds_agree(fake_tools: Path, cache: Path) -> None:
