@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 BATCH = 8
-SHOWN = ("kept", "rating", "importance", "target", "reaches")
-"""Tensors of the reductions' body (node.py) that `Choice` is made of."""
+DECIDED = ("kept", "rating", "importance", "target", "merged")
+"""What `Choice` is made of, as `reduction.Plan` has it."""
+SHOWN = (*DECIDED, "rest")
+"""Tensors of the portable body (node_body.py) that tell it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Choice:
         num_prefix: P.
         selection: as in `node.TokenReduce`.
         kept: [B, K] which of the M incoming patch tokens stay, ascending.
-        rating: [B, M] by which they were chosen: importance, or minus redundancy.
+        rating: [B, M] by which they were chosen.
         importance: [B, M].
         fate: [B, M-K] what becomes of the others, ascending: the position in `kept` of the token
             that each is merged into, -1 if it is pruned.
@@ -163,7 +165,7 @@ def trace_onnx(
     marked = mark(proto, [*names, *_unique(places)])
     values = run_session(marked, images, profile, name)
     choices = [
-        make_choice(_block_of(n.name), n.name, a, values)
+        make_choice(_block_of(n.name), n.name, a, _as_planned(n.name, a.num_prefix, values))
         for n, a in zip(nodes, attributes, strict=True)
     ]
     return Trace(
@@ -281,7 +283,7 @@ def make_choice(
     block: int, name: str, attributes: TokenReduce | Choice, values: Mapping[str, NDArray[Any]]
 ) -> Choice:
     """What a reduction decided, out of values that are named NODE.kept and so on."""
-    kept, rating, importance, target, reaches = (values[f"{name}.{what}"] for what in SHOWN)
+    kept, rating, importance, target, merged = (values[f"{name}.{what}"] for what in DECIDED)
     return Choice(
         block=block,
         name=name,
@@ -290,8 +292,28 @@ def make_choice(
         kept=kept,
         rating=rating,
         importance=importance,
-        fate=np.where(reaches, target, -1),
+        fate=np.where(merged, target, -1),
     )
+
+
+def _as_planned(
+    name: str, prefix: int, values: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """The body's tensors in the form of `reduction.Plan`.
+
+    In the body a token is [B, L, 1] and counted with the prefix, and those that leave come in the
+    order of their rating.
+    """
+    flat = {what: values[f"{name}.{what}"][..., 0] for what in SHOWN}
+    order = np.argsort(flat["rest"], axis=1)
+    planned = {
+        "kept": flat["kept"] - prefix,
+        "rating": flat["rating"][:, prefix:],
+        "importance": flat["importance"][:, prefix:],
+        "target": np.take_along_axis(flat["target"] - prefix, order, axis=1),
+        "merged": np.take_along_axis(flat["merged"], order, axis=1),
+    }
+    return {f"{name}.{what}": value for what, value in planned.items()}
 
 
 def reduction_name(block: int) -> str:
@@ -357,11 +379,11 @@ def _watch_reductions(
     def reduce(x: Any, qkv: Any, size: Any, attributes: Any) -> Any:
         block = next(order)
         plan = reduction.make_plan(qkv, size, attributes)
-        reduced = reduction.apply_plan(x, size, plan, attributes.num_prefix)
-        rating = _rating(plan, qkv, attributes)
-        decided = (plan.kept, rating, plan.importance, plan.target, plan.merged)
+        reduced = reduction.apply_plan(
+            x, size, plan, attributes.num_prefix, attributes.merge_weight
+        )
         name = reduction_name(block)
-        notes = {f"{name}.{what}": value for what, value in zip(SHOWN, decided, strict=True)}
+        notes = {f"{name}.{what}": getattr(plan, what) for what in DECIDED}
         if tensors:
             notes[f"{block}.attended"] = x
             notes[f"{block}.size"], notes[f"{block}.log_size"] = reduced[1:]
@@ -370,19 +392,6 @@ def _watch_reductions(
 
     stack.callback(setattr, blocks, "reduce", blocks.reduce)
     blocks.reduce = reduce
-
-
-def _rating(plan: Any, qkv: Any, attributes: Any) -> Any:
-    """What `make_plan` sorts by; it keeps only importance."""
-    import torch
-
-    from .reduction import _queries_and_keys, _redundancy
-
-    rating = torch.where(plan.importance.isnan(), -torch.inf, plan.importance)
-    if attributes.selection != "distinct":
-        return rating
-    metric = _queries_and_keys(qkv, attributes)[1].mean(dim=1)[:, attributes.num_prefix :]
-    return -_redundancy(rating, metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 
 
 def _torch_block(seen: Mapping[str, NDArray[Any]], index: int, depth: int) -> Block:

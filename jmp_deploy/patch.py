@@ -18,8 +18,16 @@ from .errors import ModelError
 from .node import TokenReduce
 from .reduction import token_reduce
 from .schedule import DEFAULT, ModelShape, Schedule, check_last_prefix_only, parse
+from .torch_op import check_backend, reduce_auto, reduce_cuda
 
 Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, Tensor, Tensor]]
+
+REDUCES: dict[str, Reduce] = {
+    "auto": reduce_auto,
+    "cuda": reduce_cuda,
+    "reference": token_reduce,
+}
+"""The implementation behind each word of `patch(backend=...)`."""
 
 
 class JMPBlocks(nn.Module):
@@ -42,7 +50,8 @@ class JMPBlocks(nn.Module):
 
     Attributes:
         reductions: block index -> attributes of the reduction in it.
-        reduce: the implementation; export.py puts in one that becomes a single ONNX node.
+        reduce: the implementation (`patch(backend=...)`); export.py puts in one that becomes a
+            single ONNX node, whatever it was.
         last_prefix_only: P if only the P prefix tokens leave the last block, else 0.
     """
 
@@ -51,6 +60,7 @@ class JMPBlocks(nn.Module):
         blocks: nn.Sequential,
         reductions: dict[int, TokenReduce],
         last_prefix_only: int = 0,
+        reduce: Reduce = token_reduce,
     ) -> None:
         super().__init__()
         for name, block in blocks.named_children():
@@ -58,7 +68,7 @@ class JMPBlocks(nn.Module):
         self.train(blocks.training)
         self.original = (blocks,)  # in a tuple, so that it is not registered a second time
         self.reductions = reductions
-        self.reduce: Reduce = token_reduce
+        self.reduce = reduce
         self.last_prefix_only = last_prefix_only
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,6 +121,7 @@ def patch(
     tau: float | None = None,
     granularity: str = "token",
     proportional: bool = True,
+    backend: str = "auto",
 ) -> nn.Module:
     """Puts JMP into a timm VisionTransformer, in place.
 
@@ -122,14 +133,19 @@ def patch(
             no others).
         tau, granularity: see `node.TokenReduce`; tau None takes the schedule's.
         proportional: later attention weighs each token by the patches that it stands for.
+        backend: what computes the reductions (see `torch_op`): "cuda" the CUDA kernel, "reference"
+            plain PyTorch, "auto" the kernel for CUDA tensors where it can be had. ONNX export is
+            the same for all.
 
     Returns:
         The same model.
 
     Raises:
+        ToolchainError: backend="cuda" without a GPU or a CUDA compiler.
         ModelError: the model cannot be patched, with the reason; or is patched already.
         ScheduleError: the schedule does not fit the model, or leaves out tokens that it needs.
     """
+    check_backend(backend)
     shape = model_shape(model)
     if isinstance(schedule, str):
         schedule = parse(schedule, shape)
@@ -153,7 +169,7 @@ def patch(
             merge_weight=schedule.merge_weight,
         )
     prefix = shape.num_prefix if schedule.last_prefix_only else 0
-    model.blocks = JMPBlocks(model.blocks, reductions, prefix)
+    model.blocks = JMPBlocks(model.blocks, reductions, prefix, REDUCES[backend])
     return model
 
 

@@ -49,7 +49,11 @@ VERSION = "1"
 NAMESPACES = ("", "jmp_deploy")
 LIBRARY = "libjmp_deploy_plugin.so"
 SOURCES = ("token_reduce_kernel.cu", "token_reduce_plugin.cpp", "tensorrt_log.cpp")
-OTHER_SOURCES = ("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "exports.map")
+OTHER_SOURCES = (  # what these include; part of the hash
+    *(f"token_reduce_{part}.cuh" for part in ("common", "warp", "measure", "tiles", "rate")),
+    *(f"token_reduce_{part}.cuh" for part in ("select", "match", "merge", "reference")),
+    *("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "exports.map"),
+)
 FLAGS = (
     *("-shared", "-std=c++17", "-O3"),
     "-cudart=static",  # loads on a machine without a driver: ahead-of-time builds

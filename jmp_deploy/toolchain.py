@@ -56,9 +56,18 @@ def find_toolchain() -> Toolchain:
     Raises:
         ToolchainError: one is missing, too old or does not run; the hint says how to get it.
     """
-    nvcc, cuda_version = _find_nvcc()
+    nvcc, cuda_version = find_nvcc()
     headers, tensorrt_version = _find_headers()
     return Toolchain(nvcc, cuda_version, _find_cxx(), headers, tensorrt_version)
+
+
+def find_nvcc() -> tuple[Path, str]:
+    """The CUDA compiler, proven to run, and its version, "13.2.86"; for who needs no headers.
+
+    Raises:
+        ToolchainError: none works, or JMP_NVCC names one that does not.
+    """
+    return _find_nvcc()
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:
@@ -157,6 +166,24 @@ def _find_cxx() -> Path:
         if path := shutil.which(name):
             return Path(path)
     raise ToolchainError("no C++ compiler: g++ not found", "apt install g++ (or set CXX)")
+
+
+def find_disassembler(nvcc: Path) -> Path | None:
+    """cuobjdump: beside this nvcc, on PATH, or in a package that carries one (Triton); or None.
+
+    It calls nvdisasm, which must lie beside it.
+    """
+    folders = [nvcc.parent]
+    if on_path := shutil.which("cuobjdump"):
+        folders.append(Path(on_path).resolve().parent)
+    folders += sorted(Path("/usr/local").glob("cuda*/bin"), reverse=True)
+    for package in _package_dirs("nvidia"):
+        folders += sorted(package.glob("cu*/bin"), reverse=True)
+    folders += [package / "backends/nvidia/bin" for package in _package_dirs("triton")]
+    for folder in folders:
+        if (folder / "cuobjdump").is_file() and (folder / "nvdisasm").is_file():
+            return folder / "cuobjdump"
+    return None
 
 
 # --- TensorRT headers ----------------------------------------------------------------------------

@@ -40,7 +40,7 @@ struct Finder11 : Versioned11 {
 
 namespace {
 
-constexpr int32_t kError = static_cast<int32_t>(nvinfer1::ILogger::Severity::kERROR);
+using Severity = nvinfer1::ILogger::Severity;
 
 enum class Layout { kUnknown, kTensorRT10, kTensorRT11 };
 
@@ -72,11 +72,24 @@ Layout layout_of(void* finder) noexcept {
 std::atomic<void*> logger_finder{nullptr};
 
 template <typename Finder>
-bool log_with(void* finder, char const* message) {
+bool log_with(void* finder, Severity severity, char const* message) {
   auto* logger = static_cast<Finder*>(finder)->findLogger();
   if (logger == nullptr) return false;
-  logger->log(kError, message);
+  logger->log(static_cast<int32_t>(severity), message);
   return true;
+}
+
+void log_message(Severity severity, std::string const& message) noexcept {
+  char const* text = message.c_str();
+  try {
+    void* finder = logger_finder.load();
+    Layout const found = finder == nullptr ? Layout::kUnknown : layout_of(finder);
+    if (found == Layout::kTensorRT10 && log_with<layout::Finder10>(finder, severity, text)) return;
+    if (found == Layout::kTensorRT11 && log_with<layout::Finder11>(finder, severity, text)) return;
+  } catch (...) {
+    // findLogger() may throw; stderr remains
+  }
+  std::fprintf(stderr, "%s\n", text);
 }
 
 }  // namespace
@@ -85,16 +98,10 @@ void set_logger_finder(void* finder) noexcept {
   if (finder != nullptr) logger_finder.store(finder);
 }
 
-void log_error(std::string const& message) noexcept {
-  try {
-    void* finder = logger_finder.load();
-    Layout const found = finder == nullptr ? Layout::kUnknown : layout_of(finder);
-    if (found == Layout::kTensorRT10 && log_with<layout::Finder10>(finder, message.c_str())) return;
-    if (found == Layout::kTensorRT11 && log_with<layout::Finder11>(finder, message.c_str())) return;
-  } catch (...) {
-    // findLogger() may throw; stderr remains
-  }
-  std::fprintf(stderr, "%s\n", message.c_str());
+void log_error(std::string const& message) noexcept { log_message(Severity::kERROR, message); }
+
+void log_warning(std::string const& message) noexcept {
+  log_message(Severity::kWARNING, message);
 }
 
 }  // namespace jmp_deploy

@@ -3,429 +3,30 @@
 //   nvcc -O3 -std=c++17 -arch=native -shared -Xcompiler -fPIC token_reduce_kernel.cu -o libjmp.so
 //   g++  -O2 -std=c++17 -pthread -DJMP_CUDA_ON_HOST -x c++ token_reduce_kernel.cu ...   (no GPU)
 //
-// The plain version: nine small kernels, one step of the definition each (README.md). It is the
-// specification that a tuned version is held to, so clarity comes before speed. What it promises:
-// everything in float32; the same bits for a sample alone and in any batch (no sum runs across
-// samples, every order of summation is fixed, no atomics); no index depends on a comparison that a
-// NaN could upset, so a NaN stays in its sample and every access stays in its buffer.
+// This file is the host side: it checks, counts scratch memory, chooses and launches. Two versions
+// of the same definition (README.md):
+//   tuned  measure, rate, match, merge: three launches, four for JMP_DISTINCT (token_reduce_*.cuh)
+//   plain  nine small kernels, to be read, for whatever the tuned one does not take
+//          (token_reduce_reference.cuh)
 #include "token_reduce_kernel.h"
 
-#include <float.h>
-#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 
-#ifdef JMP_CUDA_ON_HOST
-#include "tests/cuda_on_host.h"
-#else
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#define JMP_LAUNCH(kernel, blocks, threads, stream, ...) \
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(__VA_ARGS__)
-#endif
+#include "token_reduce_match.cuh"
+#include "token_reduce_merge.cuh"
+#include "token_reduce_reference.cuh"
 
-#ifndef JMP_BLOCK_THREADS  // tests on a CPU take fewer: a thread there is a real one
-#define JMP_BLOCK_THREADS 128
+#ifndef JMP_TEST_SUBSET  // 1: float32 and float16, heads of up to 32 columns; compiles in half the time
+#define JMP_TEST_SUBSET 0
+#endif
+#ifndef JMP_ENOUGH_BLOCKS  // two per multiprocessor of the largest GPU
+#define JMP_ENOUGH_BLOCKS 256
 #endif
 
 namespace {
 
-constexpr int kThreads = JMP_BLOCK_THREADS;
-constexpr int kPruned = -1;
-
-using Params = JmpTokenReduceParams;
-
-__host__ __device__ int patch_tokens(const Params& p) { return p.tokens - p.num_prefix; }
-__host__ __device__ int query_rows(const Params& p) {
-  return p.importance == JMP_CLASS_ROW ? 1 : p.tokens;
-}
-
-// --- Values ------------------------------------------------------------------------------------
-
-__device__ float to_float(float v) { return v; }
-__device__ float to_float(__half v) { return __half2float(v); }
-
-template <typename T>
-__device__ T from_float(float v);
-template <>
-__device__ float from_float<float>(float v) {
-  return v;
-}
-template <>
-__device__ __half from_float<__half>(float v) {
-  return __float2half_rn(v);
-}
-
-__device__ bool is_nan(float v) { return v != v; }
-
-// --- Addresses (64-bit: B*N*W may exceed 2^31) ---------------------------------------------------
-
-__device__ int64_t token_row(const Params& p, int sample, int token) {
-  return static_cast<int64_t>(sample) * p.tokens + token;
-}
-
-template <typename T>
-__device__ const T* query_of(const Params& p, const T* qkv, int sample, int token, int head) {
-  return qkv + token_row(p, sample, token) * p.qkv_width + head * p.head_dim;
-}
-
-template <typename T>
-__device__ const T* key_of(const Params& p, const T* qkv, int sample, int token, int head) {
-  return query_of(p, qkv, sample, token, p.num_heads + head);
-}
-
-template <typename T>
-__device__ T size_of(const Params& p, const T* size, int sample, int token) {
-  return size[token_row(p, p.size_batch == 1 ? 0 : sample, token)];
-}
-
-// --- Steps shared by several kernels -----------------------------------------------------------
-
-// Attention logit of one query row for one key token, one head.
-template <typename T>
-__device__ float attention_logit(const Params& p, const T* qkv, const T* size, int sample, int row,
-                                 int token, int head) {
-  const T* q = query_of(p, qkv, sample, row, head);
-  const T* k = key_of(p, qkv, sample, token, head);
-  float dot = 0.0f;
-  for (int c = 0; c < p.head_dim; ++c) dot += to_float(q[c]) * to_float(k[c]);
-  const float logit = p.scale * dot;
-  return p.proportional ? logit + logf(to_float(size_of(p, size, sample, token))) : logit;
-}
-
-// Sum of one value per thread, in the order of the threads; every thread gets it. Once per kernel:
-// a second call would write `values` while others still read it.
-__device__ float block_sum(float value) {
-  __shared__ float values[kThreads];
-  values[threadIdx.x] = value;
-  __syncthreads();
-  float sum = 0.0f;
-  for (unsigned t = 0; t < blockDim.x; ++t) sum += values[t];
-  return sum;
-}
-
-// --- 1. Importance -----------------------------------------------------------------------------
-
-// One block per (sample, query row, head): maximum and denominator of that row's softmax.
-// stats: [B, rows, H, 2]
-template <typename T>
-__global__ void softmax_stats_kernel(Params p, const T* qkv, const T* size, float* stats) {
-  const int head = static_cast<int>(blockIdx.x) % p.num_heads;
-  const int row = static_cast<int>(blockIdx.x) / p.num_heads % query_rows(p);
-  const int sample = static_cast<int>(blockIdx.x) / p.num_heads / query_rows(p);
-
-  // Each thread runs over its own keys and rescales its sum whenever it meets a larger logit.
-  // The maximum starts at -FLT_MAX, not -inf: inf - inf would be a NaN that is not in the data.
-  float top = -FLT_MAX;
-  float sum = 0.0f;
-  for (int t = static_cast<int>(threadIdx.x); t < p.tokens; t += static_cast<int>(blockDim.x)) {
-    const float logit = attention_logit(p, qkv, size, sample, row, t, head);
-    if (logit > top) {
-      sum = sum * expf(top - logit) + 1.0f;
-      top = logit;
-    } else {
-      sum += expf(logit - top);
-    }
-  }
-
-  __shared__ float tops[kThreads];
-  tops[threadIdx.x] = top;
-  __syncthreads();
-  float row_top = -FLT_MAX;
-  for (unsigned t = 0; t < blockDim.x; ++t) row_top = fmaxf(row_top, tops[t]);
-
-  const float row_sum = block_sum(sum * expf(top - row_top));
-  if (threadIdx.x == 0) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * 2;
-    stats[at] = row_top;
-    stats[at + 1] = row_sum;
-  }
-}
-
-// One thread per patch token: softmax weight as a key, mean over heads and query rows.
-// importance: [B, M]
-template <typename T>
-__global__ void importance_kernel(Params p, const T* qkv, const T* size, const float* stats,
-                                  float* importance) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int patches = patch_tokens(p);
-  if (at >= static_cast<int64_t>(p.batch) * patches) return;
-  const int sample = static_cast<int>(at / patches);
-  const int token = p.num_prefix + static_cast<int>(at % patches);
-
-  float sum = 0.0f;
-  for (int row = 0; row < query_rows(p); ++row) {
-    for (int head = 0; head < p.num_heads; ++head) {
-      const int64_t stat =
-          ((static_cast<int64_t>(sample) * query_rows(p) + row) * p.num_heads + head) * 2;
-      const float logit = attention_logit(p, qkv, size, sample, row, token, head);
-      sum += expf(logit - stats[stat]) / stats[stat + 1];
-    }
-  }
-  importance[at] = sum / (static_cast<float>(p.num_heads) * static_cast<float>(query_rows(p)));
-}
-
-// --- 2. Metric: what similarity is measured in -------------------------------------------------
-
-// Cosine of two rows of the metric, in [-1, 1] or NaN.
-__device__ float cosine(const Params& p, const float* a, const float* b) {
-  float dot = 0.0f;
-  for (int c = 0; c < p.head_dim; ++c) dot += a[c] * b[c];
-  if (is_nan(dot)) return dot;  // the clamp would turn it into a number
-  return fminf(fmaxf(dot, -1.0f), 1.0f);
-}
-
-// One block per patch token: its keys, mean over heads, scaled to length 1. metric: [B, M, d]
-template <typename T>
-__global__ void metric_kernel(Params p, const T* qkv, float* metric) {
-  const int sample = static_cast<int>(blockIdx.x) / patch_tokens(p);
-  const int token = p.num_prefix + static_cast<int>(blockIdx.x) % patch_tokens(p);
-  float* out = metric + static_cast<int64_t>(blockIdx.x) * p.head_dim;
-
-  float squares = 0.0f;
-  for (int c = static_cast<int>(threadIdx.x); c < p.head_dim; c += static_cast<int>(blockDim.x)) {
-    float sum = 0.0f;
-    for (int h = 0; h < p.num_heads; ++h) sum += to_float(key_of(p, qkv, sample, token, h)[c]);
-    const float mean = sum / static_cast<float>(p.num_heads);
-    out[c] = mean;
-    squares += mean * mean;
-  }
-  const float length = fmaxf(sqrtf(block_sum(squares)), 1e-12f);
-  for (int c = static_cast<int>(threadIdx.x); c < p.head_dim; c += static_cast<int>(blockDim.x)) {
-    out[c] /= length;  // the thread's own elements: no barrier needed
-  }
-}
-
-// --- 3. Critical set ---------------------------------------------------------------------------
-
-// Total order of the patch tokens: larger value first, then lower index; NaN behind all.
-__device__ bool comes_before(float a, int i, float b, int j) {
-  if (is_nan(a) != is_nan(b)) return is_nan(b);
-  if (a > b) return true;
-  if (a < b) return false;
-  return i < j;
-}
-
-// One block per patch token, for JMP_DISTINCT: minus its largest cosine to a token that comes
-// before it by importance; +inf if there is none. A NaN never wins. rating: [B, M]
-__global__ void distinct_kernel(Params p, const float* importance, const float* metric,
-                                float* rating) {
-  const int patches = patch_tokens(p);
-  const int me = static_cast<int>(blockIdx.x) % patches;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) - me;
-  const float* mine = metric + static_cast<int64_t>(blockIdx.x) * p.head_dim;
-  const float* row = importance + first;
-
-  float best = -INFINITY;
-  for (int i = static_cast<int>(threadIdx.x); i < patches; i += static_cast<int>(blockDim.x)) {
-    if (!comes_before(row[i], i, row[me], me)) continue;
-    const float dot = cosine(p, mine, metric + (first + i) * p.head_dim);
-    if (dot > best) best = dot;  // false for a NaN
-  }
-
-  __shared__ float bests[kThreads];
-  bests[threadIdx.x] = best;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (unsigned t = 1; t < blockDim.x; ++t) best = fmaxf(best, bests[t]);
-  rating[blockIdx.x] = -best;
-}
-
-// One thread per patch token: critical if fewer than K tokens come before it by their rating,
-// which is the importance itself or distinct_kernel's.
-// critical: [B, M], 1 or 0. Exactly K ones in a row, whatever the values.
-__global__ void select_kernel(Params p, const float* rating, int32_t* critical) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int patches = patch_tokens(p);
-  if (at >= static_cast<int64_t>(p.batch) * patches) return;
-  const int me = static_cast<int>(at % patches);
-  const float* row = rating + (at - me);
-
-  int before = 0;
-  for (int i = 0; i < patches; ++i) before += comes_before(row[i], i, row[me], me) ? 1 : 0;
-  critical[at] = before < p.num_keep ? 1 : 0;
-}
-
-// One thread per token: prefix tokens keep their place, critical tokens follow in their order.
-// kept: [B, K] patch index of each critical token; destination: [B, N], pruned for all others.
-__global__ void place_kernel(Params p, const int32_t* critical, int32_t* kept,
-                             int32_t* destination) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= static_cast<int64_t>(p.batch) * p.tokens) return;
-  const int sample = static_cast<int>(at / p.tokens);
-  const int token = static_cast<int>(at % p.tokens);
-  if (token < p.num_prefix) {
-    destination[at] = token;
-    return;
-  }
-  const int me = token - p.num_prefix;
-  const int32_t* row = critical + static_cast<int64_t>(sample) * patch_tokens(p);
-  if (!row[me]) {
-    destination[at] = kPruned;
-    return;
-  }
-  int slot = 0;
-  for (int i = 0; i < me; ++i) slot += row[i];
-  kept[static_cast<int64_t>(sample) * p.num_keep + slot] = me;
-  destination[at] = p.num_prefix + slot;
-}
-
-// --- 4. Similarity -----------------------------------------------------------------------------
-
-// One block per patch token that is not critical: its nearest critical token, the first of equals.
-// similarity: [B, M]; nearest: [B, M], a slot in 0..K-1, or -1 with a NaN if no similarity is a
-// number. A NaN never wins.
-__global__ void similarity_kernel(Params p, const int32_t* critical, const int32_t* kept,
-                                  const float* metric, float* similarity, int32_t* nearest) {
-  if (critical[blockIdx.x]) return;  // the whole block
-  const int sample = static_cast<int>(blockIdx.x) / patch_tokens(p);
-  const float* mine = metric + static_cast<int64_t>(blockIdx.x) * p.head_dim;
-  const float* sample_metric =
-      metric + static_cast<int64_t>(sample) * patch_tokens(p) * p.head_dim;
-  const int32_t* sample_kept = kept + static_cast<int64_t>(sample) * p.num_keep;
-
-  float best = NAN;
-  int best_slot = -1;
-  for (int s = static_cast<int>(threadIdx.x); s < p.num_keep; s += static_cast<int>(blockDim.x)) {
-    const float* other = sample_metric + static_cast<int64_t>(sample_kept[s]) * p.head_dim;
-    const float dot = cosine(p, mine, other);
-    if (is_nan(dot)) continue;
-    if (best_slot < 0 || dot > best) {
-      best = dot;
-      best_slot = s;
-    }
-  }
-
-  __shared__ float bests[kThreads];
-  __shared__ int slots[kThreads];
-  bests[threadIdx.x] = best;
-  slots[threadIdx.x] = best_slot;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (unsigned t = 1; t < blockDim.x; ++t) {
-    const bool better = best_slot < 0 || bests[t] > best ||
-                        (bests[t] == best && slots[t] < best_slot);
-    if (slots[t] >= 0 && better) {
-      best = bests[t];
-      best_slot = slots[t];
-    }
-  }
-  similarity[blockIdx.x] = best;
-  nearest[blockIdx.x] = best_slot;
-}
-
-// --- 5. Decision -------------------------------------------------------------------------------
-
-// One block per sample: who is merged gets the place of its nearest critical token.
-__global__ void decide_kernel(Params p, const int32_t* critical, const float* similarity,
-                              const int32_t* nearest, int32_t* destination) {
-  const int sample = static_cast<int>(blockIdx.x);
-  const int patches = patch_tokens(p);
-  const int64_t first = static_cast<int64_t>(sample) * patches;
-
-  float mean = 0.0f;
-  if (p.granularity == JMP_PER_SAMPLE) {  // the same branch for the whole block
-    float sum = 0.0f;
-    for (int i = static_cast<int>(threadIdx.x); i < patches; i += static_cast<int>(blockDim.x)) {
-      if (!critical[first + i]) sum += similarity[first + i];
-    }
-    mean = block_sum(sum) / static_cast<float>(patches - p.num_keep);  // unused if K = M
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < patches; i += static_cast<int>(blockDim.x)) {
-    if (critical[first + i]) continue;
-    const float value = p.granularity == JMP_PER_SAMPLE ? mean : similarity[first + i];
-    if (value >= p.tau && nearest[first + i] >= 0) {  // false for a NaN: pruned
-      destination[token_row(p, sample, p.num_prefix + i)] = p.num_prefix + nearest[first + i];
-    }
-  }
-}
-
-// --- 6. Merge and gather -----------------------------------------------------------------------
-
-// One block per output token, one thread per channel: mean of the token and of what was merged
-// into it, weighted by size, sources in ascending order. A token without sources is copied bit
-// for bit.
-template <typename T>
-__global__ void merge_kernel(Params p, const T* x, const T* size, const int32_t* kept,
-                             const int32_t* destination, T* y, T* out_size, T* log_size) {
-  const int out_tokens = p.num_prefix + p.num_keep;
-  const int sample = static_cast<int>(blockIdx.x) / out_tokens;
-  const int place = static_cast<int>(blockIdx.x) % out_tokens;
-  const int32_t* places = destination + token_row(p, sample, 0);
-  int self = place;
-  if (place >= p.num_prefix) {
-    const int64_t slot = static_cast<int64_t>(sample) * p.num_keep + (place - p.num_prefix);
-    self = p.num_prefix + kept[slot];
-  }
-  const T own_size = size_of(p, size, sample, self);
-
-  float total = to_float(own_size);
-  bool merged = false;
-  for (int i = p.num_prefix; i < p.tokens; ++i) {
-    if (places[i] != place || i == self) continue;
-    total += to_float(size_of(p, size, sample, i));
-    merged = true;
-  }
-
-  const T* row = x + token_row(p, sample, self) * p.channels;
-  T* out = y + static_cast<int64_t>(blockIdx.x) * p.channels;
-  for (int c = static_cast<int>(threadIdx.x); c < p.channels; c += static_cast<int>(blockDim.x)) {
-    if (!merged) {
-      out[c] = row[c];
-      continue;
-    }
-    float sum = to_float(own_size) * to_float(row[c]);
-    for (int i = p.num_prefix; i < p.tokens; ++i) {
-      if (places[i] != place || i == self) continue;
-      sum += to_float(size_of(p, size, sample, i)) *
-             to_float(x[token_row(p, sample, i) * p.channels + c]);
-    }
-    out[c] = from_float<T>(sum / total);
-  }
-  if (threadIdx.x == 0) {
-    out_size[blockIdx.x] = merged ? from_float<T>(total) : own_size;
-    log_size[blockIdx.x] = from_float<T>(logf(total));
-  }
-}
-
-// --- Host side ---------------------------------------------------------------------------------
-
-int64_t product(int64_t a, int64_t b, int64_t c = 1) { return a * b * c; }
-
-// Scratch buffers, one after the other in one allocation, each aligned to 256 bytes.
-struct Workspace {
-  float* stats;
-  float* importance;
-  float* rating;
-  int32_t* critical;
-  int32_t* kept;
-  float* metric;
-  float* similarity;
-  int32_t* nearest;
-  int32_t* destination;
-  size_t bytes;
-
-  Workspace(const Params& p, char* base) : bytes(0) {
-    const int64_t patches = product(p.batch, patch_tokens(p));
-    stats = take<float>(base, product(p.batch, query_rows(p), 2) * p.num_heads);
-    importance = take<float>(base, patches);
-    rating = take<float>(base, p.selection == JMP_DISTINCT ? patches : 0);
-    critical = take<int32_t>(base, patches);
-    kept = take<int32_t>(base, product(p.batch, p.num_keep));
-    metric = take<float>(base, product(patches, p.head_dim));
-    similarity = take<float>(base, patches);
-    nearest = take<int32_t>(base, patches);
-    destination = take<int32_t>(base, product(p.batch, p.tokens));
-  }
-
- private:
-  template <typename V>
-  V* take(char* base, int64_t count) {
-    V* at = base == nullptr ? nullptr : reinterpret_cast<V*>(base + bytes);
-    bytes += (static_cast<size_t>(count) * sizeof(V) + 255) / 256 * 256;
-    return at;
-  }
-};
+// --- Checks --------------------------------------------------------------------------------------
 
 int refuse(char* message, size_t message_size, const char* format, ...)
     __attribute__((format(printf, 3, 4)));
@@ -439,36 +40,134 @@ int refuse(char* message, size_t message_size, const char* format, ...) {
   return 1;
 }
 
-int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+size_t element_bytes(const Params& p) { return p.dtype == JMP_FLOAT32 ? 4 : 2; }
+
+int check_tuned(const Params& p, char* message, size_t message_size) {
+  constexpr int kWidest = JMP_TEST_SUBSET ? 32 : kMaxHeadDim;
+  const int access = static_cast<int>(16 / element_bytes(p));  // elements
+  if (p.importance != JMP_CLASS_ROW)
+    return refuse(message, message_size, "importance: expected 0 (class token's row), found %d",
+                  p.importance);
+  if (p.head_dim % 8 != 0 || p.head_dim > kWidest)
+    return refuse(message, message_size, "head_dim: expected a multiple of 8 up to %d, found %d",
+                  kWidest, p.head_dim);
+  if (p.num_heads > kMaxHeads || p.num_heads * p.head_dim > kMaxInner)
+    return refuse(message, message_size,
+                  "expected at most %d heads and num_heads*head_dim <= %d, found %d heads of %d",
+                  kMaxHeads, kMaxInner, p.num_heads, p.head_dim);
+  if (patch_tokens(p) > kMaxPatches)
+    return refuse(message, message_size, "x: expected at most %d patch tokens, found %d",
+                  kMaxPatches, patch_tokens(p));
+  if (p.channels % access != 0 || p.qkv_width % access != 0)
+    return refuse(message, message_size,
+                  "expected widths of x and qkv that are multiples of %d, found %d and %d", access,
+                  p.channels, p.qkv_width);
+  return 0;
+}
+
+bool is_tuned(const Params& p) { return check_tuned(p, nullptr, 0) == 0; }
+
+bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
+
+// --- Launches of the tuned version -----------------------------------------------------------------
+
+// Launches that overlap cut the gaps between our kernels. They need compute capability 9.0, and
+// CUDA 12.3 to be captured into a graph.
+bool may_overlap() {
+#if defined(JMP_CUDA_ON_HOST) || CUDART_VERSION < 12030
+  return false;
+#else
+  int device = 0;
+  int major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+             cudaSuccess &&
+         major >= 9;
+#endif
+}
+
+template <typename T, int kLanes>
+cudaError_t launch_measure(const Params& p, const T* qkv, const T* size, const Scratch& w,
+                           cudaStream_t stream) {
+  const int64_t blocks = p.batch * divide_up(p.tokens, kThreads / kLanes);
+  const size_t shared = sizeof(float) * static_cast<size_t>(p.num_heads * p.head_dim);
+  return launch(measure_kernel<T, kLanes>, blocks, kThreads, shared, false, stream, p, qkv, size,
+                w);
+}
+
+// Tiles of columns that a block goes through; 0 for all. With a small batch more blocks take fewer
+// each, until they fill a GPU. The result has the same bits.
+template <int kSteps>
+int choose_span(const Params& p) {
+  for (const int span : {0, 8, 4, 2}) {
+    if (p.batch * rate_units<kSteps>(patch_tokens(p), span) >= JMP_ENOUGH_BLOCKS) return span;
+  }
+  return 1;
+}
+
+// Rating, selection and similarity.
+template <int kSteps>
+cudaError_t launch_decide(const Params& p, const Scratch& w, bool overlap, cudaStream_t stream) {
+  if (p.selection == JMP_DISTINCT) {
+    const int span = choose_span<kSteps>(p);
+    const int units = static_cast<int>(rate_units<kSteps>(patch_tokens(p), span));
+    const cudaError_t error =
+        launch(rate_kernel<kSteps>, product(p.batch, units), kThreads,
+               rate_shared(p, kTileBytes<kSteps>), overlap, stream, p, w, span, units);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(match_kernel<kSteps>, product(p.batch, match_groups(p)), kThreads,
+                match_shared(p, kTileBytes<kSteps>), overlap, stream, p, w);
+}
 
 template <typename T>
-cudaError_t run(const Params& p, const T* x, const T* qkv, const T* size, T* y, T* out_size,
-                T* log_size, int32_t* destination, char* scratch, cudaStream_t stream) {
-  const Workspace w(p, scratch);
-  int32_t* places = destination == nullptr ? w.destination : destination;
-  const int64_t patches = product(p.batch, patch_tokens(p));
-  const int64_t tokens = product(p.batch, p.tokens);
-  const int64_t rows = product(p.batch, query_rows(p), p.num_heads);
-  const int64_t outputs = product(p.batch, p.num_prefix + p.num_keep);
-  cudaError_t error = cudaSuccess;
-#define JMP_STEP(kernel, blocks, ...)                              \
-  JMP_LAUNCH(kernel, (blocks), kThreads, stream, p, __VA_ARGS__);  \
-  if ((error = cudaGetLastError()) != cudaSuccess) return error
-  JMP_STEP(softmax_stats_kernel<T>, rows, qkv, size, w.stats);
-  JMP_STEP(importance_kernel<T>, blocks_for(patches), qkv, size, w.stats, w.importance);
-  JMP_STEP(metric_kernel<T>, patches, qkv, w.metric);
-  const float* rating = w.importance;
-  if (p.selection == JMP_DISTINCT) {
-    JMP_STEP(distinct_kernel, patches, w.importance, w.metric, w.rating);
-    rating = w.rating;
+cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, T* y, T* out_size,
+                      T* log_size, int32_t* destination, char* scratch, cudaStream_t stream) {
+  const Scratch w(p, scratch);
+  const bool overlap = may_overlap();
+  cudaError_t error = cudaErrorInvalidValue;
+  if (p.head_dim <= 32) {
+    error = launch_measure<T, 4>(p, qkv, size, w, stream);
+    if (error == cudaSuccess) error = launch_decide<2>(p, w, overlap, stream);
   }
-  JMP_STEP(select_kernel, blocks_for(patches), rating, w.critical);
-  JMP_STEP(place_kernel, blocks_for(tokens), w.critical, w.kept, places);
-  JMP_STEP(similarity_kernel, patches, w.critical, w.kept, w.metric, w.similarity, w.nearest);
-  JMP_STEP(decide_kernel, p.batch, w.critical, w.similarity, w.nearest, places);
-  JMP_STEP(merge_kernel<T>, outputs, x, size, w.kept, places, y, out_size, log_size);
-#undef JMP_STEP
-  return cudaSuccess;
+#if !JMP_TEST_SUBSET
+  else if (p.head_dim <= 64) {
+    error = launch_measure<T, 8>(p, qkv, size, w, stream);
+    if (error == cudaSuccess) error = launch_decide<4>(p, w, overlap, stream);
+  } else {
+    error = launch_measure<T, 16>(p, qkv, size, w, stream);
+    if (error != cudaSuccess) return error;
+    error = p.head_dim <= 96 ? launch_decide<6>(p, w, overlap, stream)
+                             : launch_decide<8>(p, w, overlap, stream);
+  }
+#endif
+  if (error != cudaSuccess) return error;
+  const int64_t blocks = divide_up(product(p.batch, p.num_prefix + p.num_keep), kWarps);
+  return launch(merge_kernel<T>, blocks, kThreads, size_t{0}, overlap, stream, p, x, size, w, y,
+                out_size, log_size, destination);
+}
+
+// --- Both versions ---------------------------------------------------------------------------------
+
+template <typename T>
+cudaError_t run(const Params& p, bool tuned, const void* x, const void* qkv, const void* size,
+                void* y, void* out_size, void* log_size, int32_t* destination, void* workspace,
+                void* stream) {
+  const auto function = tuned ? &run_tuned<T> : &plain::run_plain<T>;
+  return function(p, static_cast<const T*>(x), static_cast<const T*>(qkv),
+                  static_cast<const T*>(size), static_cast<T*>(y), static_cast<T*>(out_size),
+                  static_cast<T*>(log_size), destination, static_cast<char*>(workspace),
+                  static_cast<cudaStream_t>(stream));
+}
+
+cudaError_t run_any(const Params& p, bool tuned, const void* x, const void* qkv, const void* size,
+                    void* y, void* out_size, void* log_size, int32_t* destination,
+                    void* workspace, void* stream) {
+  auto function = p.dtype == JMP_FLOAT32 ? &run<float> : &run<__half>;
+#if !JMP_TEST_SUBSET
+  if (p.dtype == JMP_BFLOAT16) function = &run<__nv_bfloat16>;
+#endif
+  return function(p, tuned, x, qkv, size, y, out_size, log_size, destination, workspace, stream);
 }
 
 }  // namespace
@@ -490,6 +189,9 @@ int jmp_token_reduce_check_attributes(const JmpTokenReduceParams* params, char* 
     return refuse(message, message_size, "scale: expected a finite number > 0, found %g",
                   static_cast<double>(p.scale));
   if (p.tau != p.tau) return refuse(message, message_size, "tau: expected a number, found NaN");
+  if (!(p.merge_weight >= 0.0f && p.merge_weight <= 1.0f))
+    return refuse(message, message_size, "merge_weight: expected 0 to 1, found %g",
+                  static_cast<double>(p.merge_weight));
   if (p.granularity != JMP_PER_TOKEN && p.granularity != JMP_PER_SAMPLE)
     return refuse(message, message_size, "granularity: expected 0 (token) or 1 (sample), found %d",
                   p.granularity);
@@ -523,9 +225,9 @@ int jmp_token_reduce_check(const JmpTokenReduceParams* params, char* message,
                            size_t message_size) {
   if (jmp_token_reduce_check_attributes(params, message, message_size) != 0) return 1;
   const Params& p = *params;
-  if (p.dtype != JMP_FLOAT32 && p.dtype != JMP_FLOAT16)
-    return refuse(message, message_size, "dtype: expected 0 (float32) or 1 (float16), found %d",
-                  p.dtype);
+  if (p.dtype != JMP_FLOAT32 && p.dtype != JMP_FLOAT16 && p.dtype != JMP_BFLOAT16)
+    return refuse(message, message_size,
+                  "dtype: expected 0 (float32), 1 (float16) or 2 (bfloat16), found %d", p.dtype);
   if (p.batch < 1)
     return refuse(message, message_size, "x: expected batch >= 1, found %d", p.batch);
   if (p.channels < 1)
@@ -553,27 +255,52 @@ int jmp_token_reduce_check(const JmpTokenReduceParams* params, char* message,
   return 0;
 }
 
+int jmp_token_reduce_check_tuned(const JmpTokenReduceParams* params, char* message,
+                                 size_t message_size) {
+  if (jmp_token_reduce_check(params, message, message_size) != 0) return 1;
+  return check_tuned(*params, message, message_size);
+}
+
+int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params) {
+  return jmp_token_reduce_check_tuned(params, nullptr, 0) == 0 ? 1 : 0;
+}
+
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params) {
   if (jmp_token_reduce_check(params, nullptr, 0) != 0) return 0;
-  return Workspace(*params, nullptr).bytes;
+  if (is_tuned(*params)) return Scratch(*params, nullptr).bytes;
+  const size_t bytes = plain::PlainScratch(*params, nullptr).bytes;
+  // Memory for these shapes must do for smaller ones: TensorRT asks for a profile's largest. With
+  // fewer tokens the tuned kernels may run, which need more for each.
+  Params fewer = *params;
+  fewer.tokens = fewer.num_prefix + kMaxPatches;
+  if (fewer.tokens > params->tokens || fewer.num_keep > kMaxPatches || !is_tuned(fewer)) return bytes;
+  const size_t tuned_bytes = Scratch(fewer, nullptr).bytes;
+  return tuned_bytes > bytes ? tuned_bytes : bytes;
 }
 
 int jmp_token_reduce(const JmpTokenReduceParams* params, const void* x, const void* qkv,
                      const void* size, void* y, void* out_size, void* log_size,
                      int32_t* destination, void* workspace, void* stream) {
   if (jmp_token_reduce_check(params, nullptr, 0) != 0) return cudaErrorInvalidValue;
-  char* scratch = static_cast<char*>(workspace);
-  cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
-  if (params->dtype == JMP_FLOAT16) {
-    return run(*params, static_cast<const __half*>(x), static_cast<const __half*>(qkv),
-               static_cast<const __half*>(size), static_cast<__half*>(y),
-               static_cast<__half*>(out_size), static_cast<__half*>(log_size), destination,
-               scratch, cuda_stream);
+  const bool tuned = is_tuned(*params);
+  if (tuned && !(is_aligned(x) && is_aligned(qkv) && is_aligned(y))) {
+    return cudaErrorMisalignedAddress;
   }
-  return run(*params, static_cast<const float*>(x), static_cast<const float*>(qkv),
-             static_cast<const float*>(size), static_cast<float*>(y),
-             static_cast<float*>(out_size), static_cast<float*>(log_size), destination, scratch,
-             cuda_stream);
+  return run_any(*params, tuned, x, qkv, size, y, out_size, log_size, destination, workspace,
+                 stream);
+}
+
+size_t jmp_token_reduce_plain_workspace_bytes(const JmpTokenReduceParams* params) {
+  if (jmp_token_reduce_check(params, nullptr, 0) != 0) return 0;
+  return plain::PlainScratch(*params, nullptr).bytes;
+}
+
+int jmp_token_reduce_plain(const JmpTokenReduceParams* params, const void* x, const void* qkv,
+                           const void* size, void* y, void* out_size, void* log_size,
+                           int32_t* destination, void* workspace, void* stream) {
+  if (jmp_token_reduce_check(params, nullptr, 0) != 0) return cudaErrorInvalidValue;
+  return run_any(*params, false, x, qkv, size, y, out_size, log_size, destination, workspace,
+                 stream);
 }
 
 const char* jmp_token_reduce_error_string(int error) {

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-enum { JMP_FLOAT32 = 0, JMP_FLOAT16 = 1 };             // dtype of every input and output
+enum { JMP_FLOAT32 = 0, JMP_FLOAT16 = 1, JMP_BFLOAT16 = 2 };  // dtype of every input and output
 enum { JMP_PER_TOKEN = 0, JMP_PER_SAMPLE = 1 };        // granularity of merge or prune
 enum { JMP_CLASS_ROW = 0, JMP_ATTENTION_RECEIVED = 1 };  // importance of a patch token
 enum { JMP_BY_IMPORTANCE = 0, JMP_DISTINCT = 1 };        // which K tokens are critical
@@ -26,12 +26,13 @@ typedef struct JmpTokenReduceParams {
   int32_t head_dim;      // d
   float scale;           // of the attention logits, usually d^-0.5
   float tau;             // merge where the similarity reaches this, else prune
+  float merge_weight;    // share of a merged token's content that its target takes, 0 to 1
   int32_t granularity;   // JMP_PER_TOKEN or JMP_PER_SAMPLE
   int32_t importance;    // JMP_CLASS_ROW or JMP_ATTENTION_RECEIVED
   int32_t proportional;  // 1: add log(size) of the key token to the logits
   int32_t selection;     // JMP_BY_IMPORTANCE or JMP_DISTINCT
   // Type and shape of the tensors.
-  int32_t dtype;       // JMP_FLOAT32 or JMP_FLOAT16
+  int32_t dtype;       // JMP_FLOAT32, JMP_FLOAT16 or JMP_BFLOAT16
   int32_t batch;       // B
   int32_t tokens;      // N
   int32_t channels;    // C
@@ -45,7 +46,15 @@ int jmp_token_reduce_check_attributes(const JmpTokenReduceParams* params, char* 
                                       size_t message_size);
 int jmp_token_reduce_check(const JmpTokenReduceParams* params, char* message, size_t message_size);
 
-// Bytes of scratch memory that one call needs; grows with batch and tokens. 0 for bad `params`.
+// 0 if the tuned kernels take `params`; else the plain ones run, many times slower, and `message`
+// says why. Tuned: importance by the class row, head_dim a multiple of 8 up to 128, at most 64 heads
+// and 8192 columns of keys, at most 2048 patch tokens, rows of x and qkv of whole 16 bytes.
+int jmp_token_reduce_check_tuned(const JmpTokenReduceParams* params, char* message,
+                                 size_t message_size);
+int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params);  // 1 or 0, without the reason
+
+// Bytes of scratch memory that one call needs, and enough for every smaller batch and number of
+// tokens. 0 for bad `params`.
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params);
 
 // Enqueues the reduction on `stream` (a cudaStream_t). Allocates nothing, waits for nothing, so it
@@ -53,11 +62,18 @@ size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params);
 //   x [B, N, C], qkv [B, N, W], size [size_batch, N]  ->
 //   y [B, P+K, C], out_size [B, P+K], log_size [B, P+K]
 //   destination: null, or int32 [B, N]: output position of each input token, -1 = pruned
-//   workspace: aligned to 256 bytes
-// Returns a cudaError_t: cudaErrorInvalidValue (1) if jmp_token_reduce_check refuses `params`.
+//   workspace: aligned to 256 bytes; x, qkv, y: to 16 where the tuned kernels run
+// Returns a cudaError_t: cudaErrorInvalidValue (1) if jmp_token_reduce_check refuses `params`,
+// cudaErrorMisalignedAddress (716) for x, qkv or y.
 int jmp_token_reduce(const JmpTokenReduceParams* params, const void* x, const void* qkv,
                      const void* size, void* y, void* out_size, void* log_size,
                      int32_t* destination, void* workspace, void* stream);
+
+// The same by the plain kernels, the specification: slow, for any shape and alignment.
+size_t jmp_token_reduce_plain_workspace_bytes(const JmpTokenReduceParams* params);
+int jmp_token_reduce_plain(const JmpTokenReduceParams* params, const void* x, const void* qkv,
+                           const void* size, void* y, void* out_size, void* log_size,
+                           int32_t* destination, void* workspace, void* stream);
 
 // Text of a value that jmp_token_reduce returned.
 const char* jmp_token_reduce_error_string(int error);

@@ -47,6 +47,7 @@ constexpr Attribute kAttributes[] = {
     {"head_dim", &JmpTokenReduceParams::head_dim, nullptr},
     {"scale", nullptr, &JmpTokenReduceParams::scale},
     {"tau", nullptr, &JmpTokenReduceParams::tau},
+    {"merge_weight", nullptr, &JmpTokenReduceParams::merge_weight},
     {"granularity", &JmpTokenReduceParams::granularity, nullptr},
     {"importance", &JmpTokenReduceParams::importance, nullptr},
     {"proportional", &JmpTokenReduceParams::proportional, nullptr},
@@ -162,11 +163,20 @@ std::vector<PluginField> make_fields(JmpTokenReduceParams const* params) {
 constexpr char const* kInputNames[kNbInputs] = {"x", "qkv", "size"};
 constexpr int32_t kInputRanks[kNbInputs] = {3, 3, 2};
 
-bool is_supported(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF; }
+// What the kernel calls the type; -1 for one that it does not take.
+int32_t kernel_type(DataType type) {
+  if (type == DataType::kFLOAT) return JMP_FLOAT32;
+  if (type == DataType::kHALF) return JMP_FLOAT16;
+  if (type == DataType::kBF16) return JMP_BFLOAT16;
+  return -1;
+}
+
+bool is_supported(DataType type) { return kernel_type(type) >= 0; }
 
 std::string name_of(DataType type) {
   if (type == DataType::kFLOAT) return "float32";
   if (type == DataType::kHALF) return "float16";
+  if (type == DataType::kBF16) return "bfloat16";
   return "type " + std::to_string(static_cast<int32_t>(type));
 }
 
@@ -214,11 +224,15 @@ TokenReducePlugin::TokenReducePlugin(JmpTokenReduceParams const& attributes,
 TokenReducePlugin::TokenReducePlugin(TokenReducePlugin const& other)
     : TokenReducePlugin(other.attributes_, other.namespace_, other.name_) {}
 
+std::string TokenReducePlugin::prefixed(std::string const& message) const {
+  return std::string(kPluginName) + ": " + (name_.empty() ? "" : "layer " + name_ + ": ") + message;
+}
+
 void TokenReducePlugin::report(std::string const& message) const noexcept {
   try {
-    report_error(name_.empty() ? message : "layer " + name_ + ": " + message);
+    log_error(prefixed(message));
   } catch (...) {
-    report_error(message);
+    log_error(message);
   }
 }
 
@@ -228,7 +242,7 @@ JmpTokenReduceParams TokenReducePlugin::complete(Dims const& x, Dims const& qkv,
   expect_rank(1, qkv.nbDims);
   expect_rank(2, size.nbDims);
   if (!is_supported(type)) {
-    throw std::invalid_argument("expected float32 or float16 inputs, found " + name_of(type));
+    throw std::invalid_argument("expected float32, float16 or bfloat16 inputs, found " + name_of(type));
   }
   if (qkv.d[0] != x.d[0] || qkv.d[1] != x.d[1] || size.d[1] != x.d[1]) {
     throw std::invalid_argument(
@@ -236,7 +250,7 @@ JmpTokenReduceParams TokenReducePlugin::complete(Dims const& x, Dims const& qkv,
         text_of(x) + ", qkv " + text_of(qkv) + ", size " + text_of(size));
   }
   JmpTokenReduceParams params = attributes_;
-  params.dtype = type == DataType::kHALF ? JMP_FLOAT16 : JMP_FLOAT32;
+  params.dtype = kernel_type(type);
   params.batch = narrow("batch", x.d[0]);
   params.tokens = narrow("tokens", x.d[1]);
   params.channels = narrow("channels", x.d[2]);
@@ -296,7 +310,7 @@ int32_t TokenReducePlugin::getOutputDataTypes(DataType* output_types, int32_t nb
     for (int32_t i = 0; i < kNbInputs; ++i) {
       if (!is_supported(input_types[i]) || input_types[i] != input_types[0]) {
         throw std::invalid_argument(
-            "expected x, qkv and size all in float32 or all in float16, found " +
+            "expected x, qkv and size all in float32, all in float16 or all in bfloat16, found " +
             name_of(input_types[0]) + ", " + name_of(input_types[1]) + ", " +
             name_of(input_types[2]));
       }
@@ -352,7 +366,12 @@ int32_t TokenReducePlugin::configurePlugin(nvinfer1::DynamicPluginTensorDesc con
   try {
     expect_counts(nb_inputs, nb_outputs);
     static_cast<void>(complete(in[0].min, in[1].min, in[2].min, in[0].desc.type));
-    static_cast<void>(complete(in[0].max, in[1].max, in[2].max, in[0].desc.type));
+    JmpTokenReduceParams const largest =
+        complete(in[0].max, in[1].max, in[2].max, in[0].desc.type);
+    char why[256];
+    if (jmp_token_reduce_check_tuned(&largest, why, sizeof why) != 0) {
+      log_warning(prefixed(std::string("the plain kernels run here, which are slow: ") + why));
+    }
     return kSuccess;
   } catch (std::exception const& error) {
     report(error.what());

@@ -76,6 +76,7 @@ class TokenReducePlugin final : public nvinfer1::IPluginV3,
   // Attributes plus these shapes and type; throws std::invalid_argument if they do not fit.
   JmpTokenReduceParams complete(nvinfer1::Dims const& x, nvinfer1::Dims const& qkv,
                                 nvinfer1::Dims const& size, nvinfer1::DataType type) const;
+  std::string prefixed(std::string const& message) const;  // by plugin and layer
   void report(std::string const& message) const noexcept;
 
   JmpTokenReduceParams attributes_;

@@ -6,13 +6,11 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,17 @@ sys.path[:0] = [str(REPO / "tests"), str(PLUGINS / "tests")]
 
 import oracle  # noqa: E402
 from kernel_cases import assert_matches, attributes, random_case  # noqa: E402
-from kernel_library import DTYPES, KernelLibrary, make_params, read_outputs, write_case  # noqa: E402
+from kernel_library import read_outputs, write_case  # noqa: E402
 
 KERNEL = PLUGINS / "token_reduce_kernel.cu"
 DRIVER = PLUGINS / "tests" / "host_driver.cpp"
-DEIT_S = {"num_keep": 138, "num_heads": 6, "head_dim": 64, "scale": 0.125, "tau": 0.0}
-DEIT_S_SHAPE = {"tokens": 197, "channels": 384, "parts": 3}
-BATCHES = (1, 8, 64, 256)
-LAUNCHES = 20  # in one CUDA graph, so that the CPU's launch overhead is not in the time
-SAMPLES = 30
+# The tuned kernels take heads of a multiple of 8 columns; odd ones go to the plain kernels.
+SANITIZED: dict[str, dict[str, Any]] = {
+    "plain, class row": {"importance": oracle.CLASS_ROW, "head_dim": 33},
+    "plain, attention received": {"importance": oracle.RECEIVED, "head_dim": 33},
+    "tuned, by importance": {"selection": oracle.IMPORTANCE, "head_dim": 32},
+    "tuned, distinct": {"selection": oracle.DISTINCT, "head_dim": 64},
+}
 SANITIZERS = {
     "memcheck": ["--leak-check", "full"],
     "racecheck": [],
@@ -49,10 +49,11 @@ def main() -> int:
         library, driver = build(folder)
         tests = run_tests(folder, library)
         sanitizers = run_sanitizers(folder, driver)
-        timings = time_kernel(library)
-    report = {**facts, "tests": tests, "sanitizers": sanitizers, "timings": timings}
+        benchmarks = run_benchmarks(full="--full" in sys.argv[1:])
+    report = {**facts, "tests": tests, "sanitizers": sanitizers, "benchmarks": benchmarks}
     report["ok"] = tests["failed"] == 0 and tests["passed"] > 0
     report["ok"] = report["ok"] and all(s["result"] == "ok" for s in sanitizers)
+    report["ok"] = report["ok"] and all(b["exit_code"] == 0 for b in benchmarks.values())
     path = write_report(report)
     print_table(report)
     print(f"written: {path}")
@@ -108,21 +109,21 @@ def run_sanitizers(folder: Path, driver: Path) -> list[dict[str, Any]]:
     tool = shutil.which("compute-sanitizer")
     rows: list[dict[str, Any]] = []
     for dtype in (np.float32, np.float16):
-        for importance in (oracle.CLASS_ROW, oracle.RECEIVED):
-            attrs = attributes(num_keep=37, granularity=oracle.SAMPLE, importance=importance)
-            attrs |= {"tau": -1.0, "head_dim": 33}
-            case = random_case(1, attrs, batch=3, tokens=75, channels=131, dtype=dtype)
+        for name, changes in SANITIZED.items():
+            attrs = attributes(num_keep=37, granularity=oracle.SAMPLE, tau=-1.0, **changes)
+            channels = 136 if name.startswith("tuned") else 131
+            case = random_case(1, attrs, batch=3, tokens=75, channels=channels, dtype=dtype)
             path, out = folder / "case", folder / "out"
             write_case(path, *case, **attrs)
-            label = f"{np.dtype(dtype).name}, importance {importance}"
+            run = [str(driver), "tuned" if name.startswith("tuned") else "plain"]
+            run += [str(path), str(out)]
+            label = f"{np.dtype(dtype).name}, {name}"
             for check, options in SANITIZERS.items():
                 if tool is None:
                     rows.append({"check": check, "case": label, "result": "not installed"})
                     continue
                 command = [tool, "--tool", check, "--error-exitcode", "9", *options]
-                done = subprocess.run(
-                    [*command, str(driver), str(path), str(out)], capture_output=True, text=True
-                )
+                done = subprocess.run([*command, *run], capture_output=True, text=True)
                 if done.returncode == 0:
                     result = judge(out, case, attrs)
                 else:
@@ -131,9 +132,7 @@ def run_sanitizers(folder: Path, driver: Path) -> list[dict[str, Any]]:
                 rows.append({"check": check, "case": label, "result": result})
     if tool is not None:
         command = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
-        done = subprocess.run(
-            [*command, str(driver), str(path), str(out), "y"], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, *run, "y"], capture_output=True, text=True)
         noticed = done.returncode == 9 and "Invalid __global__ write" in done.stdout
         result = "ok" if noticed else "FAILED: a planted overflow was not reported"
         rows.append({"check": "memcheck bites", "case": "y one element short", "result": result})
@@ -152,123 +151,47 @@ def judge(out: Path, case: tuple[np.ndarray, ...], attrs: dict[str, Any]) -> str
     return "ok"
 
 
-# --- Timings -------------------------------------------------------------------------------------
+# --- Benchmarks ----------------------------------------------------------------------------------
 
 
-def time_kernel(library_path: Path) -> list[dict[str, Any]]:
-    """DeiT-S, block 3 (197 tokens, 138 of 196 kept), against copying as many bytes."""
-    import torch
+def run_benchmarks(*, full: bool) -> dict[str, Any]:
+    """benchmarks/kernel.py and benchmarks/endtoend.py; what they wrote, or why they did not.
 
-    library = KernelLibrary(library_path)
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    rows = []
-    for dtype in (np.float16, np.float32):
-        for batch in BATCHES:
-            attrs = attributes(**DEIT_S)
-            case = random_case(1, attrs, batch=batch, broadcast=True, dtype=dtype, **DEIT_S_SHAPE)
-            moved = bytes_moved(case[0], attrs)
-            # Several sets of buffers, taken in turns; small ones stay in the second level cache
-            # all the same, for the copy as for the reduction.
-            sets = max(1, min(LAUNCHES, 2 * cache // moved + 1))
-            ours = measure(reduction_calls(library, case, attrs, sets))
-            floor = measure(copy_calls(moved, sets))
-            rows.append(
-                {
-                    "dtype": np.dtype(dtype).name,
-                    "batch": batch,
-                    "microseconds": round(ours, 2),
-                    "megabytes": round(moved / 1e6, 3),
-                    "copy_microseconds": round(floor, 2),
-                    "ratio_to_copy": round(ours / floor, 2),
-                    "cache": "cold" if sets * moved > cache else "warm",
-                }
-            )
-    return rows
-
-
-def bytes_moved(x: np.ndarray, attrs: dict[str, Any]) -> int:
-    """Least traffic: x, the keys and one query row read once, the outputs written once."""
-    batch, tokens, channels = x.shape
-    inner = attrs["num_heads"] * attrs["head_dim"]
-    places = attrs["num_prefix"] + attrs["num_keep"]
-    read = batch * (tokens * (channels + inner) + inner) + tokens
-    return (read + batch * places * (channels + 2)) * x.dtype.itemsize
-
-
-def reduction_calls(
-    library: KernelLibrary, case: tuple[np.ndarray, ...], attrs: dict[str, Any], sets: int
-) -> list[Any]:
-    import torch
-
-    x, qkv, size = case
-    params = make_params(x, qkv, size, DTYPES[x.dtype], **attrs)
-    places = params.num_prefix + params.num_keep
-    workspace = torch.empty(library.workspace_bytes(params), dtype=torch.uint8, device="cuda")
-    calls = []
-    for _ in range(sets):
-        inputs = [torch.from_numpy(array).cuda() for array in case]
-        outputs = [
-            torch.empty(shape, dtype=inputs[0].dtype, device="cuda")
-            for shape in ((len(x), places, x.shape[2]), (len(x), places), (len(x), places))
-        ]
-
-        calls.append(partial(reduce_on_stream, library, params, [*inputs, *outputs], workspace))
-    return calls
-
-
-def reduce_on_stream(
-    library: KernelLibrary, params: Any, tensors: list[Any], workspace: Any
-) -> None:
-    import torch
-
-    stream = torch.cuda.current_stream().cuda_stream
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    library.launch(params, *pointers, None, workspace.data_ptr(), stream=stream)
-
-
-def copy_calls(moved: int, sets: int) -> list[Any]:
-    import torch
-
-    half = max(moved // 2, 1)  # a copy reads it once and writes it once
-    calls = []
-    for _ in range(sets):
-        pair = [torch.empty(half, dtype=torch.uint8, device="cuda") for _ in range(2)]
-        calls.append(partial(pair[0].copy_, pair[1]))
-    return calls
-
-
-def measure(calls: list[Any]) -> float:
-    """Median microseconds of one call, over graphs of LAUNCHES calls that take turns."""
-    import torch
-
-    for call in calls:  # modules are loaded before the capture
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(LAUNCHES):
-            calls[i % len(calls)]()
-    for _ in range(5):
-        graph.replay()
-    times = []
-    for _ in range(SAMPLES):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / LAUNCHES)
-    return statistics.median(times)
+    Their JSON, Markdown and PNG files go where the report goes.
+    """
+    kernel: list[str] = []
+    endtoend: list[str] = []
+    if not full:  # some minutes instead of most of an hour
+        kernel = ["--models", "deit_s,dinov2_s@518", "--compile", "deit_s"]
+        kernel += ["--seconds", "1", "--limit", "200"]
+        endtoend = ["--seconds", "5"]
+    found = {}
+    for name, options in (("kernel", kernel), ("endtoend", endtoend)):
+        command = [sys.executable, str(REPO / "benchmarks" / f"{name}.py"), *options]
+        base = results_folder() / f"{name}-{slug(machine()['gpu'])}"
+        done = subprocess.run([*command, "-o", str(base)], cwd=REPO, check=False)
+        written = base.parent / f"{base.name}.json"
+        found[name] = {"exit_code": done.returncode, "json": str(written)}
+        if done.returncode == 0:
+            print((base.parent / f"{base.name}.md").read_text(encoding="utf-8"))
+    return found
 
 
 # --- Report --------------------------------------------------------------------------------------
 
 
-def write_report(report: dict[str, Any]) -> Path:
+def results_folder() -> Path:
     folder = Path(os.environ.get("OUT") or REPO / "benchmarks" / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", report["gpu"]).strip("-").lower()
-    path = folder / f"gpu_check_{name}.json"
+    return folder
+
+
+def slug(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def write_report(report: dict[str, Any]) -> Path:
+    path = results_folder() / f"gpu_check_{slug(report['gpu'])}.json"
     beside = path.with_suffix(".json.part")
     beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     beside.replace(path)
@@ -277,22 +200,17 @@ def write_report(report: dict[str, Any]) -> Path:
 
 def print_table(report: dict[str, Any]) -> None:
     print(f"\n{report['gpu']}, driver {report['driver']}, CUDA {report['cuda']}")
-    print("DeiT-S block 3 (197 -> 139 tokens), per call, second level cache warm or cold\n")
-    print("dtype     batch    reduction      moved         copy   ratio  cache")
-    for row in report["timings"]:
-        print(
-            f"{row['dtype']:8} {row['batch']:6} {row['microseconds']:9.1f} us "
-            f"{row['megabytes']:6.2f} MB {row['copy_microseconds']:8.1f} us "
-            f"{row['ratio_to_copy']:6.1f}x {row['cache']}"
-        )
     tests = report["tests"]
-    print(
-        f"\ntests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
-    )
+    print(f"tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped")
     for check in dict.fromkeys(row["check"] for row in report["sanitizers"]):
         results = [row["result"] for row in report["sanitizers"] if row["check"] == check]
         bad = sorted({result for result in results if result != "ok"})
         print(f"{check}: {', '.join(bad) if bad else f'ok ({len(results)} runs)'}")
+    for name, benchmark in report["benchmarks"].items():
+        code = benchmark["exit_code"]
+        print(
+            f"benchmark {name}: {benchmark['json'] if code == 0 else f'FAILED (exit code {code})'}"
+        )
     print("all good" if report["ok"] else "NOT all good")
 
 

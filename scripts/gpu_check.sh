@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Everything about the kernel that needs a GPU: tests against the oracle, compute-sanitizer, timings.
+# Everything about the kernel that needs a GPU: tests against the oracle, compute-sanitizer, and the
+# benchmarks of the reduction alone and of whole models (benchmarks/README.md).
 #
-#   scripts/gpu_check.sh            results go to ${OUT:-benchmarks/results}/gpu_check_<GPU>.json
+#   scripts/gpu_check.sh            a few models and rows: some minutes
+#   scripts/gpu_check.sh --full     all rows of both benchmarks: most of an hour
 #
-# For a bare CUDA machine: nvcc, python3 with numpy, torch, pytest and hypothesis. No network, no
-# TensorRT, nothing to install. Exit codes: 0 all good, 1 a check failed, 2 it cannot run here.
+# Results go to ${OUT:-benchmarks/results}: gpu_check_<GPU>.json, kernel-<GPU>.*, endtoend-<GPU>.*
+#
+# For a bare CUDA machine: nvcc, python3 with numpy, torch, timm, pytest and hypothesis. No network,
+# no TensorRT, nothing to install. Exit codes: 0 all good, 1 a check failed, 2 it cannot run here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,8 +24,8 @@ if ! command -v nvcc >/dev/null; then
   exit 2
 fi
 PYTHON="${PYTHON:-python3}"
-if ! "$PYTHON" -c 'import numpy, torch, pytest, hypothesis' 2>/dev/null; then
-  echo "gpu_check: $PYTHON lacks one of numpy, torch, pytest, hypothesis; set PYTHON" >&2
+if ! "$PYTHON" -c 'import numpy, torch, timm, pytest, hypothesis' 2>/dev/null; then
+  echo "gpu_check: $PYTHON lacks one of numpy, torch, timm, pytest, hypothesis; set PYTHON" >&2
   exit 2
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

@@ -116,6 +116,66 @@ def test_nan_in_one_sample_leaves_the_others_alone(selection):
         np.testing.assert_array_equal(ours[[0, 2]], theirs[[0, 2]])
 
 
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+@pytest.mark.parametrize("importance", ["class", "received"])
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_sample_of_bad_numbers_is_its_own_affair(selection, importance, granularity, bad, where):
+    attrs = attributes(
+        selection=selection, importance=importance, granularity=granularity, tau=-1.0
+    )
+    arrays = inputs(3, attrs=attrs)
+    clean = run_body(*arrays, attrs)
+    arrays[where][1] = bad
+    for ours, theirs in zip(run_body(*arrays, attrs), clean, strict=True):
+        np.testing.assert_array_equal(ours[[0, 2]], theirs[[0, 2]])
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+def test_a_pruned_token_leaves_no_trace(prefix, selection):
+    kind = "class" if prefix else "received"
+    attrs = attributes(num_prefix=prefix, importance=kind, selection=selection, tau=2.0)
+    x, qkv, size = inputs(4, attrs=attrs)
+    clean = run_body(x, qkv, size, attrs)
+    for sample, destination in enumerate(expected(x, qkv, size, attrs).destination):
+        x[sample, destination < 0] = np.nan
+    for ours, theirs in zip(run_body(x, qkv, size, attrs), clean, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+def test_a_token_that_takes_nothing_in_is_copied(dtype, selection):
+    attrs = attributes(selection=selection)
+    arrays = inputs(16, attrs=attrs, dtype=dtype)
+    want = expected(*arrays, attrs)
+    y, out_size, _ = run_body(*arrays, attrs)
+    copies = 0
+    for sample in np.flatnonzero(want.clear(1e-5)):
+        destination = want.destination[sample]
+        for token in range(attrs.num_prefix, len(destination)):
+            place = destination[token]
+            if place >= 0 and (destination == place).sum() == 1:
+                np.testing.assert_array_equal(y[sample, place], arrays[0][sample, token])
+                assert out_size[sample, place] == arrays[2][sample, token]
+                copies += 1
+    assert copies > 10
+
+
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+def test_a_sample_is_the_same_alone_and_again(selection):
+    attrs = attributes(num_keep=70, num_heads=6, head_dim=64, scale=0.125, selection=selection)
+    x, qkv, size = inputs(5, 98, attrs=attrs, channels=384)
+    together = run_body(x, qkv, size, attrs)
+    for ours, theirs in zip(run_body(x, qkv, size, attrs), together, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    alone = run_body(x[3:4], qkv[3:4], size[3:4], attrs)
+    for ours, theirs in zip(alone, together, strict=True):
+        np.testing.assert_allclose(ours[0], theirs[3], rtol=1e-6, atol=1e-6)
+
+
 def test_attributes_survive_onnx():
     attrs = attributes(granularity="sample", importance="received", proportional=False, tau=0.5)
     attrs = replace(attrs, selection="distinct")

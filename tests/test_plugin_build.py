@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -183,6 +184,17 @@ def test_the_key_follows_sources_architectures_and_versions(
     monkeypatch.setattr(plugin, "sources_dir", lambda: changed)
     paths.add(plugin.build_plugin())
     assert len(paths) == 5
+
+
+def test_every_included_file_is_part_of_the_key() -> None:
+    folder = plugin.sources_dir()
+    included, todo = set(plugin.SOURCES), list(plugin.SOURCES)
+    while todo:
+        text = (folder / todo.pop()).read_text()
+        found = set(re.findall(r'^#include "([^"/]+)"', text, re.MULTILINE)) - included
+        included |= found
+        todo += found
+    assert included == {*plugin.SOURCES, *plugin.OTHER_SOURCES} - {"exports.map"}
 
 
 def test_concurrent_builds_agree(fake_tools: Path, cache: Path) -> None:
@@ -454,6 +466,7 @@ GOOD: list[list[Any]] = [
     ["head_dim", "i", 64],
     ["scale", "f", 0.125],
     ["tau", "f", 0.7],
+    ["merge_weight", "f", 0.5],
     ["granularity", "i", 0],
     ["importance", "i", 0],
     ["proportional", "i", 1],
@@ -569,12 +582,14 @@ def onnx_model(
     domain: str = "jmp_deploy",
     namespace: str | None = None,
 ) -> Path:
-    """One node with inputs x, qkv, size; types f (float32), h (float16) or i (int32) each."""
+    """One node with inputs x, qkv, size; types f (float32), h (float16), b (bfloat16) or i (int32)
+    each."""
     onnx = pytest.importorskip("onnx")
     helper = onnx.helper
     codes = {
         "f": onnx.TensorProto.FLOAT,
         "h": onnx.TensorProto.FLOAT16,
+        "b": onnx.TensorProto.BFLOAT16,
         "i": onnx.TensorProto.INT32,
     }
     shapes = [["batch", tokens, 384], ["batch", tokens, width], [size_batch, size_tokens]]
@@ -621,6 +636,7 @@ def test_real_builder_takes_it_in_every_form(library: Path, tmp_path: Path) -> N
     forms: list[dict[str, Any]] = [
         {},
         {"types": "hhh", "size_batch": "batch"},
+        {"types": "bbb"},
         {"width": 768},  # q and k alone
         {"namespace": ""},
         {"namespace": "jmp_deploy"},
@@ -638,7 +654,7 @@ def test_wrong_shapes_and_types_are_explained(library: Path, tmp_path: Path) -> 
         ({"size_tokens": 196}, ["[1, 196]", "197"]),
         ({"size_batch": 3}, ["size", "3"]),
         ({"types": "hhf"}, ["float16, float16, float32"]),
-        ({"types": "fif"}, ["float32 or all in float16"]),
+        ({"types": "fif"}, ["all in float32, all in float16 or all in bfloat16"]),
     ]
     models = [onnx_model(tmp_path / f"{i}.onnx", **form) for i, (form, _) in enumerate(wrong)]
     results = build_onnx(library, tmp_path, models)

@@ -5,10 +5,11 @@
 //   on a GPU, for compute-sanitizer:
 //     nvcc -std=c++17 -lineinfo token_reduce_kernel.cu tests/host_driver.cpp -o driver
 //
-//   driver CASE OUT [SHORT]
+//   driver VERSION CASE OUT [SHORT]
+// VERSION: "tuned" or "plain" kernels; "tuned" for a case that they do not take is an error.
 // CASE: JmpTokenReduceParams, then x, qkv, size. OUT: y, out_size, log_size, destination.
-// SHORT names a buffer that is allocated one element (workspace: 512 bytes, the last two parts) too small: a planted
-// bug, to prove that AddressSanitizer notices.
+// SHORT names a buffer that is allocated one element (workspace: 512 bytes) too small: a planted bug,
+// to prove that AddressSanitizer notices.
 // Every buffer is an allocation of its own, of its exact size, filled with 0xff (a NaN) at first.
 #include <stdio.h>
 #include <stdlib.h>
@@ -77,10 +78,10 @@ void store(const Buffer& buffer, FILE* file) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  FILE* file = argc >= 3 ? fopen(argv[1], "rb") : nullptr;
+  FILE* file = argc >= 4 ? fopen(argv[2], "rb") : nullptr;
   JmpTokenReduceParams p;
   if (file == nullptr || fread(&p, sizeof p, 1, file) != 1) {
-    fprintf(stderr, "usage: driver CASE OUT [SHORT]\n");
+    fprintf(stderr, "usage: driver tuned|plain CASE OUT [SHORT]\n");
     return 2;
   }
   char message[256];
@@ -88,8 +89,16 @@ int main(int argc, char** argv) {
     fprintf(stderr, "%s\n", message);
     return 3;
   }
-  const char* planted = argc > 3 ? argv[3] : "";
-  const size_t element = p.dtype == JMP_FLOAT16 ? 2 : 4;
+  const bool tuned = strcmp(argv[1], "tuned") == 0;
+  if (tuned && jmp_token_reduce_check_tuned(&p, message, sizeof message) != 0) {
+    fprintf(stderr, "the tuned kernels do not take this case: %s\n", message);
+    return 3;
+  }
+  const auto launch = tuned ? &jmp_token_reduce : &jmp_token_reduce_plain;
+  const auto workspace_bytes =
+      tuned ? &jmp_token_reduce_workspace_bytes : &jmp_token_reduce_plain_workspace_bytes;
+  const char* planted = argc > 4 ? argv[4] : "";
+  const size_t element = p.dtype == JMP_FLOAT32 ? 4 : 2;
   const size_t tokens = static_cast<size_t>(p.batch) * static_cast<size_t>(p.tokens);
   const size_t outputs =
       static_cast<size_t>(p.batch) * static_cast<size_t>(p.num_prefix + p.num_keep);
@@ -104,7 +113,7 @@ int main(int argc, char** argv) {
   const Buffer out_size = make("out_size", outputs * element, element, planted);
   const Buffer log_size = make("log_size", outputs * element, element, planted);
   const Buffer destination = make("destination", tokens * 4, 4, planted);
-  const Buffer workspace = make("workspace", jmp_token_reduce_workspace_bytes(&p), 512, planted);
+  const Buffer workspace = make("workspace", workspace_bytes(&p), 512, planted);
   fill(x, file);
   fill(qkv, file);
   fill(size, file);
@@ -116,13 +125,13 @@ int main(int argc, char** argv) {
 #endif  // on a GPU they stay uninitialized: initcheck is to see who reads them
 
   const int error =
-      jmp_token_reduce(&p, x.data, qkv.data, size.data, y.data, out_size.data, log_size.data,
-                       static_cast<int32_t*>(destination.data), workspace.data, nullptr);
+      launch(&p, x.data, qkv.data, size.data, y.data, out_size.data, log_size.data,
+             static_cast<int32_t*>(destination.data), workspace.data, nullptr);
   if (error != 0) {
     fprintf(stderr, "%s\n", jmp_token_reduce_error_string(error));
     return 1;
   }
-  FILE* out = fopen(argv[2], "wb");
+  FILE* out = fopen(argv[3], "wb");
   if (out == nullptr) return 2;
   for (const Buffer& b : {y, out_size, log_size, destination}) store(b, out);
   if (fclose(out) != 0) return 2;

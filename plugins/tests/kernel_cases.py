@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 import oracle
-from kernel_library import Outputs
+from kernel_library import Outputs, bfloat16
 
-CLEAR = 2e-6  # float32 rounding of an importance or a similarity stays well below this
-TOLERANCE = {np.float32: 2e-6, np.float16: 1e-3}  # relative: a few ulps; one ulp
+# Decisions closer than this may fall either way. float32 sums stay well below it; so do the tuned
+# kernel's three products of halves (1e-7, plus a matrix unit's truncated sums on a GPU).
+CLEAR = 4e-6
+# Relative: a few ulps of float32, one of the others.
+TOLERANCE: dict[Any, float] = {np.dtype(np.float32): 2e-6, np.dtype(np.float16): 1e-3}
+if bfloat16 is not None:
+    TOLERANCE[bfloat16] = 8e-3
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -29,6 +34,7 @@ def attributes(**changes: Any) -> dict[str, Any]:
         "importance": oracle.CLASS_ROW,
         "proportional": 1,
         "selection": oracle.IMPORTANCE,
+        "merge_weight": 1.0,
     }
     return values | changes
 
@@ -39,7 +45,7 @@ def random_case(
     *,
     batch: int = 2,
     tokens: int = 15,
-    channels: int = 10,
+    channels: int = 16,
     parts: int = 3,
     extra: int = 0,
     broadcast: bool = False,
@@ -70,7 +76,7 @@ def tied_case(seed: int, attrs: dict[str, Any], *, batch: int, tokens: int) -> C
     keys = pool[rng.integers(0, len(pool), (batch, tokens))]
     query = rng.integers(-1, 2, (batch, tokens, d)).astype(np.float32)
     qkv = np.ascontiguousarray(np.concatenate([query, keys], axis=2))
-    x = rng.standard_normal((batch, tokens, 5)).astype(np.float32)
+    x = rng.standard_normal((batch, tokens, 8)).astype(np.float32)
     return x, qkv, np.ones((1, tokens), np.float32)
 
 
@@ -91,9 +97,10 @@ def assert_matches(
     want = oracle.token_reduce(*case, **attrs)
     clear = np.ones(len(x), bool) if exact else want.clear(CLEAR)
     np.testing.assert_array_equal(got.destination[clear], want.destination[clear])
-    tolerance = tolerance or TOLERANCE[x.dtype.type]
+    tolerance = tolerance or TOLERANCE[x.dtype]
     for name in ("y", "out_size", "log_size"):
-        found, expected = getattr(got, name)[clear], getattr(want, name)[clear]
+        found = getattr(got, name)[clear].astype(np.float64)
+        expected = getattr(want, name)[clear]
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance, err_msg=name)
     assert_legal(got, x, np.broadcast_to(size, x.shape[:2]), attrs)
     return int(clear.sum())

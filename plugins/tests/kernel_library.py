@@ -13,8 +13,15 @@ from typing import Any
 
 import numpy as np
 
-FLOAT32, FLOAT16 = 0, 1
-DTYPES = {np.dtype(np.float32): FLOAT32, np.dtype(np.float16): FLOAT16}
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+DTYPES: dict[Any, int] = {np.dtype(np.float32): FLOAT32, np.dtype(np.float16): FLOAT16}
+try:
+    import ml_dtypes
+except ImportError:  # comes with onnx; without it bfloat16 is not tested
+    bfloat16: Any = None
+else:
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    DTYPES[bfloat16] = BFLOAT16
 
 
 class Params(ctypes.Structure):
@@ -27,6 +34,7 @@ class Params(ctypes.Structure):
         ("head_dim", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("tau", ctypes.c_float),
+        ("merge_weight", ctypes.c_float),
         ("granularity", ctypes.c_int32),
         ("importance", ctypes.c_int32),
         ("proportional", ctypes.c_int32),
@@ -69,35 +77,59 @@ class KernelLibrary:
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
         params = ctypes.POINTER(Params)
-        library.jmp_token_reduce_check.argtypes = [params, ctypes.c_char_p, ctypes.c_size_t]
-        library.jmp_token_reduce_check.restype = ctypes.c_int
-        library.jmp_token_reduce_workspace_bytes.argtypes = [params]
-        library.jmp_token_reduce_workspace_bytes.restype = ctypes.c_size_t
-        library.jmp_token_reduce.argtypes = [params] + [ctypes.c_void_p] * 9
-        library.jmp_token_reduce.restype = ctypes.c_int
+        for function in (library.jmp_token_reduce_check, library.jmp_token_reduce_check_tuned):
+            function.argtypes = [params, ctypes.c_char_p, ctypes.c_size_t]
+            function.restype = ctypes.c_int
+        for function in (
+            library.jmp_token_reduce_workspace_bytes,
+            library.jmp_token_reduce_plain_workspace_bytes,
+        ):
+            function.argtypes = [params]
+            function.restype = ctypes.c_size_t
+        for function in (library.jmp_token_reduce, library.jmp_token_reduce_plain):
+            function.argtypes = [params] + [ctypes.c_void_p] * 9
+            function.restype = ctypes.c_int
         library.jmp_token_reduce_error_string.argtypes = [ctypes.c_int]
         library.jmp_token_reduce_error_string.restype = ctypes.c_char_p
         self._library = library
 
     def check(self, params: Params) -> str | None:
         """What is wrong with `params`, or None."""
+        return self._refusal(self._library.jmp_token_reduce_check, params)
+
+    def check_tuned(self, params: Params) -> str | None:
+        """Why the plain kernels run with `params`; None if the tuned ones do."""
+        return self._refusal(self._library.jmp_token_reduce_check_tuned, params)
+
+    @staticmethod
+    def _refusal(function: Any, params: Params) -> str | None:
         message = ctypes.create_string_buffer(256)
-        wrong = self._library.jmp_token_reduce_check(ctypes.byref(params), message, len(message))
+        wrong = function(ctypes.byref(params), message, len(message))
         return message.value.decode() if wrong else None
 
-    def workspace_bytes(self, params: Params) -> int:
+    def workspace_bytes(self, params: Params, *, plain: bool = False) -> int:
         """Scratch bytes that a launch with `params` needs."""
-        return int(self._library.jmp_token_reduce_workspace_bytes(ctypes.byref(params)))
+        library = self._library
+        count = (
+            library.jmp_token_reduce_plain_workspace_bytes
+            if plain
+            else library.jmp_token_reduce_workspace_bytes
+        )
+        return int(count(ctypes.byref(params)))
 
-    def launch(self, params: Params, *pointers: int | None, stream: int = 0) -> None:
+    def launch(
+        self, params: Params, *pointers: int | None, stream: int = 0, plain: bool = False
+    ) -> None:
         """Launch with the addresses x, qkv, size, y, out_size, log_size, destination, workspace.
 
         Raises:
             RuntimeError: the launcher returned a CUDA error.
         """
-        error = self._library.jmp_token_reduce(ctypes.byref(params), *pointers, stream)
+        library = self._library
+        function = library.jmp_token_reduce_plain if plain else library.jmp_token_reduce
+        error = function(ctypes.byref(params), *pointers, stream)
         if error:
-            text = self._library.jmp_token_reduce_error_string(error).decode()
+            text = library.jmp_token_reduce_error_string(error).decode()
             raise RuntimeError(f"jmp_token_reduce: {text} ({error})")
 
     def run_host(
@@ -107,9 +139,10 @@ class KernelLibrary:
         size: np.ndarray,
         *,
         want_destination: bool = True,
+        plain: bool = False,
         **attributes: Any,
     ) -> Outputs:
-        """Run a CPU build on contiguous NumPy arrays of one dtype (float32 or float16).
+        """Run a CPU build on contiguous NumPy arrays of one dtype of DTYPES.
 
         Outputs and workspace are full of NaN before the launch, so what it forgets to write shows.
         """
@@ -122,14 +155,13 @@ class KernelLibrary:
             log_size=np.full((batch, places), np.nan, x.dtype),
             destination=np.full((batch, tokens), np.iinfo(np.int32).min, np.int32),
         )
-        workspace = np.full(self.workspace_bytes(params), 0xFF, np.uint8)
+        workspace = np.full(self.workspace_bytes(params, plain=plain), 0xFF, np.uint8)
         arrays = [x, qkv, size, outputs.y, outputs.out_size, outputs.log_size]
         assert all(array.flags.c_contiguous for array in arrays)
         assert len({array.dtype for array in arrays}) == 1
         destination = outputs.destination.ctypes.data if want_destination else None
-        self.launch(
-            params, *(array.ctypes.data for array in arrays), destination, workspace.ctypes.data
-        )
+        pointers = [array.ctypes.data for array in arrays]
+        self.launch(params, *pointers, destination, workspace.ctypes.data, plain=plain)
         return outputs
 
 

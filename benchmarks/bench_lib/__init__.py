@@ -1,0 +1,1 @@
+"""What the speed benchmarks share: paired timing, the machine's facts, files."""

@@ -1,0 +1,241 @@
+"""The portable body of JMPTokenReduce in ONNX's text form, written for ONNX Runtime on a CPU.
+
+`node.body` parses it; nothing is imported here. What the definition's steps become, and why:
+
+- Importance by the class row: one product of the keys, as they lie in QKV, with a matrix that holds
+  each head's query in a row of its own and zeros elsewhere. No transposed copy of the keys.
+- Prefix tokens get the rating +inf, so that one TopK places them and the critical tokens: nothing
+  large is sliced apart and joined again.
+- `distinct`: tokens are sorted by importance first. Who is more important is then the same
+  triangle of a matrix in every sample, one addition instead of comparisons of all pairs.
+- The merge is a product with a zero-one matrix, not a scatter: no engine has to support
+  ScatterElements with a reduction (TensorRT-RTX does not), and the order of the sum is fixed.
+  Weights are divided by the new size beforehand, where they are few. A token that takes nothing in
+  has weight s / s = 1 and adds exact zeros: it is copied.
+- Pruned tokens go into that product too, with weight zero, and 0 * NaN is NaN: their row is read
+  from a token that stays instead.
+- What a NaN among the keys makes of its sample is not defined, but no index comes from a
+  comparison with NaN: TopK, not ArgMax, finds the most similar token, since an index out of range
+  would fail the whole batch.
+
+A token position is [B, L, 1] wherever rows are gathered by it; sizes and decisions have the same
+shape, so that they broadcast along channels.
+"""
+
+from __future__ import annotations
+
+_CONSTANTS = """
+  zero = Constant <value_ints = [0]> ()
+  one = Constant <value_ints = [1]> ()
+  two = Constant <value_ints = [2]> ()
+  zero_one = Constant <value_ints = [0, 0]> ()
+  one_two = Constant <value_ints = [1, 2]> ()
+  end = Constant <value_ints = [9223372036854775807]> ()
+  zero_s = Constant <value_int = 0> ()
+  one_s = Constant <value_int = 1> ()
+  zero_f = Constant <value_float = 0.0> ()
+  infinite = Constant <value_float = inf> ()
+  minus_inf = Constant <value_float = -inf> ()
+  tiny = Constant <value_float = 1e-12> ()
+  lowest = Constant <value_float = -1.0> ()
+  highest = Constant <value_float = 1.0> ()
+  prefix_s = Constant <value_int: int = @num_prefix> ()
+  keep_s = Constant <value_int: int = @num_keep> ()
+  heads_s = Constant <value_int: int = @num_heads> ()
+  dim_s = Constant <value_int: int = @head_dim> ()
+  scale = Constant <value_float: float = @scale> ()
+  tau = Constant <value_float: float = @tau> ()
+  merge_weight = Constant <value_float: float = @merge_weight> ()
+  prefix = Unsqueeze (prefix_s, zero)
+  heads = Unsqueeze (heads_s, zero)
+  dim = Unsqueeze (dim_s, zero)
+  places_s = Add (prefix_s, keep_s)
+  places = Unsqueeze (places_s, zero)
+  width_s = Mul (heads_s, dim_s)
+  width = Unsqueeze (width_s, zero)
+  width_2 = Add (width, width)
+  by_head = Concat <axis = 0> (zero, zero, heads, dim)
+  tokens = Shape <start = 1, end = 2> (x)
+  tokens_s = Squeeze (tokens)
+  token_row = Range (zero_s, tokens_s, one_s)
+  is_prefix_row = Less (token_row, prefix_s)
+  is_prefix = Unsqueeze (is_prefix_row, one)
+"""
+
+_KEYS = """
+  key_part = Slice (qkv, width, width_2, two)
+  key = Cast <to = 1> (key_part)
+  key_heads = Reshape (key, by_head)
+  size_f = Cast <to = 1> (size)
+"""
+
+_CLASS_LOGITS = """
+  columns = Range (zero_s, width_s, one_s)
+  head_of_column = Div (columns, dim_s)
+  head_row = Range (zero_s, heads_s, one_s)
+  head_col = Unsqueeze (head_row, one)
+  own_columns = Equal (head_col, head_of_column)
+  one_width = Concat <axis = 0> (one, width)
+  query_part = Slice (qkv, zero_one, one_width, one_two)
+  query = Cast <to = 1> (query_part)
+  queries = Where (own_columns, query, zero_f)
+  key_t = Transpose <perm = [0, 2, 1]> (key)
+  products = MatMul (queries, key_t)
+  logits_plain = Mul (products, scale)
+  queries_axes = Identity (one)
+"""
+
+_ALL_LOGITS = """
+  query_part = Slice (qkv, zero, width, two)
+  query_f = Cast <to = 1> (query_part)
+  query_heads = Reshape (query_f, by_head)
+  queries = Transpose <perm = [0, 2, 1, 3]> (query_heads)
+  key_t = Transpose <perm = [0, 2, 3, 1]> (key_heads)
+  products = MatMul (queries, key_t)
+  logits_plain = Mul (products, scale)
+  queries_axes = Identity (one_two)
+"""
+
+_LOG_SIZE = """
+  log_in = Log (size_f)
+  log_row = Unsqueeze (log_in, {axes})
+  logits = Add (logits_plain, log_row)
+"""
+
+_IMPORTANCE = """
+  attention = Softmax <axis = -1> (logits)
+  importance_any = ReduceMean <keepdims = 0> (attention, queries_axes)
+  unknown = IsNaN (importance_any)
+  importance_known = Where (unknown, minus_inf, importance_any)
+  importance = Unsqueeze (importance_known, two)
+"""
+
+_METRIC = """
+  key_mean = ReduceMean <keepdims = 0> (key_heads, two)
+  length_any = ReduceL2 <keepdims = 1> (key_mean, two)
+  length = Max (length_any, tiny)
+  metric = Div (key_mean, length)
+"""
+
+_BY_IMPORTANCE = """
+  rating_any = Identity (importance)
+"""
+
+# Nobody is elder than the most important token: its rating is +inf, as is that of a
+# token whose cosines are all NaN. Prefix tokens come last.
+_DISTINCT = """
+  importance_own = Where (is_prefix, minus_inf, importance)
+  sorted_own, eldest_first = TopK <axis = 1, largest = 1, sorted = 1> (importance_own, tokens)
+  metric_sorted = GatherND <batch_dims = 1> (metric, eldest_first)
+  metric_sorted_t = Transpose <perm = [0, 2, 1]> (metric_sorted)
+  cosine_all = MatMul (metric_sorted, metric_sorted_t)
+  square = Concat <axis = 0> (tokens, tokens)
+  barred = Expand (minus_inf, square)
+  younger = Trilu <upper = 1> (barred)
+  cosine_elder = Add (cosine_all, younger)
+  nearest = ReduceMax <keepdims = 1> (cosine_elder, two)
+  redundancy = Min (nearest, highest)
+  distance = Sub (highest, redundancy)
+  attended = Max (sorted_own, zero_f)
+  root = Sqrt (attended)
+  missed = Mul (root, distance)
+  has_elder = Greater (redundancy, minus_inf)
+  rating_sorted = Where (has_elder, missed, infinite)
+  rating_any = ScatterElements <axis = 1> (importance, eldest_first, rating_sorted)
+"""
+
+_CRITICAL = """
+  rating = Where (is_prefix, infinite, rating_any)
+  ranked, order = TopK <axis = 1, largest = 1, sorted = 1> (rating, tokens)
+  staying = Slice (order, zero, places, one)
+  rest = Slice (order, places, end, one)
+  place_token, place_at = TopK <axis = 1, largest = 0, sorted = 1> (staying, places)
+  kept = Slice (place_token, prefix, end, one)
+"""
+
+_SIMILARITY = """
+  metric_kept = GatherND <batch_dims = 1> (metric, kept)
+  metric_rest = GatherND <batch_dims = 1> (metric, rest)
+  metric_kept_t = Transpose <perm = [0, 2, 1]> (metric_kept)
+  cosine = MatMul (metric_rest, metric_kept_t)
+  similarity = Clip (cosine, lowest, highest)
+  best, target_slot = TopK <axis = 2, largest = 1> (similarity, one)
+  target = Add (target_slot, prefix)
+"""
+
+_DECISION_BY_TOKEN = """
+  merged = GreaterOrEqual (best, tau)
+"""
+
+_DECISION_BY_SAMPLE = """
+  best_mean = ReduceMean <keepdims = 1> (best, one)
+  merged_sample = GreaterOrEqual (best_mean, tau)
+  best_shape = Shape (best)
+  merged = Expand (merged_sample, best_shape)
+"""
+
+_MERGE = """
+  size_any = Unsqueeze (size_f, two)
+  importance_shape = Shape (importance)
+  size_col = Expand (size_any, importance_shape)
+  size_place = GatherND <batch_dims = 1> (size_col, place_token)
+  size_rest = GatherND <batch_dims = 1> (size_col, rest)
+  weight = Where (merged, size_rest, zero_f)
+  place_row = Range (zero_s, places_s, one_s)
+  place_col = Unsqueeze (place_row, one)
+  target_row = Transpose <perm = [0, 2, 1]> (target)
+  hits = Equal (place_col, target_row)
+  routes = Cast <to = 1> (hits)
+  taken_in = MatMul (routes, weight)
+  size_new = Add (size_place, taken_in)
+
+  taken_share = Mul (taken_in, merge_weight)
+  divisor = Add (size_place, taken_share)
+  divisor_target = GatherND <batch_dims = 1> (divisor, target)
+  weight_share = Mul (weight, merge_weight)
+  share = Div (weight_share, divisor_target)
+  share_own = Div (size_place, divisor)
+  survivor = Slice (place_token, zero, one, one)
+  source = Where (merged, rest, survivor)
+  x_place = GatherND <batch_dims = 1> (x, place_token)
+  x_source = GatherND <batch_dims = 1> (x, source)
+  x_place_f = Cast <to = 1> (x_place)
+  x_source_f = Cast <to = 1> (x_source)
+  x_share = Mul (x_source_f, share)
+  incoming = MatMul (routes, x_share)
+  own = Mul (x_place_f, share_own)
+  y_f = Add (own, incoming)
+
+  out_size_f = Squeeze (size_new, two)
+  log_size_f = Log (out_size_f)
+  y = CastLike (y_f, x)
+  out_size = CastLike (out_size_f, x)
+  log_size = CastLike (log_size_f, x)
+"""
+
+
+def operators(*, granularity: str, importance: str, proportional: bool, selection: str) -> str:
+    """The operators of the body for the attributes that one body cannot read from its node.
+
+    Args:
+        granularity, importance, proportional, selection: as in `node.TokenReduce`.
+    """
+    by_class = importance == "class"
+    if proportional:
+        logits = _LOG_SIZE.format(axes="one" if by_class else "one_two")
+    else:
+        logits = "  logits = Identity (logits_plain)\n"
+    steps = (
+        _CONSTANTS,
+        _KEYS,
+        _CLASS_LOGITS if by_class else _ALL_LOGITS,
+        logits,
+        _IMPORTANCE,
+        _METRIC,
+        _DISTINCT if selection == "distinct" else _BY_IMPORTANCE,
+        _CRITICAL,
+        _SIMILARITY,
+        _DECISION_BY_TOKEN if granularity == "token" else _DECISION_BY_SAMPLE,
+        _MERGE,
+    )
+    return "".join(steps)

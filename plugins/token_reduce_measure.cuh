@@ -1,0 +1,190 @@
+// Tuned version, step 1: one pass over the keys. And the softmax that its readers finish.
+#ifndef JMP_TOKEN_REDUCE_MEASURE_CUH
+#define JMP_TOKEN_REDUCE_MEASURE_CUH
+
+#include "token_reduce_warp.cuh"
+
+namespace {
+
+constexpr int kMaxHeads = 64;
+constexpr int kMaxInner = 8192;   // H*d: the query row lies in shared memory as float32
+constexpr int kMaxPatches = 2048;
+constexpr int kMaxHeadDim = 128;
+constexpr uint32_t kNobody = 0xffffu;
+
+// Matrix units take 16 columns at a time. One kernel for each of 2, 4, 6 and 8 such steps.
+__host__ __device__ inline int matrix_steps(int head_dim) {
+  return static_cast<int>(divide_up(head_dim, 32)) * 2;
+}
+
+// What the kernels hand to each other, in device memory.
+struct Scratch {
+  float* logits;         // [B, H, N] attention logits of the class token
+  __half* metric;        // [B, M, 2, 16*steps] unit vectors, rounded to half; and what that lost
+  uint32_t* redundancy;  // [B, M] JMP_DISTINCT: as `ordered` bits, 0 for none
+  float* importance;     // [B, M] JMP_DISTINCT
+  int32_t* kept;         // [B, K] patch index of each critical token, ascending
+  uint32_t* source;      // [B, M-K] every other token, ascending: index | nearest slot << 16
+  float* similarity;     // [B, M-K] to that nearest critical token
+  size_t bytes;
+
+  Scratch(const Params& p, char* base) {
+    Arena arena(base);
+    const int64_t patches = product(p.batch, patch_tokens(p));
+    const int64_t rest = patches - product(p.batch, p.num_keep);
+    const int64_t distinct = p.selection == JMP_DISTINCT ? patches : 0;
+    kept = arena.take<int32_t>(product(p.batch, p.num_keep));
+    source = arena.take<uint32_t>(rest);
+    similarity = arena.take<float>(rest);
+    redundancy = arena.take<uint32_t>(distinct);
+    importance = arena.take<float>(distinct);
+    logits = arena.take<float>(product(p.batch, p.tokens, p.num_heads));
+    metric = arena.take<__half>(product(patches, 32, matrix_steps(p.head_dim)));
+    bytes = arena.bytes();
+  }
+};
+
+__device__ inline const __half* metric_of(const Params& p, const Scratch& w, int sample) {
+  return w.metric + product(sample, patch_tokens(p), 32 * matrix_steps(p.head_dim));
+}
+
+// --- The kernel --------------------------------------------------------------------------------------
+
+// kLanes neighbouring lanes take one token, each 8 columns of every head: the sum over heads needs
+// no exchange between lanes, and one head's key is one line of memory. Grid: tiles of
+// kThreads / kLanes tokens of each sample. Shared memory: the class token's query, float32; of every
+// head first the columns 0-3, 8-11, ... and then the others, so that neighbouring lanes read
+// neighbouring 16 bytes.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qkv, const T* size,
+                                                           Scratch w) {
+  JMP_DYNAMIC_SHARED(shared);
+  constexpr int kTokens = kThreads / kLanes;
+  constexpr int kLoads = static_cast<int>(8 * sizeof(T) / 16);
+  constexpr int kBatch = kLanes < 8 ? 4 : 6 / kLoads;  // heads whose loads are under way at once
+  float* query = reinterpret_cast<float*>(shared);
+  const int tiles = static_cast<int>(divide_up(p.tokens, kTokens));
+  const int sample = static_cast<int>(blockIdx.x) / tiles;
+  const int token =
+      static_cast<int>(blockIdx.x) % tiles * kTokens + static_cast<int>(threadIdx.x) / kLanes;
+  const int part = static_cast<int>(threadIdx.x) % kLanes;
+  let_next_start();
+
+  const T* row = query_of(p, qkv, sample, 0, 0);
+  const int inner = p.num_heads * p.head_dim;
+  for (int c = static_cast<int>(threadIdx.x) * kPerLoad<T>; c < inner; c += kThreads * kPerLoad<T>) {
+    float values[kPerLoad<T>];
+    unpack<T>(load_16(row + c), values);
+    const int column = c % p.head_dim;
+    float* const to = query + (c - column) + column / 8 * 4;
+    JMP_UNROLL
+    for (int i = 0; i < kPerLoad<T>; i += 4) {
+      store_16(to + (column + i) % 8 / 4 * (p.head_dim / 2), pack<float>(values + i));
+    }
+  }
+  __syncthreads();
+
+  const bool there = token < p.tokens;
+  const bool here = there && part * 8 < p.head_dim;  // lanes may outnumber the columns
+  const T* keys = key_of(p, qkv, sample, here ? token : 0, 0) + (here ? part * 8 : 0);
+  const float log_size =
+      p.proportional && there ? logf(to_float(size_of(p, size, sample, token))) : 0.0f;
+  float mean[8] = {};
+  for (int first = 0; first < p.num_heads; first += kBatch) {
+    uint4 raw[kBatch][kLoads];
+    JMP_UNROLL
+    for (int u = 0; u < kBatch; ++u) {
+      JMP_UNROLL
+      for (int l = 0; l < kLoads; ++l) {
+        raw[u][l] = uint4{0u, 0u, 0u, 0u};
+        if (here && first + u < p.num_heads) {
+          raw[u][l] = load_16(keys + (first + u) * p.head_dim + l * kPerLoad<T>);
+        }
+      }
+    }
+    float logit = 0.0f;  // of head first + part
+    JMP_UNROLL
+    for (int u = 0; u < kBatch; ++u) {
+      float dot = 0.0f;
+      if (here && first + u < p.num_heads) {
+        const float* at = query + (first + u) * p.head_dim + part * 4;
+        float q[8];
+        unpack<float>(load_16(at), q);
+        unpack<float>(load_16(at + p.head_dim / 2), q + 4);
+        float values[8];
+        JMP_UNROLL
+        for (int l = 0; l < kLoads; ++l) unpack<T>(raw[u][l], values + l * kPerLoad<T>);
+        JMP_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          dot += q[i] * values[i];
+          mean[i] += values[i];
+        }
+      }
+      dot = sum_lanes<kLanes>(dot);
+      if (part == u) logit = dot;
+    }
+    if (part < kBatch && first + part < p.num_heads && there) {
+      w.logits[(product(sample, p.num_heads) + first + part) * p.tokens + token] =
+          p.scale * logit + log_size;
+    }
+  }
+
+  const float share = 1.0f / static_cast<float>(p.num_heads);
+  float squares = 0.0f;
+  JMP_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    mean[i] *= share;
+    squares += mean[i] * mean[i];
+  }
+  const float inverse = 1.0f / fmaxf(sqrtf(sum_lanes<kLanes>(squares)), 1e-12f);
+  const int width = 16 * matrix_steps(p.head_dim);
+  if (token < p.num_prefix || !there || part * 8 >= width) return;
+  float lost[8];
+  JMP_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    mean[i] *= inverse;
+    lost[i] = mean[i] - __half2float(__float2half_rn(mean[i]));
+  }
+  const int64_t at = product(sample, patch_tokens(p)) + token - p.num_prefix;
+  __half* out = w.metric + at * 2 * width + part * 8;
+  store_16(out, pack<__half>(mean));
+  store_16(out + width, pack<__half>(lost));
+  if (p.selection == JMP_DISTINCT && part == 0) w.redundancy[at] = 0u;
+}
+
+// --- Softmax, by every block that needs it -------------------------------------------------------------
+
+// stats [H, 2] in shared memory: maximum of each head's logits; 1 / (denominator * H). Ends with a
+// barrier. The maximum starts at -FLT_MAX, not -inf: inf - inf would be a NaN that is not in the
+// data.
+__device__ inline void softmax_stats(const Params& p, const float* logits, float* stats) {
+  for (int head = warp_index(); head < p.num_heads; head += kWarps) {
+    const float* row = logits + product(head, p.tokens);
+    float top = -FLT_MAX;
+    for (int t = lane_index(); t < p.tokens; t += kWarpSize) top = fmaxf(top, row[t]);
+    top = max_lanes<kWarpSize>(top);
+    float sum = 0.0f;
+    for (int t = lane_index(); t < p.tokens; t += kWarpSize) sum += expf(row[t] - top);
+    sum = sum_lanes<kWarpSize>(sum);
+    if (lane_index() == 0) {
+      stats[2 * head] = top;
+      stats[2 * head + 1] = 1.0f / (sum * static_cast<float>(p.num_heads));
+    }
+  }
+  __syncthreads();
+}
+
+// Mean over heads of the softmax weight of a patch token.
+__device__ inline float importance_of(const Params& p, const float* logits, const float* stats,
+                                      int patch) {
+  float sum = 0.0f;
+  for (int head = 0; head < p.num_heads; ++head) {
+    const float logit = logits[product(head, p.tokens) + p.num_prefix + patch];
+    sum += expf(logit - stats[2 * head]) * stats[2 * head + 1];
+  }
+  return sum;
+}
+
+}  // namespace
+
+#endif  // JMP_TOKEN_REDUCE_MEASURE_CUH

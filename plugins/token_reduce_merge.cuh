@@ -1,0 +1,157 @@
+// Tuned version, step 4: every output token gathers what was merged into it.
+#ifndef JMP_TOKEN_REDUCE_MERGE_CUH
+#define JMP_TOKEN_REDUCE_MERGE_CUH
+
+#include "token_reduce_measure.cuh"
+
+namespace {
+
+constexpr int kPieces = 2;  // of 16 bytes, that a lane has under way at once
+
+// Four blocks of 256 threads fit a multiprocessor with 64 registers each. Turing's code needs a few
+// more, and would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define JMP_MERGE_BLOCKS 3
+#else
+#define JMP_MERGE_BLOCKS 4
+#endif
+
+// JMP_PER_SAMPLE: whether the mean similarity of a sample reaches tau. By a whole warp.
+__device__ inline bool sample_merges(const Params& p, const Scratch& w, int sample, int rest) {
+  const float* similarity = w.similarity + product(sample, rest);
+  float sum = 0.0f;
+  for (int i = lane_index(); i < rest; i += kWarpSize) sum += similarity[i];
+  sum = sum_lanes<kWarpSize>(sum);
+  return sum / static_cast<float>(rest) >= p.tau;  // false for a NaN
+}
+
+// Whether anything goes to `slot`. By a whole warp.
+__device__ inline bool has_source(const uint32_t* source, int rest, int slot) {
+  bool mine = false;
+  for (int i = lane_index(); i < rest; i += kWarpSize) {
+    mine = mine || source[i] >> 16 == static_cast<uint32_t>(slot);
+  }
+  return __ballot_sync(kAll, mine) != 0u;
+}
+
+// Adds a row of x to the sums of this lane's pieces.
+template <typename T>
+__device__ inline void add_row(const T* row, float weight, int piece, int pieces,
+                               float (&sums)[kPieces][kPerLoad<T>]) {
+  uint4 raw[kPieces];
+  JMP_UNROLL
+  for (int k = 0; k < kPieces; ++k) {
+    const int at = piece + k * kWarpSize;
+    raw[k] = at < pieces ? load_16(row + at * kPerLoad<T>) : uint4{0u, 0u, 0u, 0u};
+  }
+  JMP_UNROLL
+  for (int k = 0; k < kPieces; ++k) {
+    float values[kPerLoad<T>];
+    unpack<T>(raw[k], values);
+    JMP_UNROLL
+    for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] += weight * values[i];
+  }
+}
+
+// One warp per output token, 16 bytes per lane and access, two accesses at once. It finds the
+// token's sources by ballots over the sample's list, so they come in ascending order, and needs no
+// barrier. A token that takes no content in is copied bit for bit.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, JMP_MERGE_BLOCKS)
+    merge_kernel(Params p, const T* x, const T* size, Scratch w, T* y, T* out_size, T* log_size,
+                 int32_t* destination) {
+  const int out_tokens = p.num_prefix + p.num_keep;
+  const int64_t out = product(blockIdx.x, kWarps) + warp_index();
+  // No let_next_start(): whatever follows us in the stream may not wait.
+  if (out >= product(p.batch, out_tokens)) return;  // the whole warp
+  const int sample = static_cast<int>(out / out_tokens);
+  const int place = static_cast<int>(out % out_tokens);
+  const int slot = place - p.num_prefix;  // < 0: a prefix token
+  const int rest = patch_tokens(p) - p.num_keep;
+  wait_for_previous();
+  const uint32_t* source = w.source + product(sample, rest);
+  const int self =
+      slot < 0 ? place : p.num_prefix + w.kept[product(sample, p.num_keep) + slot];
+  const T own_size = size_of(p, size, sample, self);
+  const bool merges = slot >= 0 && rest > 0 &&
+                      (p.granularity == JMP_PER_TOKEN || sample_merges(p, w, sample, rest));
+
+  const int64_t own_row = token_row(p, sample, self);
+  const int64_t first_row = token_row(p, sample, p.num_prefix);
+  const int pieces = p.channels / kPerLoad<T>;
+  float total = to_float(own_size);  // the new size
+  bool merged = false;
+  for (int base = 0; base < pieces; base += kPieces * kWarpSize) {
+    const int piece = base + lane_index();
+    uint4 own[kPieces];
+    JMP_UNROLL
+    for (int k = 0; k < kPieces; ++k) {
+      own[k] = uint4{0u, 0u, 0u, 0u};
+      const int at = piece + k * kWarpSize;
+      if (at < pieces) own[k] = load_16(x + own_row * p.channels + at * kPerLoad<T>);
+    }
+    if (base == 0) merged = merges && has_source(source, rest, slot);  // while the row comes
+    if (merged) {
+      float sums[kPieces][kPerLoad<T>];
+      JMP_UNROLL
+      for (int k = 0; k < kPieces; ++k) {
+        unpack<T>(own[k], sums[k]);
+        JMP_UNROLL
+        for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] *= to_float(own_size);
+      }
+      total = to_float(own_size);
+      float content = total;  // what the sums weigh in all
+      for (int first = 0; first < rest; first += kWarpSize) {
+        const int at = first + lane_index();
+        const uint32_t word = at < rest ? source[at] : kNobody << 16;
+        unsigned hits = __ballot_sync(kAll, word >> 16 == static_cast<uint32_t>(slot));
+        if (hits == 0u) continue;
+        const int patch = static_cast<int>(word & 0xffffu);
+        const float my_size =
+            at < rest ? to_float(size_of(p, size, sample, p.num_prefix + patch)) : 0.0f;
+        while (hits != 0u) {
+          const int from = __ffs(static_cast<int>(hits)) - 1;
+          hits &= hits - 1u;
+          const int64_t row = first_row + __shfl_sync(kAll, patch, from);
+          const float weight = __shfl_sync(kAll, my_size, from);
+          total += weight;
+          if (p.merge_weight == 0.0f) continue;  // 0 * NaN is NaN
+          content += p.merge_weight * weight;
+          add_row(x + row * p.channels, p.merge_weight * weight, piece, pieces, sums);
+        }
+      }
+      const float share = 1.0f / content;
+      JMP_UNROLL
+      for (int k = 0; k < kPieces; ++k) {
+        JMP_UNROLL
+        for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] *= share;
+        if (p.merge_weight != 0.0f) own[k] = pack<T>(sums[k]);
+      }
+    }
+    JMP_UNROLL
+    for (int k = 0; k < kPieces; ++k) {
+      const int at = piece + k * kWarpSize;
+      if (at < pieces) store_16(y + out * p.channels + at * kPerLoad<T>, own[k]);
+    }
+  }
+  if (lane_index() == 0) {
+    out_size[out] = merged ? from_float<T>(total) : own_size;
+    log_size[out] = from_float<T>(logf(total));
+  }
+
+  if (destination == nullptr) return;
+  int32_t* const places = destination + token_row(p, sample, 0);
+  if (lane_index() == 0) places[self] = place;
+  const bool writes_pruned = slot == 0;
+  if (!merges && !writes_pruned) return;
+  for (int i = lane_index(); i < rest; i += kWarpSize) {
+    const int token = p.num_prefix + static_cast<int>(source[i] & 0xffffu);
+    const uint32_t target = merges ? source[i] >> 16 : kNobody;
+    if (target == static_cast<uint32_t>(slot)) places[token] = place;
+    if (writes_pruned && target == kNobody) places[token] = kPruned;
+  }
+}
+
+}  // namespace
+
+#endif  // JMP_TOKEN_REDUCE_MERGE_CUH

@@ -1,0 +1,157 @@
+// Warps of the tuned kernels: reductions, asynchronous copies, matrix units, overlapping launches.
+#ifndef JMP_TOKEN_REDUCE_WARP_CUH
+#define JMP_TOKEN_REDUCE_WARP_CUH
+
+#include "token_reduce_common.cuh"
+
+#ifndef JMP_BLOCK_THREADS  // a multiple of 64; tests with a real thread each take fewer
+#define JMP_BLOCK_THREADS 256
+#endif
+
+namespace {
+
+constexpr int kThreads = JMP_BLOCK_THREADS;
+constexpr int kWarpSize = 32;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr unsigned kAll = 0xffffffffu;
+static_assert(kThreads % 64 == 0, "two warps share a row tile");
+
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+__device__ inline unsigned lanes_below() { return (1u << lane_index()) - 1u; }
+
+// --- Reductions. The order is fixed, and every lane gets the same bits -----------------------------
+
+// Over groups of kLanes neighbouring lanes, a power of two.
+template <int kLanes>
+__device__ inline float sum_lanes(float v) {
+  JMP_UNROLL
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAll, v, offset);
+  return v;
+}
+
+template <int kLanes>
+__device__ inline float max_lanes(float v) {  // a NaN loses
+  JMP_UNROLL
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    v = fmaxf(v, __shfl_xor_sync(kAll, v, offset));
+  }
+  return v;
+}
+
+// Sum of the values of this lane and those below it.
+__device__ inline int inclusive_sum(int v) {
+  JMP_UNROLL
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int below = __shfl_up_sync(kAll, v, offset);
+    if (lane_index() >= offset) v += below;
+  }
+  return v;
+}
+
+// --- Launches that overlap (compute capability 9.0 and newer; elsewhere they do nothing) -----------
+
+// From here on, everything that the launches before this one wrote can be read.
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next launch may fill multiprocessors that this one no longer needs. It waits for our results.
+__device__ inline void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// --- Copies of 16 bytes from global to shared memory -----------------------------------------------
+
+__device__ inline void copy_16(void* shared, const void* global) {
+#ifdef JMP_CUDA_ON_HOST
+  cuda_on_host::async_copy(shared, global);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+__device__ inline void commit_copies() {
+#ifdef JMP_CUDA_ON_HOST
+  cuda_on_host::async_commit();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until at most `pending` of this thread's groups are under way; a literal. A barrier has to follow
+// before other threads may read.
+#ifndef JMP_CUDA_ON_HOST
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define JMP_WAIT_COPIES(pending) asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory")
+#else
+#define JMP_WAIT_COPIES(pending)
+#endif
+#define JMP_DYNAMIC_SHARED(name)       \
+  extern __shared__ uint4 jmp_shared[]; \
+  char* const name = reinterpret_cast<char*>(jmp_shared)
+#endif
+
+// --- Matrix units ------------------------------------------------------------------------------------
+
+// c += a * b for a 16x16 tile of halves and 16x8 halves, with float32 sums. Lane 4g+q holds a's rows
+// g and g+8 at columns 2q, 2q+1 (a[0], a[1]) and 2q+8, 2q+9 (a[2], a[3]); b's column g at the same
+// (b0, b1); c's rows g (c[0], c[1]) and g+8 at columns 2q, 2q+1.
+__device__ inline void multiply_tile(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+#ifdef JMP_CUDA_ON_HOST
+  JMP_MMA_16X8X16(c, a, b0, b1);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b1));
+#else
+  static_cast<void>(c), static_cast<void>(a), static_cast<void>(b0), static_cast<void>(b1);
+#endif
+}
+
+// --- 16 bytes of T -----------------------------------------------------------------------------------
+
+template <typename T>
+constexpr int kPerLoad = static_cast<int>(16 / sizeof(T));
+
+template <typename T>
+__device__ inline void unpack(const uint4& raw, float* values) {
+  T typed[kPerLoad<T>];
+  memcpy(typed, &raw, sizeof raw);
+  JMP_UNROLL
+  for (int i = 0; i < kPerLoad<T>; ++i) values[i] = to_float(typed[i]);
+}
+
+template <typename T>
+__device__ inline uint4 pack(const float* values) {
+  T typed[kPerLoad<T>];
+  JMP_UNROLL
+  for (int i = 0; i < kPerLoad<T>; ++i) typed[i] = from_float<T>(values[i]);
+  uint4 raw;
+  memcpy(&raw, typed, sizeof raw);
+  return raw;
+}
+
+__device__ inline uint4 load_16(const void* at) { return *static_cast<const uint4*>(at); }
+__device__ inline void store_16(void* at, const uint4& raw) { *static_cast<uint4*>(at) = raw; }
+
+}  // namespace
+
+#endif  // JMP_TOKEN_REDUCE_WARP_CUH
