@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jmp_deploy import cuda_api, trt_api
@@ -108,6 +109,20 @@ def test_tensorrt_s_stubs_have_every_name(stubs):
 
 def test_tensorrt_rtx_has_every_name(rtx):
     assert wrong(our_names(), lambda name: rtx_has(rtx, name), "rtx", rtx.__version__) == []
+
+
+def test_the_seam_works_on_the_real_tensorrt_rtx(rtx):
+    """As far as that goes without a GPU: logger, runtime, validity, what the network says."""
+    words: list[str] = []
+    logger = trt_api.make_logger(rtx, words.append)
+    runtime = trt_api.make_runtime(rtx, logger)
+    assert trt_api.invalidity(rtx, runtime, b"no plan" * 20) == "malformed engine"
+    assert trt_api.deserialize(runtime, b"no plan" * 20) is None
+    assert words and any("Serialization" in line or "CUDA" in line for line in words)
+    assert trt_api.captures_itself(rtx) and trt_api.strongly_typed(rtx)
+    assert (8, 6) in trt_api.compute_capabilities(rtx)
+    assert rtx.nptype(rtx.DataType.FLOAT) is np.float32
+    assert int(rtx.TensorIOMode.INPUT) != int(rtx.TensorIOMode.OUTPUT)
 
 
 PLANTED = """
