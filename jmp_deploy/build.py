@@ -341,16 +341,15 @@ def _engine(
 ) -> dict[str, Any]:
     """Builds one engine; returns the manifest's "engine"."""
     assert choice.flavour is not None
-    plugin = None
-    if reductions and stage != "engine":
-        from .plugin import plugin_library
-
-        plugin = plugin_library()
-    elif reductions:
-        from .plugin import plugin_library
+    plugin, digest = None, None
+    if reductions:
+        from .plugin import plugin_info, plugin_library
 
         with clock("plugin"):
             plugin = plugin_library()
+        # The digest differs from compiler to compiler; what was compiled is what has to agree.
+        sources = plugin_info(plugin).get("sources")
+        digest = {"file": plugin.name, "sha256": sha256(plugin), "sources": sources}
     cache = options.out / manifest.TIMING_CACHE
     if cache.is_file() and stage == "engine":
         shutil.copy2(cache, staging / manifest.TIMING_CACHE)
@@ -370,7 +369,6 @@ def _engine(
         raise EngineError(
             f"the engine has {facts['plugin_layers']} plugin layers, expected {len(reductions)}"
         )
-    digest = {"file": plugin.name, "sha256": sha256(plugin)} if plugin else None
     return {"flavour": choice.flavour, "why": choice.reason, **facts, "plugin": digest}
 
 

@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$ROOT" || exit 2
 
 echo "jmp_deploy tests: environment"
-jmp_env export,rtx,dev
+jmp_env export,rtx,runtime,dev
 BIN="$VENV/bin"
 # Types of TensorRT for mypy. Its dependency, TensorRT itself, is neither needed nor everywhere to
 # be had, hence --no-deps; without the stubs mypy knows a little less.
