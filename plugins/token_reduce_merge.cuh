@@ -8,14 +8,6 @@ namespace {
 
 constexpr int kPieces = 2;  // of 16 bytes, that a lane has under way at once
 
-// Four blocks of 256 threads fit a multiprocessor with 64 registers each. Turing's code needs a few
-// more, and would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define JMP_MERGE_BLOCKS 3
-#else
-#define JMP_MERGE_BLOCKS 4
-#endif
-
 // JMP_PER_SAMPLE: whether the mean similarity of a sample reaches tau. By a whole warp.
 __device__ inline bool sample_merges(const Params& p, const Scratch& w, int sample, int rest) {
   const float* similarity = w.similarity + product(sample, rest);
@@ -53,11 +45,25 @@ __device__ inline void add_row(const T* row, float weight, int piece, int pieces
   }
 }
 
+// Writes where this output token's own token and its sources went; the first critical token's warp
+// also writes who was pruned. By a whole warp.
+__device__ inline void record(const Params& p, const uint32_t* source, int rest, bool merges,
+                              int self, int place, int32_t* places) {
+  if (lane_index() == 0) places[self] = place;
+  const int slot = place - p.num_prefix;
+  for (int i = lane_index(); i < rest; i += kWarpSize) {
+    const int token = p.num_prefix + static_cast<int>(source[i] & 0xffffu);
+    const uint32_t target = merges ? source[i] >> 16 : kNobody;
+    if (target == static_cast<uint32_t>(slot)) places[token] = place;
+    if (slot == 0 && target == kNobody) places[token] = kPruned;
+  }
+}
+
 // One warp per output token, 16 bytes per lane and access, two accesses at once. It finds the
 // token's sources by ballots over the sample's list, so they come in ascending order, and needs no
 // barrier. A token that takes no content in is copied bit for bit.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, JMP_MERGE_BLOCKS)
+__global__ void __launch_bounds__(kThreads, 4)
     merge_kernel(Params p, const T* x, const T* size, Scratch w, T* y, T* out_size, T* log_size,
                  int32_t* destination) {
   const int out_tokens = p.num_prefix + p.num_keep;
@@ -75,6 +81,10 @@ __global__ void __launch_bounds__(kThreads, JMP_MERGE_BLOCKS)
   const T own_size = size_of(p, size, sample, self);
   const bool merges = slot >= 0 && rest > 0 &&
                       (p.granularity == JMP_PER_TOKEN || sample_merges(p, w, sample, rest));
+
+  if (destination != nullptr) {
+    record(p, source, rest, merges, self, place, destination + token_row(p, sample, 0));
+  }
 
   const int64_t own_row = token_row(p, sample, self);
   const int64_t first_row = token_row(p, sample, p.num_prefix);
@@ -137,18 +147,6 @@ __global__ void __launch_bounds__(kThreads, JMP_MERGE_BLOCKS)
   if (lane_index() == 0) {
     out_size[out] = merged ? from_float<T>(total) : own_size;
     log_size[out] = from_float<T>(logf(total));
-  }
-
-  if (destination == nullptr) return;
-  int32_t* const places = destination + token_row(p, sample, 0);
-  if (lane_index() == 0) places[self] = place;
-  const bool writes_pruned = slot == 0;
-  if (!merges && !writes_pruned) return;
-  for (int i = lane_index(); i < rest; i += kWarpSize) {
-    const int token = p.num_prefix + static_cast<int>(source[i] & 0xffffu);
-    const uint32_t target = merges ? source[i] >> 16 : kNobody;
-    if (target == static_cast<uint32_t>(slot)) places[token] = place;
-    if (writes_pruned && target == kNobody) places[token] = kPruned;
   }
 }
 
