@@ -17,6 +17,7 @@ from .compare_trace import (
     SHOWN,
     Block,
     Trace,
+    as_planned,
     block_tensors,
     make_choice,
     reduction_name,
@@ -81,7 +82,12 @@ def by_itself(
             "same_set": None,
         }
         if choice:
-            other = make_choice(index, choice.name, choice, values)
+            other = make_choice(
+                    index,
+                    choice.name,
+                    choice,
+                    as_planned(choice.name, choice.num_prefix, values),
+                )
             same = (choice.kept == other.kept).all(axis=1)
             alike = same & (choice.fate == other.fate).all(axis=1)
             row["same_set"] = float(same.mean())

@@ -165,7 +165,7 @@ def trace_onnx(
     marked = mark(proto, [*names, *_unique(places)])
     values = run_session(marked, images, profile, name)
     choices = [
-        make_choice(_block_of(n.name), n.name, a, _as_planned(n.name, a.num_prefix, values))
+        make_choice(_block_of(n.name), n.name, a, as_planned(n.name, a.num_prefix, values))
         for n, a in zip(nodes, attributes, strict=True)
     ]
     return Trace(
@@ -296,7 +296,7 @@ def make_choice(
     )
 
 
-def _as_planned(
+def as_planned(
     name: str, prefix: int, values: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
     """The body's tensors in the form of `reduction.Plan`.

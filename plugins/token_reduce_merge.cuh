@@ -7,6 +7,9 @@
 namespace {
 
 constexpr int kPieces = 2;  // of 16 bytes, that a lane has under way at once
+// Per multiprocessor, so that a thread has 85 registers; with the 64 that four blocks leave it, some
+// architectures spill. 24 warps keep 24 KB of loads under way, more than a latency's worth.
+constexpr int kMergeBlocks = 3;
 
 // JMP_PER_SAMPLE: whether the mean similarity of a sample reaches tau. By a whole warp.
 __device__ inline bool sample_merges(const Params& p, const Scratch& w, int sample, int rest) {
@@ -17,13 +20,17 @@ __device__ inline bool sample_merges(const Params& p, const Scratch& w, int samp
   return sum / static_cast<float>(rest) >= p.tau;  // false for a NaN
 }
 
-// Whether anything goes to `slot`. By a whole warp.
-__device__ inline bool has_source(const uint32_t* source, int rest, int slot) {
-  bool mine = false;
+// Sizes of all that goes to `slot` together, 0 if nothing does. By a whole warp.
+template <typename T>
+__device__ inline float size_taken_in(const Params& p, const T* size, const uint32_t* source,
+                                      int sample, int rest, int slot) {
+  float mine = 0.0f;
   for (int i = lane_index(); i < rest; i += kWarpSize) {
-    mine = mine || source[i] >> 16 == static_cast<uint32_t>(slot);
+    if (source[i] >> 16 != static_cast<uint32_t>(slot)) continue;
+    const int token = p.num_prefix + static_cast<int>(source[i] & 0xffffu);
+    mine += to_float(size_of(p, size, sample, token));
   }
-  return __ballot_sync(kAll, mine) != 0u;
+  return sum_lanes<kWarpSize>(mine);
 }
 
 // Adds a row of x to the sums of this lane's pieces.
@@ -63,7 +70,7 @@ __device__ inline void record(const Params& p, const uint32_t* source, int rest,
 // token's sources by ballots over the sample's list, so they come in ascending order, and needs no
 // barrier. A token that takes no content in is copied bit for bit.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kMergeBlocks)
     merge_kernel(Params p, const T* x, const T* size, Scratch w, T* y, T* out_size, T* log_size,
                  int32_t* destination) {
   const int out_tokens = p.num_prefix + p.num_keep;
@@ -89,8 +96,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t own_row = token_row(p, sample, self);
   const int64_t first_row = token_row(p, sample, p.num_prefix);
   const int pieces = p.channels / kPerLoad<T>;
-  float total = to_float(own_size);  // the new size
-  bool merged = false;
+  float share = 0.0f;  // 1 / what the sums weigh in all; 0: the token is copied
   for (int base = 0; base < pieces; base += kPieces * kWarpSize) {
     const int piece = base + lane_index();
     uint4 own[kPieces];
@@ -100,8 +106,18 @@ __global__ void __launch_bounds__(kThreads, 4)
       const int at = piece + k * kWarpSize;
       if (at < pieces) own[k] = load_16(x + own_row * p.channels + at * kPerLoad<T>);
     }
-    if (base == 0) merged = merges && has_source(source, rest, slot);  // while the row comes
-    if (merged) {
+    if (base == 0) {  // while the row comes
+      const float taken_in =
+          merges ? size_taken_in(p, size, source, sample, rest, slot) : 0.0f;
+      const float content = p.merge_weight * taken_in;
+      if (content != 0.0f) share = 1.0f / (to_float(own_size) + content);
+      if (lane_index() == 0) {
+        const float total = to_float(own_size) + taken_in;
+        out_size[out] = from_float<T>(total);
+        log_size[out] = from_float<T>(logf(total));
+      }
+    }
+    if (share != 0.0f) {
       float sums[kPieces][kPerLoad<T>];
       JMP_UNROLL
       for (int k = 0; k < kPieces; ++k) {
@@ -109,8 +125,6 @@ __global__ void __launch_bounds__(kThreads, 4)
         JMP_UNROLL
         for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] *= to_float(own_size);
       }
-      total = to_float(own_size);
-      float content = total;  // what the sums weigh in all
       for (int first = 0; first < rest; first += kWarpSize) {
         const int at = first + lane_index();
         const uint32_t word = at < rest ? source[at] : kNobody << 16;
@@ -123,19 +137,15 @@ __global__ void __launch_bounds__(kThreads, 4)
           const int from = __ffs(static_cast<int>(hits)) - 1;
           hits &= hits - 1u;
           const int64_t row = first_row + __shfl_sync(kAll, patch, from);
-          const float weight = __shfl_sync(kAll, my_size, from);
-          total += weight;
-          if (p.merge_weight == 0.0f) continue;  // 0 * NaN is NaN
-          content += p.merge_weight * weight;
-          add_row(x + row * p.channels, p.merge_weight * weight, piece, pieces, sums);
+          const float weight = p.merge_weight * __shfl_sync(kAll, my_size, from);
+          add_row(x + row * p.channels, weight, piece, pieces, sums);
         }
       }
-      const float share = 1.0f / content;
       JMP_UNROLL
       for (int k = 0; k < kPieces; ++k) {
         JMP_UNROLL
         for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] *= share;
-        if (p.merge_weight != 0.0f) own[k] = pack<T>(sums[k]);
+        own[k] = pack<T>(sums[k]);
       }
     }
     JMP_UNROLL
@@ -143,10 +153,6 @@ __global__ void __launch_bounds__(kThreads, 4)
       const int at = piece + k * kWarpSize;
       if (at < pieces) store_16(y + out * p.channels + at * kPerLoad<T>, own[k]);
     }
-  }
-  if (lane_index() == 0) {
-    out_size[out] = merged ? from_float<T>(total) : own_size;
-    log_size[out] = from_float<T>(logf(total));
   }
 }
 
