@@ -73,7 +73,6 @@ VARIANTS: dict[str, tuple[float, Any, dict[str, Any], bool]] = {
     "even, blocks 3-10": (0.62, ("even", 3, 10), SHIPPED, True),
     "even, blocks 2-8": (0.62, ("even", 2, 8), SHIPPED, True),
     "rate, blocks 2-10": (0.62, "rate", SHIPPED, True),
-    "50 %: even, blocks 2-10": (0.5, "even", SHIPPED, True),
     "50 %: rate, blocks 2-10": (0.5, "rate", SHIPPED, True),
     "50 %: rate, blocks 1-10": (0.5, ("rate", 1, 10), SHIPPED, True),
     "50 %: rate, blocks 2-8": (0.5, ("rate", 2, 8), SHIPPED, True),

@@ -115,12 +115,12 @@ def test_the_order_of_the_backends_does_not_hide_the_fault(half, tmp_path):
 
 
 def test_a_fault_in_a_reduction_is_found(half):
-    """Sums of merged tokens divided by the size before the merge: the same tokens are kept."""
+    """Targets counted in full besides what they take in: the same tokens are kept."""
     folder, model = half
     proto = portable(folder)
     a = trace_torch(model, IMAGES, blocks=True)
-    (mean,) = (n for n in proto.functions[0].node if n.output[0] == "mean")
-    mean.input[1] = "size_kept_col"
+    (share,) = (n for n in proto.functions[0].node if n.output[0] == "share_own")
+    share.input[1] = "size_place"
     rows = {row["stage"]: row for row in compare_debug.by_itself(proto, a, "fp16", 0.999)}
     assert any(row["same_set"] is not None and not row["ok"] for row in rows.values())
     for row in rows.values():
