@@ -150,6 +150,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 if precision.startswith("INT8"):
                     twin = plain["FP16"][name]
                     beyond = measures.compare(twin, found, *args, seed=options.seed)
+                    beyond["expected"] = _expected(twin, found, probes[name])
                     row[name]["beyond_fp16"] = beyond
             result["rows"].append(row)
             print(report.line(row, list(judged), time.perf_counter() - started), flush=True)
@@ -187,7 +188,8 @@ class Models:
                 shape = model_shape(loaded.model)
                 steps = schedule.parse(options.schedule, shape)
                 tau = schedule.read_tau(options.schedule)
-                patch(loaded.model, steps, **({} if tau is None else {"tau": tau}))
+                own: dict[str, Any] = {} if tau is None else {"tau": tau}  # else patch's default
+                patch(loaded.model, steps, **own)
                 self.jmp = {"schedule": [list(step) for step in steps.steps]}
                 self.macs = schedule.macs(shape, steps)
             else:
@@ -231,6 +233,8 @@ class Models:
         target, facts_path = (self.store.folder / f"{name}{end}" for end in (".onnx", ".json"))
         if target.is_file() and facts_path.is_file():
             return target, json.loads(facts_path.read_text())
+        if mixed and not ranges.is_file():
+            self._int8(mixed=False)
         asked = build_int8.Int8Options(
             calib=options.calib,
             images=options.calib_images,
@@ -309,6 +313,20 @@ class _Lines:
         if now - self.printed > self.every:
             self.printed = now
             print(f"  {phase} {done}/{total}", file=sys.stderr, flush=True)
+
+
+def _expected(before: NDArray[Any], after: NDArray[Any], probe: Any) -> dict[str, Any]:
+    """The loss with the luck of single images averaged out, see `jmp_deploy/drop.py`."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from jmp_deploy import drop
+
+    if probe is not None:
+        # logarithms of probabilities are logits
+        before, after = (np.log(probe.probabilities(x) + 1e-300) for x in (before, after))
+    return asdict(drop.estimate(before, after, classifies=True))
 
 
 def _tasks(options: argparse.Namespace) -> list[Task]:

@@ -94,18 +94,27 @@ def test_points_of_a_classifier_are_what_noise_of_that_size_costs_on_average():
 
 
 def test_points_by_hand():
-    """Both images: margin 1 and the distance moved by 0.5, so two standard deviations."""
-    before = np.array([[1.0, 0.0], [0.0, 1.0]])
-    found = drop.estimate(before, np.array([[0.75, 0.25], [0.25, 0.75]]), classifies=True)
+    """Margin 3 and the distance moved by 1.5: two standard deviations."""
+    before = np.array([[3.0, 0.0], [0.0, 3.0]])
+    after = np.array([[2.25, 0.75], [0.75, 2.25]])
+    found = drop.estimate(before, after, classifies=True)
     flips = 0.5 * math.erfc(2 / math.sqrt(2))
     assert found.flips == pytest.approx(100 * flips)
-    assert found.points == pytest.approx(100 * flips * math.tanh(0.5))
+    assert found.points == pytest.approx(100 * flips * math.tanh(1.5))
     assert found.noise == pytest.approx(0.25)
     # features: what is the same for all images tells nothing, and counts for nothing
-    moved = drop.estimate(
-        before + 50, np.array([[0.75, 0.25], [0.25, 0.75]]) + 50, classifies=False
-    )
+    moved = drop.estimate(before + 50, after + 50, classifies=False)
     assert moved.points == pytest.approx(drop.POINTS_PER_NOISE * 0.25) and moved.flips is None
+
+
+def test_a_model_that_is_too_modest_does_not_hide_its_loss():
+    """Logits a hundred times smaller say the same of the images; 80 % is what they stand for."""
+    before = np.array([[3.0, 0.0], [0.0, 3.0]]) / 100
+    after = np.array([[2.25, 0.75], [0.75, 2.25]]) / 100
+    found = drop.estimate(before, after, classifies=True)
+    flips = 0.5 * math.erfc(2 / math.sqrt(2))
+    assert found.flips == pytest.approx(100 * flips)
+    assert found.points == pytest.approx(100 * flips * (0.8 - 0.2), rel=1e-6)
 
 
 def test_no_change_costs_nothing():
