@@ -1,0 +1,380 @@
+"""Accuracy of INT8 against FP16 and FP32, dense and with JMP.
+
+    # the tables of benchmarks/results/int8-validation.md; about a quarter of an hour on two cores
+    python scripts/demo_weights.py artifacts/weights/dinov2_s.safetensors
+    python benchmarks/int8.py --weights artifacts/weights/dinov2_s.safetensors --cache /tmp/int8 \
+        -o benchmarks/results/int8-validation
+
+    # does everything run? (random weights: the figures mean nothing)
+    python benchmarks/int8.py --weights random --limit 4 --calib-images 8 --forms dense
+
+    # your own classifier on ImageNet's validation images (DIR/CLASS/IMAGE)
+    python benchmarks/int8.py --model deit_s --weights FILE.pth --data-dir val --limit 2000
+
+Four precisions: FP32; FP16; INT8 as `build --precision int8` makes it by the recipe of the model's
+family; INT8 with the layers in FP16 that `--max-drop` measures. All run in ONNX Runtime on the CPU,
+INT8 in its form with FP32 for the rest: the same scales and integers as the product.
+
+What judges: a linear probe and nearest neighbours fitted to dense FP32 features of training images
+(`accuracy.py` has the data), or the model's own classifier with --data-dir. Differences are paired,
+over the same images, with 95 % bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from jmp_deploy import output
+from jmp_deploy.errors import JmpDeployError, ModelError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from benchmarks.accuracy_lib.data import Samples, Task
+    from jmp_deploy.images import Preprocess
+    from jmp_deploy.models import LoadedModel
+
+FORMS = ("dense", "jmp")
+PRECISIONS = ("FP32", "FP16", "INT8", "INT8 mixed")
+BATCH = 8
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="benchmarks/int8.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("--model", default="dinov2_s", help="short or timm name (dinov2_s)")
+    add("--weights", default="auto", help="auto, pretrained, random, or a checkpoint's path (auto)")
+    add("--schedule", default="spread", help="of the JMP form, as for build (spread)")
+    add("--forms", default="dense,jmp", help="dense, jmp or both (dense,jmp)")
+    add("--part", choices=("validation", "test"), default="validation", help="which images judge")
+    add("--calib", default="sample", help="calibration images: a folder, or sample (sample)")
+    add("--calib-images", type=int, default=256, help="how many (256)")
+    add("--max-drop", type=float, default=0.3, help="points, for the mixed form (0.3)")
+    add("--data-dir", type=Path, help="DIR/CLASS/IMAGE instead of digits and photo crops")
+    add(
+        "--limit", type=int, help="images that judge, at most, of each task (of --data-dir, in all)"
+    )
+    add("--seed", type=int, default=0, help="of the split, the crops and the bootstrap (0)")
+    add("--cache", type=Path, help="folder that keeps models and features; a cut run goes on")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="of ONNX Runtime (all)")
+    add("-o", "--output", type=Path, help="without suffix: writes .json, .md and plots")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the comparison; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        with _folder(options.cache) as folder:
+            run(options, folder)
+    except JmpDeployError as error:
+        return output.fail(error.message, error.hint, error.exit_code)
+    return 0
+
+
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything between the parsed options and the written files; returns the JSON's content."""
+    from benchmarks import int8_report as report
+    from benchmarks.accuracy_lib import measures
+    from jmp_deploy.models import load_model
+
+    forms = options.forms.split(",")
+    if not forms or set(forms) - set(FORMS):
+        raise ModelError(f"--forms {options.forms!r}", "dense, jmp, or dense,jmp")
+    forms.sort()  # dense first: it is the reference
+    loaded = load_model(options.model, options.weights, seed=options.seed)
+    if loaded.origin["kind"] == "random":
+        print("warning: random weights: the figures below mean nothing", file=sys.stderr)
+    head = options.data_dir is not None and loaded.model.num_classes > 0
+    if not head:
+        loaded.model.reset_classifier(0)  # digits have no class among ImageNet's
+    tasks = _tasks(options)
+    judged = {task.name: getattr(task, options.part) for task in tasks}
+    store = _Store(folder, loaded.preprocess, options.threads)
+
+    models = {form: Models(form, loaded, options, store) for form in forms}
+    dense = models.get("dense") or Models("dense", loaded, options, store)
+    reference = {name: store.outputs(dense.fp32, samples) for name, samples in judged.items()}
+    probes = {
+        task.name: None
+        if head
+        else measures.fit_probe(store.outputs(dense.fp32, task.train), task.train.labels)
+        for task in tasks
+    }
+    result: dict[str, Any] = {
+        "model": loaded.name,
+        "weights": {k: v for k, v in loaded.origin.items() if k != "path"},
+        "judge": "own classifier" if head else "probe",
+        "part": options.part,
+        "seed": options.seed,
+        "max_drop": options.max_drop,
+        "calibration": {},
+        "schedule": options.schedule,
+        "data": {t.name: {"train": len(t.train), "judged": len(judged[t.name])} for t in tasks},
+        "tools": _versions(),
+        "sensitivity": {},
+        "rows": [],
+    }
+    for form in forms:
+        plain: dict[str, dict[str, NDArray[Any]]] = {}
+        for precision in PRECISIONS:
+            started = time.perf_counter()
+            path, facts = models[form].make(precision)
+            row: dict[str, Any] = {"form": form, "precision": precision, **facts}
+            if "sensitivity" in row:
+                result["sensitivity"][form] = row.pop("sensitivity")
+            if "calibration" in row:
+                result["calibration"] = row.pop("calibration")
+            plain[precision] = {}
+            for name, samples in judged.items():
+                found = plain[precision][name] = store.outputs(path, samples)
+                args = samples.labels, probes[name]
+                row[name] = measures.compare(reference[name], found, *args, seed=options.seed)
+                if precision.startswith("INT8"):
+                    twin = plain["FP16"][name]
+                    beyond = measures.compare(twin, found, *args, seed=options.seed)
+                    beyond["expected"] = _expected(twin, found, probes[name])
+                    row[name]["beyond_fp16"] = beyond
+            result["rows"].append(row)
+            print(report.line(row, list(judged), time.perf_counter() - started), flush=True)
+            if options.output:  # after every row, so that a cut run leaves what it has
+                report.write(options.output, result)
+    if options.output:
+        for path in report.write(options.output, result, plots=True):
+            print(f"written    {path}")
+    else:
+        print(report.table(result))
+    return result
+
+
+class Models:
+    """The four models of one form, each made once and kept in the store.
+
+    Args:
+        form: of FORMS.
+        loaded: dense; patched for a moment and dense again.
+    """
+
+    def __init__(
+        self, form: str, loaded: LoadedModel, options: argparse.Namespace, store: _Store
+    ) -> None:
+        from jmp_deploy import export, schedule
+        from jmp_deploy.files import sha256
+        from jmp_deploy.patch import model_shape, patch, unpatch
+
+        self.form, self.loaded, self.options, self.store = form, loaded, options, store
+        self.jmp: dict[str, Any] | None = None
+        size = loaded.preprocess.height, loaded.preprocess.width
+        with tempfile.TemporaryDirectory(dir=store.folder) as folder:
+            path = Path(folder) / "fp32.onnx"
+            if form == "jmp":
+                shape = model_shape(loaded.model)
+                steps = schedule.parse(options.schedule, shape)
+                tau = schedule.read_tau(options.schedule)
+                own: dict[str, Any] = {} if tau is None else {"tau": tau}  # else patch's default
+                patch(loaded.model, steps, **own)
+                self.jmp = {"schedule": [list(step) for step in steps.steps]}
+                self.macs = schedule.macs(shape, steps)
+            else:
+                self.macs = schedule.macs(model_shape(loaded.model))
+            try:
+                export.export_onnx(loaded.model, path, image_size=size)
+            finally:
+                if form == "jmp":
+                    unpatch(loaded.model)
+            # What was exported names all that is made of it: weights, schedule, rule.
+            self.key = sha256(path)[:16]
+            self.fp32 = store.folder / f"{self.key}-fp32.onnx"
+            path.replace(self.fp32)
+
+    def make(self, precision: str) -> tuple[Path, dict[str, Any]]:
+        """The model to run, and the facts about it."""
+        from jmp_deploy import quantize
+
+        if precision == "FP32":
+            return self.fp32, {}
+        if precision == "FP16":
+            target = self.store.folder / f"{self.key}-fp16.onnx"
+            if not target.is_file():
+                quantize.to_fp16(self.fp32, target)
+            return target, {}
+        return self._int8(mixed=precision == "INT8 mixed")
+
+    def _int8(self, *, mixed: bool) -> tuple[Path, dict[str, Any]]:
+        """INT8 as the build makes it: ranges by the recipe, the mixed form with the same ranges."""
+        import json
+
+        from jmp_deploy import build_int8, calibration_cache, qdq
+        from jmp_deploy.files import write_json
+
+        options = self.options
+        base = [options.calib, options.calib_images, options.seed, _code()]
+        name = f"{self.key}-int8-{_digest(base)}"
+        ranges = self.store.folder / f"{name}.calibration.json"
+        if mixed:
+            name += f"-{options.max_drop:g}"
+        target, facts_path = (self.store.folder / f"{name}{end}" for end in (".onnx", ".json"))
+        if target.is_file() and facts_path.is_file():
+            return target, json.loads(facts_path.read_text())
+        if mixed and not ranges.is_file():
+            self._int8(mixed=False)
+        asked = build_int8.Int8Options(
+            calib=options.calib,
+            images=options.calib_images,
+            cache=ranges if mixed else None,
+            max_drop=options.max_drop if mixed else None,
+        )
+        with tempfile.TemporaryDirectory(dir=self.store.folder) as folder:
+            fp32 = Path(folder) / "fp32.onnx"
+            shutil.copy(self.fp32, fp32)
+            made = build_int8.calibrate(
+                asked, self.loaded, fp32, self.jmp, seed=options.seed, on_progress=_Lines()
+            )
+            # the product, for its facts; what is run has the same integers, and FP32 for the rest
+            build_int8.quantize(made, fp32, Path(folder) / "int8.onnx", macs=self.macs)
+            kept = set(made.calibration.keep_fp16)
+            qdq.quantize(fp32, target, made.calibration.scales, keep_float=kept, half=False)
+        if not mixed:
+            calibration_cache.write(ranges, made.calibration)
+        facts: dict[str, Any] = {**made.facts, "keep_fp16": made.calibration.keep_fp16}
+        facts["calibration"] = made.calibration.images
+        if made.sensitivity is not None:
+            facts["sensitivity"] = made.sensitivity
+        write_json(facts_path, facts)
+        return target, facts
+
+
+class _Store:
+    """A folder of models and of what they gave for images."""
+
+    def __init__(self, folder: Path, spec: Preprocess, threads: int) -> None:
+        self.folder, self.spec, self.threads = folder, spec, threads
+
+    def outputs(self, model: Path, samples: Samples) -> NDArray[Any]:
+        """[n, C] float64, computed once for a model file and images."""
+        import numpy as np
+
+        from benchmarks.accuracy_lib.data import batch
+        from jmp_deploy.files import atomic_path, sha256
+
+        digest = hashlib.sha256(repr((sha256(model), self.spec)).encode())
+        for image in samples.images:
+            digest.update(image.tobytes())
+        path = self.folder / f"{samples.name}-{digest.hexdigest()[:20]}.npy"
+        if path.is_file():
+            return np.load(path)
+        session = self._session(model)
+        name = session.get_inputs()[0].name
+        rows = [
+            session.run(None, {name: batch(samples.images[start : start + BATCH], self.spec)})[0]
+            for start in range(0, len(samples), BATCH)
+        ]
+        found = np.concatenate(rows).astype(np.float64)
+        with atomic_path(path) as temporary:
+            np.save(temporary, found)
+        return found
+
+    def _session(self, model: Path) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        # A CPU without VNNI overflows in INT8 products otherwise, which no GPU does.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+class _Lines:
+    """Progress in lines, one now and then."""
+
+    def __init__(self, every: float = 30.0) -> None:
+        self.every, self.printed = every, time.monotonic()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.printed > self.every:
+            self.printed = now
+            print(f"  {phase} {done}/{total}", file=sys.stderr, flush=True)
+
+
+def _expected(before: NDArray[Any], after: NDArray[Any], probe: Any) -> dict[str, Any]:
+    """The loss with the luck of single images averaged out, see `jmp_deploy/drop.py`."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from jmp_deploy import drop
+
+    if probe is not None:
+        # logarithms of probabilities are logits
+        before, after = (np.log(probe.probabilities(x) + 1e-300) for x in (before, after))
+    return asdict(drop.estimate(before, after, classifies=True))
+
+
+def _tasks(options: argparse.Namespace) -> list[Task]:
+    from dataclasses import replace
+
+    from benchmarks.accuracy_lib import data
+
+    if options.data_dir is not None:
+        return [data.image_folder(options.data_dir, options.seed, options.limit)]
+    tasks = [data.digits(options.seed), data.photo_crops(options.seed)]
+    if options.limit is None:
+        return tasks
+    few: Callable[[Task, str], Samples] = lambda task, part: getattr(task, part).first(  # noqa: E731
+        options.limit
+    )
+    return [replace(t, validation=few(t, "validation"), test=few(t, "test")) for t in tasks]
+
+
+def _code() -> str:
+    """A hash of what makes an INT8 model, so that a changed rule is run again."""
+    import jmp_deploy
+
+    package = Path(str(jmp_deploy.__file__)).parent
+    names = ("build_int8", "calibration", "drop", "equalize", "gated", "qdq", "ranges")
+    files = [package / f"{name}.py" for name in (*names, "sensitivity")]
+    files += sorted((package.parent / "calibration").glob("*.toml"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("onnx", "onnxruntime", "torch", "timm")}
+
+
+@contextmanager
+def _folder(cache: Path | None) -> Iterator[Path]:
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield cache
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
