@@ -187,9 +187,7 @@ class Models:
             if form == "jmp":
                 shape = model_shape(loaded.model)
                 steps = schedule.parse(options.schedule, shape)
-                tau = schedule.read_tau(options.schedule)
-                own: dict[str, Any] = {} if tau is None else {"tau": tau}  # else patch's default
-                patch(loaded.model, steps, **own)
+                patch(loaded.model, steps)
                 self.jmp = {"schedule": [list(step) for step in steps.steps]}
                 self.macs = schedule.macs(shape, steps)
             else:

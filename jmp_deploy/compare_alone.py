@@ -83,11 +83,11 @@ def by_itself(
         }
         if choice:
             other = make_choice(
-                    index,
-                    choice.name,
-                    choice,
-                    as_planned(choice.name, choice.num_prefix, values),
-                )
+                index,
+                choice.name,
+                choice,
+                as_planned(choice.name, choice.num_prefix, values),
+            )
             same = (choice.kept == other.kept).all(axis=1)
             alike = same & (choice.fate == other.fate).all(axis=1)
             row["same_set"] = float(same.mean())

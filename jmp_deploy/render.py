@@ -62,6 +62,10 @@ def artifact(data: dict[str, Any], folder: str) -> RenderableType:
     sizes = ", ".join(f"{name} {entry['bytes'] / 1e6:.1f}" for name, entry in data["files"].items())
     rows.append(("sizes (MB)", sizes))
     parts: list[RenderableType] = [facts(rows)]
+    if data.get("int8") and data["int8"].get("sensitivity"):
+        from . import sensitivity_view
+
+        parts.append(sensitivity_view.table(data["int8"]["sensitivity"]))
     if data["weights"]["kind"] == "random":
         parts.append(Text(RANDOM_WARNING, style="bold red"))
     for warning in (data.get("int8") or {"images": {"warnings": ()}})["images"]["warnings"]:
@@ -99,7 +103,7 @@ def int8(found: dict[str, Any]) -> list[tuple[str, str]]:
             f"{weights_.get('FLOAT16', 0) / 1e6:.1f} FP16; inputs of the weighted layers, per "
             f"image, {values['int8'] / 1e6:.2f}, in FP16 {values['fp16'] / 1e6:.2f}",
         ),
-        ("kept in FP16", _kept(found["keep_fp16"])),
+        ("kept in FP16", _kept(found)),
     ]
     if speed := found.get("speed"):
         sizes = ", ".join(f"{k.upper()} {n / 1e6:.1f} MB" for k, n in found["engine_bytes"].items())
@@ -107,11 +111,13 @@ def int8(found: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _kept(reasons: dict[str, str]) -> str:
+def _kept(found: dict[str, Any]) -> str:
     """Layers by the reason for which they stay in FP16, one reason a line."""
     layers: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        layers.setdefault(reason, []).append(name)
+    for name, reason in found["keep_fp16"].items():
+        # With --max-drop every layer has a reason of its own: they stand in the ranking.
+        shared = "by --max-drop (ranking below)" if found.get("sensitivity") else reason
+        layers.setdefault(shared, []).append(name)
     lines = [f"{', '.join(_by_block(names))}: {reason}" for reason, names in layers.items()]
     return "\n".join([*lines, "attention products, LayerNorm, GELU, Softmax, residuals: by design"])
 
