@@ -12,7 +12,7 @@ from .errors import ArtifactError
 from .files import sha256, write_json
 
 FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 PORTABLE = "model.onnx"
 DEPLOYABLE = "model.trt.onnx"

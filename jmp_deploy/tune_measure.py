@@ -174,9 +174,9 @@ class Meter:
 
 
 def macs_of(keeps: Keeps, shape: schedule.ModelShape) -> int:
-    """MACs per image of a candidate."""
+    """MACs per image of a candidate; of the dense model as timm runs it, if nothing is reduced."""
     steps = pairs(keeps, shape.num_patches)
-    return schedule.macs(shape, candidate(steps, shape))
+    return schedule.macs(shape, candidate(steps, shape) if steps else None)
 
 
 def candidate(steps: Sequence[tuple[int, int]], shape: schedule.ModelShape) -> schedule.Schedule:

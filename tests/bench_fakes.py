@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from jmp_deploy import manifest
 from jmp_deploy.bench_measure import Settings, Times
 from jmp_deploy.telemetry_host import Reading
 
@@ -53,7 +54,7 @@ class FakeSource:
 def artifact(folder: Path, *, batch=(1, 8, 32), kind="random", macs=4.0, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     data = {
-        "format": 1,
+        "format": manifest.FORMAT,
         "model": {"name": "deit_small_patch16_224", "image_size": 8, "output": "logits"},
         "weights": {"kind": kind, "seed": 0, "path": "w", "sha256": "0"},
         "preprocess": {"height": 8, "width": 8},

@@ -113,6 +113,7 @@ def block(path: Path, kind: str) -> Path:
     weights.append(helper.make_tensor("size", element, (1, TOKENS), np.ones(TOKENS)))
     attributes = {"num_prefix": 1, "num_keep": KEEP, "num_heads": 3, "head_dim": 32}
     attributes |= {"granularity": 0, "importance": 0, "proportional": 1, "selection": 1}
+    attributes["merge_weight"] = 0.4
     nodes.append(
         helper.make_node(
             "JMPTokenReduce",

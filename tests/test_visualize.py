@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmp_deploy import cli, models, schedule, visualize_draw, visualize_page
+from jmp_deploy import cli, manifest, models, schedule, visualize_draw, visualize_page
 from jmp_deploy.images import Preprocess
 from jmp_deploy.patch import model_shape, patch
 from jmp_deploy.visualize import GONE, KEPT, MERGED, PRUNED, Picture, picture, trace
@@ -229,7 +229,7 @@ def test_bad_input_is_one_error(
 
 def artifact(folder: Path, jmp: dict | None) -> Path:
     data = {
-        "format": 1,
+        "format": manifest.FORMAT,
         "model": {"name": "tiny", "image_size": 32},
         "weights": {"kind": "random", "seed": 0},
         "preprocess": asdict(SPEC),

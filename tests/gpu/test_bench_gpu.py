@@ -16,6 +16,7 @@ MANIFEST = {
         "selection": "importance",
         "last_prefix_only": False,
         "tau": 0.7,
+        "merge_weight": 1.0,
         "granularity": "token",
         "proportional": True,
     },
