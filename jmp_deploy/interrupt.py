@@ -30,6 +30,22 @@ def remembered() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Holds a SIGINT back until the block has ended. Outside the main thread: does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 def check() -> None:
     """Raises KeyboardInterrupt if one was asked for since `remembered` began."""
     if _seen.is_set():

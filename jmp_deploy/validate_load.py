@@ -181,13 +181,16 @@ def _image_bytes(spec: Preprocess) -> int:
 def _no_interrupts() -> Iterator[None]:
     """Ctrl-C goes to the whole process group: workers start with it blocked and never see it.
 
-    `submit` starts them, and a new process inherits the mask; ours gets the signal on leaving.
+    `submit` starts them, and a new process inherits the mask; ours gets the signal on leaving. The
+    mask is this thread's alone: another (ONNX Runtime's) may take the signal, and Python would
+    interrupt this one before a worker has been told what it is. Hence `held`.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with interrupt.held():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepare(name: str | None) -> None:
