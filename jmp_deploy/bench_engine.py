@@ -113,14 +113,7 @@ class TimedEngine:
             cuda.stream_synchronize(stream)
             ended = time.perf_counter()
             spent = [cuda.elapsed_ms(events[k], events[k + 1]) for k in range(3)]
-            return Times(
-                start=1000 * started,
-                total=1000 * (ended - started),
-                enqueue=1000 * (enqueued - started),
-                h2d=spent[0],
-                compute=spent[1],
-                d2h=spent[2],
-            )
+            return Times.of_device(started, enqueued, ended, spent)
 
         return infer
 

@@ -44,6 +44,21 @@ class Times:
     compute: float | None = None
     d2h: float | None = None
 
+    @classmethod
+    def of_device(
+        cls, started: float, enqueued: float, ended: float, spent: Sequence[float]
+    ) -> Times:
+        """From a clock's seconds, and from milliseconds between events: (h2d, compute, d2h)."""
+        h2d, compute, d2h = spent
+        return cls(
+            start=1000 * started,
+            total=1000 * (ended - started),
+            enqueue=1000 * (enqueued - started),
+            h2d=h2d,
+            compute=compute,
+            d2h=d2h,
+        )
+
 
 @dataclass(frozen=True)
 class Participant:

@@ -102,7 +102,7 @@ def _export_chain(model: Any, name: str, shape: ModelShape, width: int, path: Pa
     from .errors import GraphError
     from .export import OPSET, save_model
 
-    chain = _attention_chain(model) if name == ATTENTION else _mlp_chain(model)
+    chain = _chain(model, name)
     example = torch.zeros(2, shape.num_prefix + shape.num_patches, width)
     dims = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("tokens", min=2)}
     try:
@@ -123,8 +123,8 @@ def _export_chain(model: Any, name: str, shape: ModelShape, width: int, path: Pa
     save_model(program.model_proto, path)
 
 
-def _attention_chain(model: Any) -> Any:
-    """norm, attention and residual of every block; attention written out, as in our exports."""
+def _chain(model: Any, name: str) -> Any:
+    """One half of every block with its norm and residual; attention as in our exports."""
     from torch import Tensor, nn
 
     class Chain(nn.Module):
@@ -134,27 +134,13 @@ def _attention_chain(model: Any) -> Any:
 
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
-                x = x + block.ls1(block.attn(block.norm1(x)))
+                if name == ATTENTION:
+                    x = x + block.ls1(block.attn(block.norm1(x)))
+                else:
+                    x = x + block.ls2(block.mlp(block.norm2(x)))
             return x
 
     for module in model.modules():
-        if hasattr(module, "fused_attn"):
+        if hasattr(module, "fused_attn"):  # written out
             module.fused_attn = False
-    return Chain().eval()
-
-
-def _mlp_chain(model: Any) -> Any:
-    """norm, MLP and residual of every block."""
-    from torch import Tensor, nn
-
-    class Chain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList(model.blocks)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = x + block.ls2(block.mlp(block.norm2(x)))
-            return x
-
     return Chain().eval()

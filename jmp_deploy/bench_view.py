@@ -6,11 +6,10 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TaskProgressColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,45 +17,22 @@ from .bench_measure import Series
 from .bench_stats import trtexec_times
 from .errors import MissingPackageError, install_command
 from .files import atomic_path, write_json
+from .progress import LINE_EVERY, Display
 from .render import facts
 
-LINE_EVERY = 20.0
-"""Seconds between lines where there is no terminal."""
 COLOURS = ("#8a8f98", "#1f6f9f", "#c2792d", "#5b8c5a")
 
 
-class BenchProgress:
+class BenchProgress(Display):
     """A context manager whose `update` is `bench`'s `on_progress`: a bar, or a line now and then.
 
     It draws between inferences only: a thread that redraws would run while one is timed.
     """
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            auto_refresh=False,
-        )
+        super().__init__(console, TaskProgressColumn(), TimeElapsedColumn(), auto_refresh=False)
         self.task = self.bar.add_task("opening", total=1.0)
         self.words, self.drawn = "", 0.0
-        self.started = time.monotonic()
-
-    def __enter__(self) -> BenchProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.bar.stop()
 
     def update(self, words: str, share: float) -> None:
         """See `bench_measure.OnProgress`."""

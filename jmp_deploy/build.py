@@ -127,7 +127,10 @@ def build(
                 workspace_mb=options.workspace_mb,
                 precision=options.precision,
             )
-            make = partial(_engine, options, staging, clock, choice, spec, reductions, on_progress)
+            plugin = _plugin(clock) if reductions else (None, None)
+            make = partial(
+                _engine, options, staging, clock, choice, spec, len(reductions), plugin, on_progress
+            )
             data["engine"], data["no_engine"] = make(), None
             if options.precision == "int8":
                 twin = make(manifest.TWIN_DEPLOYABLE, manifest.TWIN_ENGINE, "twin engine")
@@ -333,7 +336,8 @@ def _engine(
     clock: _Clock,
     choice: engines.Choice,
     spec: engines.EngineSpec,
-    reductions: list[TokenReduce],
+    reductions: int,
+    plugin: tuple[Path | None, dict[str, Any] | None],
     on_progress: engines.Progress | None,
     model: str = manifest.DEPLOYABLE,
     target: str = manifest.ENGINE,
@@ -341,15 +345,6 @@ def _engine(
 ) -> dict[str, Any]:
     """Builds one engine; returns the manifest's "engine"."""
     assert choice.flavour is not None
-    plugin, digest = None, None
-    if reductions:
-        from .plugin import plugin_info, plugin_library
-
-        with clock("plugin"):
-            plugin = plugin_library()
-        # The digest differs from compiler to compiler; what was compiled is what has to agree.
-        sources = plugin_info(plugin).get("sources")
-        digest = {"file": plugin.name, "sha256": sha256(plugin), "sources": sources}
     cache = options.out / manifest.TIMING_CACHE
     if cache.is_file() and stage == "engine":
         shutil.copy2(cache, staging / manifest.TIMING_CACHE)
@@ -360,16 +355,27 @@ def _engine(
             staging / target,
             choice.flavour,
             spec,
-            plugin=plugin,
+            plugin=plugin[0],
             timing_cache=staging / manifest.TIMING_CACHE,
             log=options.out / log,
             on_progress=on_progress,
         )
-    if facts["plugin_layers"] != len(reductions):
+    if facts["plugin_layers"] != reductions:
         raise EngineError(
-            f"the engine has {facts['plugin_layers']} plugin layers, expected {len(reductions)}"
+            f"the engine has {facts['plugin_layers']} plugin layers, expected {reductions}"
         )
-    return {"flavour": choice.flavour, "why": choice.reason, **facts, "plugin": digest}
+    return {"flavour": choice.flavour, "why": choice.reason, **facts, "plugin": plugin[1]}
+
+
+def _plugin(clock: _Clock) -> tuple[Path, dict[str, Any]]:
+    """The compiled plugin, and what the manifest says of it."""
+    from .plugin import plugin_info, plugin_library
+
+    with clock("plugin"):
+        library = plugin_library()
+    # The digest differs from compiler to compiler; what was compiled is what has to agree.
+    sources = plugin_info(library).get("sources")
+    return library, {"file": library.name, "sha256": sha256(library), "sources": sources}
 
 
 def _image_size(data: dict[str, Any]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from . import interrupt, manifest
 from .compare_measures import TABLE, TOLERANCES, Pair, measure
 from .compare_trace import Backend
 from .errors import ArtifactError, ImageError, JmpDeployError
-from .images import Preprocess, open_image, preprocess
+from .images import UNREADABLE_LIMIT, Preprocess, open_image, preprocess
 from .runners import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 BACKENDS = ("torch", "onnxruntime", "engine")
 LIMIT = 64
 BATCH = 8
-UNREADABLE = 0.01
-"""Share of unreadable images above which a comparison fails."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def compare_artifact(
     )
     usual = TOLERANCES[precision] if min_cosine is None else min_cosine
     tried = len(photos.names) + len(photos.unreadable)
-    readable = len(photos.unreadable) <= UNREADABLE * tried
+    readable = len(photos.unreadable) <= UNREADABLE_LIMIT * tried
     result = {
         "ok": readable and all(pair.ok for pair in pairs),
         "precision": precision,

@@ -13,8 +13,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import re
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +20,8 @@ from typing import Any
 
 from . import toolchain
 from .errors import EngineError, ToolchainError
-from .node import GRANULARITIES, IMPORTANCES, SELECTIONS, TokenReduce
-from .plugin import COMPILE_SECONDS, SOURCES, cache_dir, sources_dir
+from .node import TokenReduce
+from .plugin import SOURCES, cache_dir, sources_dir
 
 LIBRARY = "libjmp_token_reduce.so"
 FLAGS = ("-shared", "-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC")
@@ -63,17 +61,7 @@ def make_params(
         x, qkv, size: shapes [B, N, C], [B, N, W] and [B, N] or [1, N].
     """
     return Params(
-        num_prefix=attributes.num_prefix,
-        num_keep=attributes.num_keep,
-        num_heads=attributes.num_heads,
-        head_dim=attributes.head_dim,
-        scale=attributes.scale,
-        tau=attributes.tau,
-        merge_weight=attributes.merge_weight,
-        granularity=GRANULARITIES.index(attributes.granularity),
-        importance=IMPORTANCES.index(attributes.importance),
-        proportional=int(attributes.proportional),
-        selection=SELECTIONS.index(attributes.selection),
+        **attributes.to_onnx(),
         dtype=DTYPES[dtype],
         batch=x[0],
         tokens=x[1],
@@ -176,8 +164,8 @@ def kernel_library(arch: str, *, force: bool = False) -> Path:
             writable cache.
     """
     # Not find_toolchain: PyTorch's users have no TensorRT headers, and need none.
-    nvcc, version = toolchain._find_nvcc()
-    host = ["-ccbin", str(toolchain._find_cxx())] if os.environ.get("CXX") else []
+    nvcc, version = toolchain.find_nvcc()
+    host = ["-ccbin", str(toolchain.find_cxx())] if os.environ.get("CXX") else []
     command = [str(nvcc), *FLAGS, _gencode(nvcc, arch), *host, *_cuda_sources()]
     identity = "\n".join([_sources_hash(), *command[1:], version, platform.machine()])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -188,7 +176,8 @@ def kernel_library(arch: str, *, force: bool = False) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
             built = Path(folder) / LIBRARY
-            _compile([*command, "-o", str(built)], library.with_name("build.log"))
+            log = library.with_name("build.log")
+            toolchain.run_nvcc([*command, "-o", str(built)], sources_dir(), log, "the CUDA kernel")
             built.replace(library)
     except OSError as error:
         raise ToolchainError(
@@ -199,7 +188,7 @@ def kernel_library(arch: str, *, force: bool = False) -> Path:
 
 
 def _gencode(nvcc: Path, arch: str) -> str:
-    known = toolchain._known_architectures(nvcc)
+    known = toolchain.known_architectures(nvcc)
     if arch in known:
         return f"-gencode=arch=compute_{arch},code=sm_{arch}"
     older = [int(other) for other in known if int(other) < int(arch)]
@@ -224,23 +213,3 @@ def _sources_hash() -> str:
         content = (folder / name).read_bytes()
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
-
-
-def _compile(command: list[str], log: Path) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            cwd=sources_dir(),
-            text=True,
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=COMPILE_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ToolchainError(f"nvcc did not end within {COMPILE_SECONDS} s") from error
-    log.write_text(" ".join(command) + "\n\n" + done.stdout, encoding="utf-8")
-    if done.returncode != 0:
-        lines = [line for line in done.stdout.splitlines() if re.search("error|fatal", line, re.I)]
-        shown = "\n".join((lines or done.stdout.splitlines()[-3:])[:3])
-        raise ToolchainError(f"the CUDA kernel does not compile:\n{shown}", f"full log: {log}")

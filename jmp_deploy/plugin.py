@@ -14,8 +14,6 @@ import hashlib
 import json
 import os
 import platform
-import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from .toolchain import (
     check_architectures,
     cuda_architectures,
     find_toolchain,
+    run_nvcc,
 )
 
 __all__ = [
@@ -60,7 +59,6 @@ FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden",
     *("-Xlinker=--version-script=exports.map", "-Xlinker=--no-undefined"),
 )
-COMPILE_SECONDS = 900  # two desktop cores take seconds; past this the compiler hangs
 
 
 # --- Where things are ----------------------------------------------------------------------------
@@ -260,23 +258,7 @@ def _compile(toolchain: Toolchain, archs: Sequence[str], output: Path, log: Path
         f"--threads={os.cpu_count() or 1}",
         *("-isystem", str(toolchain.headers), *SOURCES, "-o", str(output)),
     ]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=sources_dir(),
-            text=True,
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=COMPILE_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ToolchainError(f"nvcc did not end within {COMPILE_SECONDS} s") from error
-    log.write_text(" ".join(command) + "\n\n" + done.stdout, encoding="utf-8")
-    if done.returncode != 0:
-        lines = [line for line in done.stdout.splitlines() if re.search(r"error|fatal|Error", line)]
-        shown = "\n".join((lines or done.stdout.splitlines()[-3:])[:3])
-        raise ToolchainError(f"the plugin does not compile:\n{shown}", f"the full log is {log}")
+    run_nvcc(command, sources_dir(), log, "the plugin")
 
 
 def _cached_library(toolchain: Toolchain, archs: Sequence[str]) -> Path:

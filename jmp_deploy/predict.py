@@ -13,17 +13,15 @@ import numpy as np
 
 from . import manifest, runners
 from .errors import ArtifactError, EngineError, ImageError, NonFiniteError
-from .images import Preprocess, find_images, load_batch
+from .images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
 from .runtime import Engine, require_finite
+from .statistics import softmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CHUNK = 256
 """Images decoded at a time: a folder of any size fits into memory."""
-
-UNREADABLE = 0.01
-"""Share of images that may be unreadable before the command counts as failed."""
 
 Run = Callable[["NDArray[np.float32]"], "NDArray[Any]"]
 
@@ -48,7 +46,7 @@ class Predictions:
     @property
     def ok(self) -> bool:
         """Whether few enough images were unreadable."""
-        return len(self.skipped) <= UNREADABLE * (len(self.records) + len(self.skipped))
+        return len(self.skipped) <= UNREADABLE_LIMIT * (len(self.records) + len(self.skipped))
 
 
 @dataclass(frozen=True)
@@ -196,8 +194,7 @@ def _answer(row: Any, output: str, names: list[str] | None, topk: int) -> dict[s
     if output == "features":
         return {"features": [float(value) for value in row]}
     wide = np.asarray(row, dtype=np.float64)
-    scores = np.exp(wide - wide.max())
-    scores /= scores.sum()
+    scores = softmax(wide)
     best = np.argsort(-scores, kind="stable")[:topk]
     return {
         "top": [

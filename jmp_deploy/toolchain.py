@@ -21,6 +21,7 @@ from .errors import ToolchainError
 
 # plugins/CMakeLists.txt has the same list. 87 is Orin, 100 B200, 110 Thor.
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120")
+COMPILE_SECONDS = 900  # two desktop cores take seconds; past this the compiler hangs
 OLDEST_CUDA = (12, 2)
 OLDEST_TENSORRT = (10, 0)
 
@@ -58,7 +59,7 @@ def find_toolchain() -> Toolchain:
     """
     nvcc, cuda_version = find_nvcc()
     headers, tensorrt_version = _find_headers()
-    return Toolchain(nvcc, cuda_version, _find_cxx(), headers, tensorrt_version)
+    return Toolchain(nvcc, cuda_version, find_cxx(), headers, tensorrt_version)
 
 
 def find_nvcc() -> tuple[Path, str]:
@@ -67,19 +68,6 @@ def find_nvcc() -> tuple[Path, str]:
     Raises:
         ToolchainError: none works, or JMP_NVCC names one that does not.
     """
-    return _find_nvcc()
-
-
-def cuda_architectures(nvcc: Path) -> list[str]:
-    """The default architectures that this nvcc knows, ascending, such as ["75", ..., "120"]."""
-    known = _known_architectures(nvcc)
-    return [arch for arch in ARCHITECTURES if arch in known]
-
-
-# --- nvcc and the host compiler ------------------------------------------------------------------
-
-
-def _find_nvcc() -> tuple[Path, str]:
     if given := os.environ.get("JMP_NVCC"):
         version = _nvcc_version(Path(given))
         if isinstance(version, str):
@@ -97,6 +85,15 @@ def _find_nvcc() -> tuple[Path, str]:
         rejected.append(version[0])
     found = "; ".join(rejected) if rejected else "none found"
     raise ToolchainError(f"no usable CUDA compiler (nvcc): {found}", INSTALL_NVCC)
+
+
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """The default architectures that this nvcc knows, ascending, such as ["75", ..., "120"]."""
+    known = known_architectures(nvcc)
+    return [arch for arch in ARCHITECTURES if arch in known]
+
+
+# --- nvcc and the host compiler ------------------------------------------------------------------
 
 
 def _nvcc_candidates() -> Iterator[Path]:
@@ -134,7 +131,12 @@ def _nvcc_version(nvcc: Path) -> str | tuple[str]:
     return version
 
 
-def _known_architectures(nvcc: Path) -> set[str]:
+def known_architectures(nvcc: Path) -> set[str]:
+    """Every architecture that this nvcc compiles for, such as {"75", ...}.
+
+    Raises:
+        ToolchainError: it does not run.
+    """
     try:
         return set(re.findall(r"sm_(\d+)\b", _output([str(nvcc), "--list-gpu-code"])))
     except (OSError, subprocess.SubprocessError) as error:
@@ -149,7 +151,7 @@ def check_architectures(nvcc: Path, archs: Sequence[str] | None) -> list[str]:
     """
     if archs is None:
         return cuda_architectures(nvcc)
-    known = _known_architectures(nvcc)
+    known = known_architectures(nvcc)
     chosen = {arch.lower().removeprefix("sm_").removeprefix("compute_") for arch in archs}
     unknown = sorted(chosen - known)
     if unknown or not chosen:
@@ -160,12 +162,47 @@ def check_architectures(nvcc: Path, archs: Sequence[str] | None) -> list[str]:
     return sorted(chosen, key=int)
 
 
-def _find_cxx() -> Path:
+def find_cxx() -> Path:
+    """The host compiler: CXX, else g++ or c++ on PATH.
+
+    Raises:
+        ToolchainError: there is none.
+    """
     wanted = os.environ.get("CXX", "").split()
     for name in ([wanted[-1]] if wanted else []) + ["g++", "c++"]:
         if path := shutil.which(name):
             return Path(path)
     raise ToolchainError("no C++ compiler: g++ not found", "apt install g++ (or set CXX)")
+
+
+def run_nvcc(command: Sequence[str], folder: Path, log: Path, what: str) -> None:
+    """Compiles; everything that nvcc says goes to `log`.
+
+    Args:
+        command: nvcc and its arguments.
+        folder: to run it in.
+        what: is compiled, for the message: "the plugin".
+
+    Raises:
+        ToolchainError: with its first errors; or it does not end.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=COMPILE_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ToolchainError(f"nvcc did not end within {COMPILE_SECONDS} s") from error
+    log.write_text(" ".join(command) + "\n\n" + done.stdout, encoding="utf-8")
+    if done.returncode != 0:
+        lines = [line for line in done.stdout.splitlines() if re.search("error|fatal", line, re.I)]
+        shown = "\n".join((lines or done.stdout.splitlines()[-3:])[:3])
+        raise ToolchainError(f"{what} does not compile:\n{shown}", f"full log: {log}")
 
 
 def find_disassembler(nvcc: Path) -> Path | None:

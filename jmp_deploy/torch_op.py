@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import JmpDeployError, ModelError, ScheduleError, ToolchainError
 from .kernel import DTYPES, Kernel, kernel_library, make_params
-from .node import GRANULARITIES, IMPORTANCES, SELECTIONS, TokenReduce
+from .node import TokenReduce
 from .reduction import token_reduce
 
 BACKENDS = ("auto", "cuda", "reference")
@@ -110,17 +111,7 @@ def _call(
         x,
         qkv,
         size,
-        attributes.num_prefix,
-        attributes.num_keep,
-        attributes.num_heads,
-        attributes.head_dim,
-        attributes.scale,
-        attributes.tau,
-        GRANULARITIES.index(attributes.granularity),
-        IMPORTANCES.index(attributes.importance),
-        attributes.proportional,
-        SELECTIONS.index(attributes.selection),
-        attributes.merge_weight,
+        *{**attributes.to_onnx(), "proportional": attributes.proportional}.values(),
         fallback,
     )
 
@@ -150,20 +141,27 @@ def _operator(
 
     `fallback`: on a GPU, compute by the reference what the kernel does not take.
     """
-    attributes = TokenReduce(
+    attributes = _attributes(
         num_prefix,
         num_keep,
         num_heads,
         head_dim,
         scale,
         tau,
-        GRANULARITIES[granularity],
-        IMPORTANCES[importance],
+        granularity,
+        importance,
         proportional,
-        SELECTIONS[selection],
+        selection,
         merge_weight,
     )
     return _dense(*token_reduce(x, qkv, size, attributes))
+
+
+@cache
+def _attributes(*values: Any) -> TokenReduce:
+    """The operator's numbers, in the order of `TokenReduce`'s fields, as the ONNX node has them."""
+    attributes = dict(zip(TokenReduce.__dataclass_fields__, values, strict=True))
+    return TokenReduce.from_onnx({**attributes, "proportional": int(attributes["proportional"])})
 
 
 @_operator.register_fake
@@ -176,36 +174,9 @@ def _(
 
 
 @_operator.register_kernel("cuda")
-def _(
-    x: Tensor,
-    qkv: Tensor,
-    size: Tensor,
-    num_prefix: int,
-    num_keep: int,
-    num_heads: int,
-    head_dim: int,
-    scale: float,
-    tau: float,
-    granularity: int,
-    importance: int,
-    proportional: bool,
-    selection: int,
-    merge_weight: float,
-    fallback: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    attributes = TokenReduce(
-        num_prefix,
-        num_keep,
-        num_heads,
-        head_dim,
-        scale,
-        tau,
-        GRANULARITIES[granularity],
-        IMPORTANCES[importance],
-        proportional,
-        SELECTIONS[selection],
-        merge_weight,
-    )
+def _(x: Tensor, qkv: Tensor, size: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *numbers, fallback = values
+    attributes = _attributes(*numbers)
     try:
         return launch(x, qkv, size, attributes, tuned_only=fallback)
     except JmpDeployError as error:

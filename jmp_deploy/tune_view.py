@@ -5,51 +5,29 @@ from __future__ import annotations
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TaskProgressColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from .files import atomic_path
+from .progress import LINE_EVERY, Display
 from .render import facts, weights
 
-LINE_EVERY = 20.0
-"""Seconds between lines where there is no terminal."""
 
-
-class TuneProgress:
+class TuneProgress(Display):
     """A context manager whose `update` is `tune`'s `on_progress`: a bar, or a line now and then."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        super().__init__(console, TaskProgressColumn(), TimeElapsedColumn())
         self.task = self.bar.add_task("loading", total=1.0)
         self.phase, self.printed = "", 0.0
-        self.started = time.monotonic()
 
-    def __enter__(self) -> TuneProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.bar.update(self.task, completed=1.0)
-        self.bar.stop()
+    def finish(self) -> None:
+        """Fills the bar."""
+        self.bar.update(self.task, completed=1.0)
 
     def update(self, phase: str, share: float, best: float | None) -> None:
         """See `tune.OnProgress`."""

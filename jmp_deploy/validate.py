@@ -19,6 +19,7 @@ import numpy as np
 from . import __version__, interrupt, manifest, validate_probe
 from .compare import load_reference
 from .errors import ArtifactError, CheckError, ImageError, NonFiniteError
+from .images import UNREADABLE_LIMIT
 from .runners import open_runner
 from .validate_artifacts import (
     DENSE,
@@ -32,7 +33,7 @@ from .validate_artifacts import (
 from .validate_data import ClassOrder, Dataset, for_classifier, for_features
 from .validate_load import batches, default_workers
 from .validate_score import answers, score, top_classes
-from .validate_state import UNREADABLE_LIMIT, State, unreadable_record
+from .validate_state import State, unreadable_record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

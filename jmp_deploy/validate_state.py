@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import ArtifactError
 from .files import atomic_path
+from .images import UNREADABLE_LIMIT
 from .validate_score import score
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 SAVE_EVERY = 10.0
 """Seconds between saves, or twenty times as long as the last save took, if that is more."""
-
-UNREADABLE_LIMIT = 0.01
-"""Share of unreadable images from which accuracy is that of another data set."""
 
 DIFFERENT = {
     "artifact": "another artifact, or one that was built again",

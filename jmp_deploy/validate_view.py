@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import (
-    BarColumn,
     MofNCompleteColumn,
-    Progress,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
+from .progress import LINE_EVERY, Display
 from .render import facts
 
-LINE_EVERY = 20.0
-"""Seconds between lines where there is no terminal."""
 LISTED = 5
 """Unreadable images that the table lists; the JSON has all."""
 WAITING = 0.2
@@ -29,34 +24,14 @@ WAITING = 0.2
 WORDS = {"train": "features for the probe", "val": "validating"}
 
 
-class ValidateProgress:
+class ValidateProgress(Display):
     """A context manager whose `update` is `validate`'s `on_progress`: a bar, or lines."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        super().__init__(console, *columns)
         self.tasks: dict[str, Any] = {}
-        self.printed = self.started = time.monotonic()
-
-    def __enter__(self) -> ValidateProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.bar.stop()
+        self.printed = self.started
 
     def update(self, split: str, done: int, total: int) -> None:
         """See `validate.OnProgress`."""

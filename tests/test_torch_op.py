@@ -146,7 +146,7 @@ def test_cuda_without_a_compiler_says_so_and_looks_once(no_kernel):
 
     no_kernel.setattr(torch_op.torch.cuda, "is_available", lambda: True)
     no_kernel.setattr(torch_op.torch.cuda, "get_device_capability", lambda *device: (9, 0))
-    no_kernel.setattr(kernel.toolchain, "_find_nvcc", missing)
+    no_kernel.setattr(kernel.toolchain, "find_nvcc", missing)
     for _ in range(2):
         with pytest.raises(ToolchainError, match="no usable CUDA compiler"):
             patch(tiny_vit(), backend="cuda")

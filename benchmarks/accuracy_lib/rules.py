@@ -34,17 +34,13 @@ class Rule:
             value), "received" (attention from all queries), "random".
         metric: what the cosine is taken of: "key_mean" (keys, mean over heads), "keys" (all
             heads), "x", "x_normed" (x less its mean over the image's patch tokens).
-        select: who goes. "importance": the M-K least important. "pool": of the M//2 (or M-K, if
-            more) least important, the M-K that most resemble a token outside that pool. "order":
-            those that most resemble any token more important than themselves; "order_cost" and
-            "order_root": least importance, or its root, times distance to that token first.
-            "bipartite": ToMe's: even positions are the pool. "pool_cost": as pool, lowest
-            importance * (1 - similarity) first.
-        pool: share of the patch tokens in the pool.
+        select: who goes. "importance": the M-K least important. "order": those that most resemble
+            any token more important than themselves; "order_cost" and "order_root": least
+            importance, or its root, times distance to that token first. "bipartite": ToMe's: of
+            the tokens at even positions the M-K that most resemble one at an odd position.
         fate: "merge", "prune", "absolute" (merge where similarity >= tau), "sample" (the same by
-            the mean over the sample), "quantile" (prune the
-            tau share of the sample's least similar), "deviation" (prune below mean - tau * std),
-            "rank" (prune the tau share of lowest importance), "fuse" (all into one extra token).
+            the mean over the sample), "deviation" (prune below mean - tau * std), "rank" (prune
+            the tau share of lowest importance), "fuse" (all into one extra token).
         tau: parameter of `fate`.
         weighting: "size", or "similarity" (size times similarity, as DiffRate remarks).
         merge_weight: how much of a merged token's content counts (see `node.TokenReduce`).
@@ -55,7 +51,6 @@ class Rule:
     importance: str = "class"
     metric: str = "key_mean"
     select: str = "importance"
-    pool: float = 0.5
     fate: str = "merge"
     tau: float = 0.0
     weighting: str = "size"
@@ -101,7 +96,7 @@ class Rule:
             order = importance.sort(dim=1, descending=True, stable=True).indices
         elif self.select.startswith("order"):
             return self._plan_by_order(importance, metric, leave)
-        elif self.select.startswith("bipartite"):
+        elif self.select == "bipartite":
             pool_size = patches // 2
             positions = torch.arange(patches)
             order = torch.cat((positions[1::2], positions[0::2]))
@@ -109,18 +104,14 @@ class Rule:
                 order = torch.cat((positions[1::2], positions[-1:], positions[0:-1:2]))
             order = order.expand(x.shape[0], -1)
         else:
-            pool_size = max(leave, int(patches * self.pool))
-            order = importance.sort(dim=1, descending=True, stable=True).indices
+            raise ValueError(f"unknown selection {self.select!r}")
         if pool_size < leave:
             raise ValueError(f"{self.select}: at most {pool_size} of {patches} tokens can go")
         anchors = order[:, : patches - pool_size].sort(dim=1).values
         pool = order[:, patches - pool_size :].sort(dim=1).values
         cosine = _rows(metric, pool) @ _rows(metric, anchors).transpose(1, 2)
         similarity, nearest = cosine.clamp(-1, 1).max(dim=2)
-        score = similarity
-        if self.select.endswith("cost"):
-            score = -importance.gather(1, pool) * (1 - similarity)
-        going = score.sort(dim=1, descending=True, stable=True).indices[:, :leave]
+        going = similarity.sort(dim=1, descending=True, stable=True).indices[:, :leave]
         going = going.sort(dim=1).values
         rest = pool.gather(1, going)
         similarity, nearest = similarity.gather(1, going), nearest.gather(1, going)
@@ -164,8 +155,6 @@ class Rule:
             return similarity >= self.tau
         if self.fate == "sample":
             return (similarity.mean(dim=1, keepdim=True) >= self.tau).expand_as(similarity)
-        if self.fate == "quantile":
-            return similarity >= similarity.quantile(self.tau, dim=1, keepdim=True)
         if self.fate == "deviation":
             mean = similarity.mean(dim=1, keepdim=True)
             return similarity >= mean - self.tau * similarity.std(dim=1, keepdim=True)
