@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .errors import JmpDeployError, ModelError, ScheduleError, ToolchainError
 from .kernel import DTYPES, Kernel, kernel_library, make_params
-from .node import TokenReduce
+from .node import GRANULARITIES, IMPORTANCES, SELECTIONS, TokenReduce
 from .reduction import token_reduce
 
 BACKENDS = ("auto", "cuda", "reference")
@@ -111,7 +111,17 @@ def _call(
         x,
         qkv,
         size,
-        *{**attributes.to_onnx(), "proportional": attributes.proportional}.values(),
+        attributes.num_prefix,
+        attributes.num_keep,
+        attributes.num_heads,
+        attributes.head_dim,
+        attributes.scale,
+        attributes.tau,
+        GRANULARITIES.index(attributes.granularity),
+        IMPORTANCES.index(attributes.importance),
+        attributes.proportional,
+        SELECTIONS.index(attributes.selection),
+        attributes.merge_weight,
         fallback,
     )
 
