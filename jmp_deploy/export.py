@@ -74,7 +74,8 @@ def add_bodies(proto: onnx.ModelProto) -> None:
     Raises:
         GraphError: its nodes disagree in what one body can express.
     """
-    attributes = [read_node(n) for n in proto.graph.node if n.domain == DOMAIN]
+    nodes = [n for n in proto.graph.node if n.domain == DOMAIN]
+    attributes = [read_node(n) for n in nodes]
     del proto.functions[:]
     if not attributes:
         return
@@ -84,7 +85,18 @@ def add_bodies(proto: onnx.ModelProto) -> None:
             "reductions of one model must agree in granularity, importance, proportional "
             "and selection"
         )
-    proto.functions.append(node.body(attributes[0]))
+    widths = {
+        value.name: value.type.tensor_type.shape.dim[-1].dim_value
+        for value in [*proto.graph.value_info, *proto.graph.input]
+        if value.type.tensor_type.shape.dim
+    }
+    parts = {
+        widths.get(n.input[1], 0) / (a.num_heads * a.head_dim)
+        for n, a in zip(nodes, attributes, strict=True)
+    }
+    if len(parts) > 1 or not parts <= set(node.QKV_PARTS):
+        raise GraphError("reductions need a QKV tensor of two or three parts, and its width known")
+    proto.functions.append(node.body(attributes[0], int(parts.pop())))
     if DOMAIN not in {entry.domain for entry in proto.opset_import}:
         proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, node.VERSION))
 

@@ -48,7 +48,7 @@ def to_deployable(
     if found:
         if len(proto.functions) != 1:
             raise GraphError(f"{source} has {OP_TYPE} nodes without their body: is it deployable?")
-        if proto.functions[0] != node.body(found[0]):
+        if proto.functions[0] not in [node.body(found[0], parts) for parts in node.QKV_PARTS]:
             raise GraphError(
                 f"the body of {OP_TYPE} in {source} is not the one of this version of jmp_deploy",
                 "build the model again; a changed body would not match the plugin",

@@ -38,6 +38,9 @@ TensorRT-RTX builds in FP16 and refuses in FP32."""
 GRANULARITIES = ("token", "sample")
 IMPORTANCES = ("class", "received")
 SELECTIONS = ("importance", "distinct")
+QKV_PARTS = (3, 2)
+"""How many parts, H*d columns each, the portable body takes QKV to have: with the values, or queries
+and keys alone."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,16 @@ class TokenReduce:
         return cls(**values)
 
 
-def body(attributes: TokenReduce) -> onnx.FunctionProto:
+def body(attributes: TokenReduce, parts: int) -> onnx.FunctionProto:
     """The portable implementation of the node as an ONNX local function (see node_body.py).
 
     The arithmetic is float32 whatever T is, so the body serves FP32 and FP16 models unchanged.
     All nodes of a model share one body, so they must agree in granularity, importance,
-    proportional and selection; K, tau and the rest are read from each node.
+    proportional, selection and parts; K, tau and the rest are read from each node.
+
+    Args:
+        attributes: of any of the nodes.
+        parts: W / (H*d), of `QKV_PARTS`.
     """
     import onnx.parser
 
@@ -156,6 +163,7 @@ def body(attributes: TokenReduce) -> onnx.FunctionProto:
         importance=attributes.importance,
         proportional=attributes.proportional,
         selection=attributes.selection,
+        parts=parts,
     )
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>

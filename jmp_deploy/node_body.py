@@ -2,21 +2,30 @@
 
 `node.body` parses it; nothing is imported here. What the definition's steps become, and why:
 
+- Every operator costs a few microseconds whatever its size, and there are up to ten reductions: what
+  a constant or a neighbour can do is not an operator of its own.
+- QKV is split exactly as the block's attention splits it, so that ONNX Runtime finds the two the
+  same and copies the keys once.
+- The number of tokens is read off a tensor without a batch: its shape is static, and all that
+  follows from it (ranges, masks) becomes a constant. The shape of `x` would not, as B is dynamic.
 - Importance by the class row: one product of the keys, as they lie in QKV, with a matrix that holds
   each head's query in a row of its own and zeros elsewhere. No transposed copy of the keys.
-- Prefix tokens get the rating +inf, so that one TopK places them and the critical tokens: nothing
-  large is sliced apart and joined again.
+- Prefix tokens get the importance and the rating +inf, so that one TopK places them and the critical
+  tokens: nothing large is sliced apart and joined again.
 - `distinct`: tokens are sorted by importance first. Who is more important is then the same
-  triangle of a matrix in every sample, one addition instead of comparisons of all pairs.
+  triangle of a matrix in every sample, one subtraction instead of comparisons of all pairs. Where
+  nobody is more important the distance is infinite, and so is the rating: prefix tokens and the
+  first need no case of their own.
 - The merge is a product with a zero-one matrix, not a scatter: no engine has to support
   ScatterElements with a reduction (TensorRT-RTX does not), and the order of the sum is fixed.
   Weights are divided by the new size beforehand, where they are few. A token that takes nothing in
   has weight s / s = 1 and adds exact zeros: it is copied.
 - Pruned tokens go into that product too, with weight zero, and 0 * NaN is NaN: their row is read
   from a token that stays instead.
-- What a NaN among the keys makes of its sample is not defined, but no index comes from a
-  comparison with NaN: TopK, not ArgMax, finds the most similar token, since an index out of range
-  would fail the whole batch.
+- What a NaN among the queries and keys makes of its sample is not defined (softmax spreads it to
+  every importance), but no index comes from a comparison with NaN: TopK gives back indices that it
+  was given, in whatever order. So TopK, not ArgMax, finds the most similar token, since an index
+  out of range would fail the whole batch.
 
 A token position is [B, L, 1] wherever rows are gathered by it; sizes and decisions have the same
 shape, so that they broadcast along channels.
@@ -28,15 +37,15 @@ _CONSTANTS = """
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   two = Constant <value_ints = [2]> ()
-  zero_one = Constant <value_ints = [0, 0]> ()
   one_two = Constant <value_ints = [1, 2]> ()
   end = Constant <value_ints = [9223372036854775807]> ()
   zero_s = Constant <value_int = 0> ()
   one_s = Constant <value_int = 1> ()
   zero_f = Constant <value_float = 0.0> ()
   infinite = Constant <value_float = inf> ()
-  minus_inf = Constant <value_float = -inf> ()
   tiny = Constant <value_float = 1e-12> ()
+  least = Constant <value_float = 1e-37> ()
+  always = Cast <to = 9> (one_s)
   lowest = Constant <value_float = -1.0> ()
   highest = Constant <value_float = 1.0> ()
   prefix_s = Constant <value_int: int = @num_prefix> ()
@@ -52,10 +61,10 @@ _CONSTANTS = """
   places_s = Add (prefix_s, keep_s)
   places = Unsqueeze (places_s, zero)
   width_s = Mul (heads_s, dim_s)
-  width = Unsqueeze (width_s, zero)
-  width_2 = Add (width, width)
   by_head = Concat <axis = 0> (zero, zero, heads, dim)
-  tokens = Shape <start = 1, end = 2> (x)
+  size_f = Cast <to = 1> (size)
+  any_sample = ReduceSum <keepdims = 0> (size_f, zero)
+  tokens = Shape (any_sample)
   tokens_s = Squeeze (tokens)
   token_row = Range (zero_s, tokens_s, one_s)
   is_prefix_row = Less (token_row, prefix_s)
@@ -63,10 +72,9 @@ _CONSTANTS = """
 """
 
 _KEYS = """
-  key_part = Slice (qkv, width, width_2, two)
+  query_part, key_part{others} = Split <axis = 2, num_outputs = {parts}> (qkv)
   key = Cast <to = 1> (key_part)
   key_heads = Reshape (key, by_head)
-  size_f = Cast <to = 1> (size)
 """
 
 _CLASS_LOGITS = """
@@ -75,9 +83,8 @@ _CLASS_LOGITS = """
   head_row = Range (zero_s, heads_s, one_s)
   head_col = Unsqueeze (head_row, one)
   own_columns = Equal (head_col, head_of_column)
-  one_width = Concat <axis = 0> (one, width)
-  query_part = Slice (qkv, zero_one, one_width, one_two)
-  query = Cast <to = 1> (query_part)
+  query_class = Slice (query_part, zero, one, one)
+  query = Cast <to = 1> (query_class)
   queries = Where (own_columns, query, zero_f)
   key_t = Transpose <perm = [0, 2, 1]> (key)
   products = MatMul (queries, key_t)
@@ -86,7 +93,6 @@ _CLASS_LOGITS = """
 """
 
 _ALL_LOGITS = """
-  query_part = Slice (qkv, zero, width, two)
   query_f = Cast <to = 1> (query_part)
   query_heads = Reshape (query_f, by_head)
   queries = Transpose <perm = [0, 2, 1, 3]> (query_heads)
@@ -104,48 +110,44 @@ _LOG_SIZE = """
 
 _IMPORTANCE = """
   attention = Softmax <axis = -1> (logits)
-  importance_any = ReduceMean <keepdims = 0> (attention, queries_axes)
-  unknown = IsNaN (importance_any)
-  importance_known = Where (unknown, minus_inf, importance_any)
-  importance = Unsqueeze (importance_known, two)
+  importance_row = ReduceMean <keepdims = 0> (attention, queries_axes)
+  importance_any = Unsqueeze (importance_row, two)
+  importance = Where (is_prefix, infinite, importance_any)
 """
 
+# The sum over heads: it has the direction of their mean.
 _METRIC = """
-  key_mean = ReduceMean <keepdims = 0> (key_heads, two)
-  length_any = ReduceL2 <keepdims = 1> (key_mean, two)
+  key_sum = ReduceSum <keepdims = 0> (key_heads, two)
+  length_any = ReduceL2 <keepdims = 1> (key_sum, two)
   length = Max (length_any, tiny)
-  metric = Div (key_mean, length)
+  metric = Div (key_sum, length)
 """
 
 _BY_IMPORTANCE = """
-  rating_any = Identity (importance)
+  rating = Identity (importance)
 """
 
-# Nobody is elder than the most important token: its rating is +inf, as is that of a
-# token whose cosines are all NaN. Prefix tokens come last.
+# `least` instead of an importance of 0: 0 times an infinite distance would be NaN.
 _DISTINCT = """
-  importance_own = Where (is_prefix, minus_inf, importance)
-  sorted_own, eldest_first = TopK <axis = 1, largest = 1, sorted = 1> (importance_own, tokens)
+  eldest, eldest_first = TopK <axis = 1, largest = 1, sorted = 1> (importance, tokens)
   metric_sorted = GatherND <batch_dims = 1> (metric, eldest_first)
   metric_sorted_t = Transpose <perm = [0, 2, 1]> (metric_sorted)
   cosine_all = MatMul (metric_sorted, metric_sorted_t)
   square = Concat <axis = 0> (tokens, tokens)
-  barred = Expand (minus_inf, square)
-  younger = Trilu <upper = 1> (barred)
-  cosine_elder = Add (cosine_all, younger)
-  nearest = ReduceMax <keepdims = 1> (cosine_elder, two)
-  redundancy = Min (nearest, highest)
-  distance = Sub (highest, redundancy)
-  attended = Max (sorted_own, zero_f)
+  barred = Expand (infinite, square)
+  not_elder = Trilu <upper = 1> (barred)
+  one_or_prefix = Where (is_prefix_row, infinite, highest)
+  farthest = Max (not_elder, one_or_prefix)
+  distance_all = Sub (farthest, cosine_all)
+  distance_any = ReduceMin <keepdims = 1> (distance_all, two)
+  distance = Relu (distance_any)
+  attended = Max (eldest, least)
   root = Sqrt (attended)
   missed = Mul (root, distance)
-  has_elder = Greater (redundancy, minus_inf)
-  rating_sorted = Where (has_elder, missed, infinite)
-  rating_any = ScatterElements <axis = 1> (importance, eldest_first, rating_sorted)
+  rating = ScatterElements <axis = 1> (importance, eldest_first, missed)
 """
 
 _CRITICAL = """
-  rating = Where (is_prefix, infinite, rating_any)
   ranked, order = TopK <axis = 1, largest = 1, sorted = 1> (rating, tokens)
   staying = Slice (order, zero, places, one)
   rest = Slice (order, places, end, one)
@@ -163,6 +165,14 @@ _SIMILARITY = """
   target = Add (target_slot, prefix)
 """
 
+_SURVIVOR_PREFIX = """
+  survivor = Identity (zero_s)
+"""
+
+_SURVIVOR_ANY = """
+  survivor = Slice (place_token, zero, one, one)
+"""
+
 _DECISION_BY_TOKEN = """
   merged = GreaterOrEqual (best, tau)
 """
@@ -176,15 +186,15 @@ _DECISION_BY_SAMPLE = """
 
 _MERGE = """
   size_any = Unsqueeze (size_f, two)
-  importance_shape = Shape (importance)
-  size_col = Expand (size_any, importance_shape)
+  size_col = Where (always, size_any, importance)
   size_place = GatherND <batch_dims = 1> (size_col, place_token)
   size_rest = GatherND <batch_dims = 1> (size_col, rest)
   weight = Where (merged, size_rest, zero_f)
-  place_row = Range (zero_s, places_s, one_s)
-  place_col = Unsqueeze (place_row, one)
-  target_row = Transpose <perm = [0, 2, 1]> (target)
-  hits = Equal (place_col, target_row)
+  first_slot = Neg (prefix_s)
+  slot_row = Range (first_slot, keep_s, one_s)
+  slot_col = Unsqueeze (slot_row, one)
+  target_row = Transpose <perm = [0, 2, 1]> (target_slot)
+  hits = Equal (slot_col, target_row)
   routes = Cast <to = 1> (hits)
   taken_in = MatMul (routes, weight)
   size_new = Add (size_place, taken_in)
@@ -195,7 +205,6 @@ _MERGE = """
   weight_share = Mul (weight, merge_weight)
   share = Div (weight_share, divisor_target)
   share_own = Div (size_place, divisor)
-  survivor = Slice (place_token, zero, one, one)
   source = Where (merged, rest, survivor)
   x_place = GatherND <batch_dims = 1> (x, place_token)
   x_source = GatherND <batch_dims = 1> (x, source)
@@ -214,11 +223,14 @@ _MERGE = """
 """
 
 
-def operators(*, granularity: str, importance: str, proportional: bool, selection: str) -> str:
-    """The operators of the body for the attributes that one body cannot read from its node.
+def operators(
+    *, granularity: str, importance: str, proportional: bool, selection: str, parts: int
+) -> str:
+    """The operators of the body for what one body cannot read from its node.
 
     Args:
         granularity, importance, proportional, selection: as in `node.TokenReduce`.
+        parts: how many parts QKV has, each as wide as all heads: 3, or 2 without the values.
     """
     by_class = importance == "class"
     if proportional:
@@ -227,7 +239,7 @@ def operators(*, granularity: str, importance: str, proportional: bool, selectio
         logits = "  logits = Identity (logits_plain)\n"
     steps = (
         _CONSTANTS,
-        _KEYS,
+        _KEYS.format(parts=parts, others=", value_part" if parts == 3 else ""),
         _CLASS_LOGITS if by_class else _ALL_LOGITS,
         logits,
         _IMPORTANCE,
@@ -235,6 +247,7 @@ def operators(*, granularity: str, importance: str, proportional: bool, selectio
         _DISTINCT if selection == "distinct" else _BY_IMPORTANCE,
         _CRITICAL,
         _SIMILARITY,
+        _SURVIVOR_PREFIX if by_class else _SURVIVOR_ANY,
         _DECISION_BY_TOKEN if granularity == "token" else _DECISION_BY_SAMPLE,
         _MERGE,
     )

@@ -21,6 +21,7 @@ RANK = {"x": 3, "qkv": 3, "size": 2, "y": 3, "out_size": 2, "log_size": 2}
 
 
 def run_body(x, qkv, size, attrs: TokenReduce):
+    parts = qkv.shape[2] // (attrs.num_heads * attrs.head_dim)
     kind = {np.dtype("f4"): TensorProto.FLOAT, np.dtype("f2"): TensorProto.FLOAT16}[x.dtype]
     names_in, names_out = ("x", "qkv", "size"), ("y", "out_size", "log_size")
     reduction = helper.make_node(
@@ -34,7 +35,7 @@ def run_body(x, qkv, size, attrs: TokenReduce):
     )
     opsets = [helper.make_opsetid("", node.OPSET), helper.make_opsetid(node.DOMAIN, 1)]
     model = helper.make_model(
-        graph, functions=[node.body(attrs)], opset_imports=opsets, ir_version=10
+        graph, functions=[node.body(attrs, parts)], opset_imports=opsets, ir_version=10
     )
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()
