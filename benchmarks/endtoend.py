@@ -3,7 +3,8 @@
 On a GPU: PyTorch in FP16 with fused attention (SDPA), each model in one CUDA graph, reductions by
 our CUDA kernel. Without a GPU: the exported ONNX models in FP32 on ONNX Runtime. Dense and JMP
 models take turns in one process; ratios are taken pair by pair, medians with quartiles are reported
-beside the ratio that the FLOPs allow.
+beside the ratio that the FLOPs allow, and beside that of the same model with its tokens cut off
+instead of reduced: what the engine makes of the FLOPs, without what a reduction costs.
 
     python benchmarks/endtoend.py                         # what is here: GPU, or CPU
     python benchmarks/endtoend.py --schedules paper -b 1,8,32 --seconds 60
@@ -19,6 +20,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", default="random", help="random or a checkpoint's path (random)")
     add("--backend", choices=("auto", "torch", "onnxruntime"), default="auto", help="(auto)")
     add("--seconds", type=float, default=20, help="per model and batch (20)")
+    add(
+        "--sessions",
+        type=int,
+        default=4,
+        help="the time is divided among so many sets of models, each loaded anew (4)",
+    )
     add("--threads", type=int, default=0, help="of ONNX Runtime (all cores)")
     add("-o", "--output", type=Path, help="without suffix: writes .json, .md and .png")
     return made
@@ -86,7 +94,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             contenders = _contenders(backend, name, options, Path(folder))
             for batch in batches:
                 try:
-                    rows += _measure(name, contenders, batch, options.seconds)
+                    rows += _measure(name, contenders, batch, options)
                 except torch.cuda.OutOfMemoryError:
                     print(f"{name}, batch {batch}: out of GPU memory, left out", file=sys.stderr)
                     torch.cuda.empty_cache()
@@ -96,45 +104,96 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+@dataclass(frozen=True)
 class Contender:
-    """One model that is timed: dense (schedule None) or with JMP.
+    """One model that is timed.
 
     Attributes:
-        schedule: as it was written on the command line.
+        kind: "dense", "jmp", or "cut": of each reduction only the number of tokens is left.
+        schedule: as it was written on the command line, None for dense.
         macs: multiply-accumulates per image.
         timer: batch -> Timer, warmed up.
     """
 
-    def __init__(
-        self, schedule: str | None, macs: int, timer: Callable[[int], timing.Timer]
-    ) -> None:
-        self.schedule, self.macs, self.timer = schedule, macs, timer
+    kind: str
+    schedule: str | None
+    macs: int
+    timer: Callable[[int], timing.Timer]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.schedule}"
 
 
 def _contenders(
     backend: str, name: str, options: argparse.Namespace, folder: Path
 ) -> list[Contender]:
-    """The dense model first, then one per schedule."""
+    """The dense model first, then two per schedule."""
+    from jmp_deploy.export import export_onnx
     from jmp_deploy.models import load_model
     from jmp_deploy.patch import model_shape, patch
     from jmp_deploy.schedule import macs, parse
 
     made = []
-    for index, spec in enumerate([None, *options.schedules.split(";")]):
+    specs = options.schedules.split(";")
+    wanted = [("dense", None), *((kind, spec) for spec in specs for kind in ("jmp", "cut"))]
+    for index, (kind, spec) in enumerate(wanted):
         loaded = load_model(name, options.weights, img_size=options.img_size)
         model = loaded.model.eval().requires_grad_(False)
         shape = model_shape(model)
         steps = None if spec is None else parse(spec, shape)
         if steps is not None:
             patch(model, steps, backend="cuda" if backend == "torch" else "reference")
+            if kind == "cut":
+                model.blocks.reduce = cut_tokens
         size = model.patch_embed.img_size
         if backend == "torch":
             timer = _torch_timer(model, size)
         else:
-            timer = _onnx_timer(model, size, folder / f"{index}.onnx", options.threads)
+            path = folder / f"{index}.onnx"
+            export_onnx(model, path, image_size=size)
+            if kind == "cut":
+                cut_in_onnx(path)
+            timer = _onnx_timer(path, size, options.threads)
         cost = macs(shape) if steps is None else macs(shape, steps)
-        made.append(Contender(spec, cost, timer))
+        made.append(Contender(kind, spec, cost, timer))
     return made
+
+
+def cut_tokens(x: Any, qkv: Any, size: Any, attributes: Any) -> tuple[Any, Any, Any]:
+    """In a reduction's place: the first P + K tokens stay as they are, the others are dropped."""
+    places = attributes.num_prefix + attributes.num_keep
+    size = size[:, :places].expand(x.shape[0], places)
+    return x[:, :places], size, size.log()
+
+
+def cut_in_onnx(path: Path) -> None:
+    """The same in an exported model: its reductions get the body of `cut_tokens`."""
+    import onnx
+    import onnx.parser
+
+    from jmp_deploy import node
+
+    proto = onnx.load_model(path)
+    names = ", ".join(node.TokenReduce.__dataclass_fields__)
+    body = f"""
+<domain: "{node.DOMAIN}", opset_import: ["": {node.OPSET}]>
+{node.OP_TYPE} <{names}> (x, qkv, size) => (y, out_size, log_size)
+{{
+  zero = Constant <value_ints = [0]> ()
+  one = Constant <value_ints = [1]> ()
+  prefix = Constant <value_int: int = @num_prefix> ()
+  keep = Constant <value_int: int = @num_keep> ()
+  places_s = Add (prefix, keep)
+  places = Unsqueeze (places_s, zero)
+  y = Slice (x, zero, places, one)
+  out_size = Slice (size, zero, places, one)
+  log_size = Log (out_size)
+}}
+"""
+    del proto.functions[:]
+    proto.functions.append(onnx.parser.parse_function(body))
+    onnx.save_model(proto, path)
 
 
 def _torch_timer(model: Any, size: tuple[int, int]) -> Callable[[int], timing.Timer]:
@@ -155,23 +214,21 @@ def _torch_timer(model: Any, size: tuple[int, int]) -> Callable[[int], timing.Ti
     return timer
 
 
-def _onnx_timer(
-    model: Any, size: tuple[int, int], path: Path, threads: int
-) -> Callable[[int], timing.Timer]:
+def _onnx_timer(path: Path, size: tuple[int, int], threads: int) -> Callable[[int], timing.Timer]:
     import numpy as np
     import onnxruntime
 
-    from jmp_deploy.export import INPUT, export_onnx
+    from jmp_deploy.export import INPUT
 
-    export_onnx(model, path, image_size=size)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # The threads of a session whose turn it is not would spin on, and take the other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    providers = ["CPUExecutionProvider"]
 
     def timer(batch: int) -> timing.Timer:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         images = np.random.default_rng(0).standard_normal((batch, 3, *size)).astype(np.float32)
         for _ in range(3):
             session.run(None, {INPUT: images})
@@ -181,31 +238,39 @@ def _onnx_timer(
 
 
 def _measure(
-    name: str, contenders: list[Contender], batch: int, seconds: float
+    name: str, contenders: list[Contender], batch: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """One row per schedule: dense and JMP in microseconds per batch, and their ratio."""
-    timers = {str(c.schedule): c.timer(batch) for c in contenders}
-    taken = timing.interleave(timers, rounds=ROUNDS, seconds=seconds)
-    dense = contenders[0]
+    taken: dict[str, list[float]] = {c.name: [] for c in contenders}
+    # Where a model's memory came to lie is worth a percent or two either way, for all its life.
+    for _ in range(options.sessions):
+        timers = {c.name: c.timer(batch) for c in contenders}
+        part = timing.interleave(timers, rounds=ROUNDS, seconds=options.seconds / options.sessions)
+        for key, values in part.items():
+            taken[key] += values
+    dense, *others = contenders
     rows = []
-    for contender in contenders[1:]:
-        mine = taken[str(contender.schedule)]
-        speedup = timing.ratio(taken[str(None)], mine)
+    for contender, cut in zip(others[::2], others[1::2], strict=True):
+        mine = taken[contender.name]
+        speedup = timing.ratio(taken[dense.name], mine)
+        ceiling = timing.ratio(taken[dense.name], taken[cut.name])
         allowed = dense.macs / contender.macs
         row = {
             "model": name,
             "schedule": contender.schedule,
             "batch": batch,
-            "dense_us": timing.summary(taken[str(None)]),
+            "dense_us": timing.summary(taken[dense.name]),
             "jmp_us": timing.summary(mine),
             "speedup": speedup,
+            "cut_speedup": ceiling,
             "allowed": round(allowed, 4),
             "share_of_allowed": round(speedup["median"] / allowed, 4),
             "images_per_second": round(batch * 1e6 / timing.summary(mine)["median"], 1),
         }
         print(
             f"{name} {contender.schedule} batch {batch}: {speedup['median']:.3f}x "
-            f"({speedup['q1']:.3f}-{speedup['q3']:.3f}), allowed {allowed:.3f}x"
+            f"({speedup['q1']:.3f}-{speedup['q3']:.3f}); tokens cut off {ceiling['median']:.3f}x, "
+            f"FLOPs allow {allowed:.3f}x"
         )
         rows.append(row)
     return rows
@@ -218,7 +283,7 @@ def table(result: dict[str, Any]) -> str:
         "onnxruntime": "ONNX Runtime FP32, CPU",
     }[result["backend"]]
     head = ["model, schedule", "batch", "dense ms", "JMP ms", "speed-up", "quartiles"]
-    head += ["FLOPs allow", "reached"]
+    head += ["tokens cut off", "FLOPs allow", "reached"]
     rows = [
         [
             f"{row['model']} {row['schedule']}",
@@ -227,6 +292,7 @@ def table(result: dict[str, Any]) -> str:
             report.number(row["jmp_us"]["median"] / 1e3),
             f"{row['speedup']['median']:.3f}",
             f"{row['speedup']['q1']:.3f}-{row['speedup']['q3']:.3f}",
+            f"{row['cut_speedup']['median']:.3f}",
             f"{row['allowed']:.3f}",
             f"{row['share_of_allowed']:.1%}",
         ]

@@ -39,8 +39,8 @@ GRANULARITIES = ("token", "sample")
 IMPORTANCES = ("class", "received")
 SELECTIONS = ("importance", "distinct")
 QKV_PARTS = (3, 2)
-"""How many parts, H*d columns each, the portable body takes QKV to have: with the values, or queries
-and keys alone."""
+"""How many parts of H*d columns the portable body takes QKV to have: queries, keys and values, or
+no values."""
 
 
 @dataclass(frozen=True)

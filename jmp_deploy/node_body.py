@@ -2,16 +2,16 @@
 
 `node.body` parses it; nothing is imported here. What the definition's steps become, and why:
 
-- Every operator costs a few microseconds whatever its size, and there are up to ten reductions: what
-  a constant or a neighbour can do is not an operator of its own.
+- Every operator costs a few microseconds whatever its size, and there are up to ten reductions:
+  what a constant or a neighbour can do is not an operator of its own.
 - QKV is split exactly as the block's attention splits it, so that ONNX Runtime finds the two the
   same and copies the keys once.
 - The number of tokens is read off a tensor without a batch: its shape is static, and all that
   follows from it (ranges, masks) becomes a constant. The shape of `x` would not, as B is dynamic.
-- Importance by the class row: one product of the keys, as they lie in QKV, with a matrix that holds
-  each head's query in a row of its own and zeros elsewhere. No transposed copy of the keys.
-- Prefix tokens get the importance and the rating +inf, so that one TopK places them and the critical
-  tokens: nothing large is sliced apart and joined again.
+- Importance by the class row: one product of the keys, as they lie in QKV, with a matrix that
+  holds each head's query in a row of its own and zeros elsewhere. No transposed copy of the keys.
+- Prefix tokens get the importance and the rating +inf, so that one TopK places them and the
+  critical tokens: nothing large is sliced apart and joined again.
 - `distinct`: tokens are sorted by importance first. Who is more important is then the same
   triangle of a matrix in every sample, one subtraction instead of comparisons of all pairs. Where
   nobody is more important the distance is infinite, and so is the rating: prefix tokens and the

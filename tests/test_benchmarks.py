@@ -5,26 +5,35 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from benchmarks import endtoend, kernel
 from benchmarks.bench_lib import reduction_calls, report, timing
+from jmp_deploy.export import INPUT, export_onnx
 from jmp_deploy.models import LoadedModel
+from jmp_deploy.patch import patch
 from tests.tiny import tiny_vit
 
 FACTS = {"gpu": "A GPU", "cpu": "A CPU", "cores": 2, "driver": "1", "torch": "2", "date": "today"}
 FACTS |= {"onnxruntime": None, "commit": "0123456789abcdef"}
 
 
-def test_contenders_take_turns_and_swap_places():
+def test_every_round_times_each_once_and_nobody_has_the_better_place():
     order = []
-    timers = {name: lambda name=name: order.append(name) or float(len(order)) for name in "ab"}
-    taken = timing.interleave(timers, rounds=3, seconds=1e9)
-    assert "".join(order) == "abbaab"
-    assert taken == {"a": [1.0, 4.0, 5.0], "b": [2.0, 3.0, 6.0]}
+    timers = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    taken = timing.interleave(timers, rounds=300, seconds=1e9)
+    rounds = ["".join(order[start : start + 3]) for start in range(0, 900, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    for name in "abc":
+        assert taken[name] == [3 * i + each.index(name) + 1 for i, each in enumerate(rounds)]
+        again = sum(a[-1] == b[0] == name for a, b in pairwise(rounds))
+        assert 20 < again < 50  # a ninth of the rounds, by chance
 
 
 def test_time_ends_the_rounds_but_not_before_the_least():
@@ -89,7 +98,22 @@ def test_endtoend_on_onnx_runtime(tmp_path, monkeypatch, capsys):
     (row,) = result["rows"]
     assert result["backend"] == "onnxruntime" and row["speedup"]["n"] == row["jmp_us"]["n"] >= 5
     assert 1.2 < row["allowed"] < 2 and row["jmp_us"]["median"] > 0
+    assert row["cut_speedup"]["n"] == row["speedup"]["n"]
     assert "| tiny 1:9,3:5 | 2 |" in (tmp_path / "e2e.md").read_text()
+
+
+def test_tokens_cut_off_are_the_same_in_both_forms(tmp_path):
+    model = patch(tiny_vit(), "1:9,3:5", backend="reference")
+    images = torch.rand(2, 3, 32, 32)
+    reduced = model(images)
+    path = export_onnx(model, tmp_path / "cut.onnx", image_size=(32, 32))
+    endtoend.cut_in_onnx(path)
+    model.blocks.reduce = endtoend.cut_tokens
+    want = model(images)
+    assert not torch.allclose(want, reduced, atol=1e-3)
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {INPUT: images.numpy()})
+    np.testing.assert_allclose(found, want.detach().numpy(), atol=1e-5)
 
 
 @pytest.fixture
