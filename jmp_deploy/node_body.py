@@ -27,6 +27,9 @@
   was given, in whatever order. So TopK, not ArgMax, finds the most similar token, since an index
   out of range would fail the whole batch.
 
+- ONNX Runtime walks a [B, L, 1] element by element where it meets a single number: such steps are
+  done on [B, L], or by operators that take the number as a bound (Clip, Relu).
+
 A token position is [B, L, 1] wherever rows are gathered by it; sizes and decisions have the same
 shape, so that they broadcast along channels.
 """
@@ -68,7 +71,6 @@ _CONSTANTS = """
   tokens_s = Squeeze (tokens)
   token_row = Range (zero_s, tokens_s, one_s)
   is_prefix_row = Less (token_row, prefix_s)
-  is_prefix = Unsqueeze (is_prefix_row, one)
 """
 
 _KEYS = """
@@ -111,15 +113,15 @@ _LOG_SIZE = """
 _IMPORTANCE = """
   attention = Softmax <axis = -1> (logits)
   importance_row = ReduceMean <keepdims = 0> (attention, queries_axes)
-  importance_any = Unsqueeze (importance_row, two)
-  importance = Where (is_prefix, infinite, importance_any)
+  importance_place = Where (is_prefix_row, infinite, importance_row)
+  importance = Unsqueeze (importance_place, two)
 """
 
 # The sum over heads: it has the direction of their mean.
 _METRIC = """
   key_sum = ReduceSum <keepdims = 0> (key_heads, two)
   length_any = ReduceL2 <keepdims = 1> (key_sum, two)
-  length = Max (length_any, tiny)
+  length = Clip (length_any, tiny)
   metric = Div (key_sum, length)
 """
 
@@ -141,7 +143,7 @@ _DISTINCT = """
   distance_all = Sub (farthest, cosine_all)
   distance_any = ReduceMin <keepdims = 1> (distance_all, two)
   distance = Relu (distance_any)
-  attended = Max (eldest, least)
+  attended = Clip (eldest, least)
   root = Sqrt (attended)
   missed = Mul (root, distance)
   rating = ScatterElements <axis = 1> (importance, eldest_first, missed)
@@ -185,8 +187,8 @@ _DECISION_BY_SAMPLE = """
 """
 
 _MERGE = """
-  size_any = Unsqueeze (size_f, two)
-  size_col = Where (always, size_any, importance)
+  size_all = Where (always, size_f, importance_row)
+  size_col = Unsqueeze (size_all, two)
   size_place = GatherND <batch_dims = 1> (size_col, place_token)
   size_rest = GatherND <batch_dims = 1> (size_col, rest)
   weight = Where (merged, size_rest, zero_f)

@@ -2,8 +2,9 @@
 
 A machine's speed drifts with its clock, its heat and its neighbours. So no contender is timed alone
 and then another: a round times each once, in an order drawn anew, and ratios are taken round by
-round. (Drawn, not turned round and back: whoever is last in one round and first in the next finds
-its own data in the caches, which was worth a percent.) What is reported is the median over rounds and the quartiles beside it.
+round. (Drawn, not there and back: whoever is last in one round and first in the next finds its own
+data in the caches, which was worth a percent.) What is reported is the median over rounds and the
+quartiles beside it.
 """
 
 from __future__ import annotations
