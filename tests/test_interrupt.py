@@ -10,7 +10,15 @@ import pytest
 from jmp_deploy import interrupt
 
 
-def test_a_held_interrupt_comes_after_the_block_whichever_thread_took_the_signal():
+@pytest.fixture
+def interruptible():
+    """SIGINT as it is in a terminal: tests that a script starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_held_interrupt_comes_after_the_block_whichever_thread_took_the_signal(interruptible):
     done = []
     before = signal.getsignal(signal.SIGINT)
 
