@@ -22,11 +22,10 @@
   has weight s / s = 1 and adds exact zeros: it is copied.
 - Pruned tokens go into that product too, with weight zero, and 0 * NaN is NaN: their row is read
   from a token that stays instead.
-- What a NaN among the queries and keys makes of its sample is not defined (softmax spreads it to
-  every importance), but no index comes from a comparison with NaN: TopK gives back indices that it
-  was given, in whatever order. So TopK, not ArgMax, finds the most similar token, since an index
-  out of range would fail the whole batch.
-
+- What a NaN or an infinity among the queries and keys makes of its sample is not defined, but it
+  must stay there: an index out of range would fail the whole batch, and a sort of NaN among numbers
+  can leave its array. Softmax makes either all importances of a sample NaN or none, which sorts;
+  ratings have no NaN; and TopK, not ArgMax, finds the most similar token.
 - ONNX Runtime walks a [B, L, 1] element by element where it meets a single number: such steps are
   done on [B, L], or by operators that take the number as a bound (Clip, Relu).
 
@@ -146,7 +145,11 @@ _DISTINCT = """
   attended = Clip (eldest, least)
   root = Sqrt (attended)
   missed = Mul (root, distance)
-  rating = ScatterElements <axis = 1> (importance, eldest_first, missed)
+  unknown = IsNaN (missed)
+  infinite_or_none = Where (is_prefix_row, infinite, zero_f)
+  prefix_first = Unsqueeze (infinite_or_none, one)
+  rating_sorted = Where (unknown, prefix_first, missed)
+  rating = ScatterElements <axis = 1> (importance, eldest_first, rating_sorted)
 """
 
 _CRITICAL = """

@@ -133,6 +133,19 @@ def test_a_sample_of_bad_numbers_is_its_own_affair(selection, importance, granul
         np.testing.assert_array_equal(ours[[0, 2]], theirs[[0, 2]])
 
 
+@pytest.mark.parametrize("selection", ["importance", "distinct"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_key_is_its_samples_own_affair(selection, bad):
+    attrs = attributes(num_keep=60, num_heads=2, selection=selection)
+    x, qkv, size = inputs(24, 99, attrs=attrs)
+    clean = run_body(x, qkv, size, attrs)
+    rng = np.random.default_rng(0)
+    for sample in range(0, 24, 2):  # one number of one key, wherever it sorts to
+        qkv[sample, rng.integers(100), 16 + rng.integers(16)] = bad
+    for ours, theirs in zip(run_body(x, qkv, size, attrs), clean, strict=True):
+        np.testing.assert_array_equal(ours[1::2], theirs[1::2])
+
+
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("selection", ["importance", "distinct"])
 def test_a_pruned_token_leaves_no_trace(prefix, selection):
