@@ -147,7 +147,7 @@ def gather(
             continue
         image = item.open()
         prepared = preprocess(image, spec)
-        if np.asarray(image, dtype=np.float32).std(axis=(0, 1)).max() < BLANK_STD:
+        if np.max(np.asarray(image, dtype=np.float32).std(axis=(0, 1))) < BLANK_STD:
             blank += 1
             continue
         digests[digest] = len(chosen)

@@ -151,7 +151,7 @@ def measure(
         max_abs=largest,
         mean_abs=float(difference.mean()),
         max_rel=largest / max(float(np.abs(x).max()), TINY),
-        worst=int(cosine.argmin()),
+        worst=int(np.argmin(cosine)),
         ok=not problems,
         problems=tuple(problems),
         **(classes(x, y) if output == "logits" else {"top1_agreement": None}),

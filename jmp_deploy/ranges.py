@@ -67,7 +67,7 @@ class Observed:
         size = np.abs(values)
         others = tuple(i for i in range(size.ndim) if i != channel_axis % size.ndim)
         channels = size.max(axis=others).astype(np.float64)
-        amax = float(channels.max())
+        amax = float(np.max(channels))
         if not math.isfinite(amax):
             self.amax = math.nan
             return

@@ -341,7 +341,7 @@ def require_finite(outputs: Mapping[str, NDArray[Any]]) -> None:
             continue
         bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
         if bad.any():
-            row = int(bad.argmax())
+            row = int(np.argmax(bad))
             kind = "NaN" if np.isnan(values[row]).any() else "infinite"
             error = NonFiniteError(
                 f"output {name!r} is {kind} for {int(bad.sum())} of {len(values)} images (the "
