@@ -54,7 +54,7 @@ def report(a: Trace, b: Trace, precision: str) -> dict[str, Any]:
     nodes: list[dict[str, Any]] = []
     patches = a.choices[0].rating.shape[1] if a.choices else 0
     images = len(a.choices[0].kept) if a.choices else 0
-    alike = np.ones(images, dtype=bool)
+    alike: NDArray[Any] = np.ones(images, dtype=bool)
     histories = (patch_ids(trace.choices or (), patches, images) for trace in (a, b))
     steps = zip(a.choices, b.choices, *(ids[1:] for ids in histories), strict=True)
     for ours, theirs, *kept in steps:
