@@ -17,6 +17,7 @@ from jmp_deploy.node import TokenReduce
 from jmp_deploy.reduction import token_reduce
 from tests.tiny import attributes, expected, inputs
 
+ORT = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 RANK = {"x": 3, "qkv": 3, "size": 2, "y": 3, "out_size": 2, "log_size": 2}
 
 
@@ -76,6 +77,8 @@ def test_equals_the_oracle(granularity, importance, proportional, selection, dty
 )
 @pytest.mark.parametrize("selection", ["importance", "distinct"])
 def test_odd_sizes(prefix, patches, keep, batch, parts, selection):
+    if keep == patches and ORT < (1, 24):
+        pytest.skip("TopK of nothing ends the process in ONNX Runtime before 1.24")
     attrs = attributes(num_prefix=prefix, num_keep=keep, selection=selection)
     arrays = inputs(batch, patches, attrs=attrs, parts=parts)
     want = expected(*arrays, attrs)
