@@ -18,7 +18,6 @@
   first need no case of their own.
 - The merge is a product with a zero-one matrix, not a scatter: no engine has to support
   ScatterElements with a reduction (TensorRT-RTX does not), and the order of the sum is fixed.
-  (Not by OneHot: ONNX Runtime 1.23 ends the process where no token has to go.)
   Weights are divided by the new size beforehand, where they are few. A token that takes nothing in
   has weight s / s = 1 and adds exact zeros: it is copied.
 - Pruned tokens go into that product too, with weight zero, and 0 * NaN is NaN: their row is read
@@ -196,11 +195,9 @@ _MERGE = """
   size_place = GatherND <batch_dims = 1> (size_col, place_token)
   size_rest = GatherND <batch_dims = 1> (size_col, rest)
   weight = Where (merged, size_rest, zero_f)
-  place_row = Range (zero_s, places_s, one_s)
-  place_col = Unsqueeze (place_row, one)
-  target_row = Transpose <perm = [0, 2, 1]> (target)
-  hits = Equal (place_col, target_row)
-  routes = Cast <to = 1> (hits)
+  target_row = Squeeze (target, two)
+  zero_or_one = Constant <value_floats = [0.0, 1.0]> ()
+  routes = OneHot <axis = 1> (target_row, places, zero_or_one)
   taken_in = MatMul (routes, weight)
   size_new = Add (size_place, taken_in)
 

@@ -93,8 +93,7 @@ def test_onnx_runtime_computes_no_shapes_and_splits_qkv_once(spec, tmp_path):
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     onnxruntime.InferenceSession(str(path), options)
     found = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
-    assert "ScatterElements" in found or spec != "spread"
-    assert {"Range", "Less", "Trilu"}.isdisjoint(found)
+    assert "OneHot" in found and {"Range", "Less", "Trilu", "Equal"}.isdisjoint(found)
     assert found.count("Shape") <= 1  # of the images, for the class token
     assert found.count("Split") == 12
 
