@@ -50,8 +50,8 @@ class TokenReduce:
     Attributes:
         num_prefix: P, leading tokens that always stay (class, distillation, registers).
         num_keep: K, patch tokens that stay; at least 1. (Of M that come in; our models have K < M:
-            with K = M the portable body ends the process in ONNX Runtime before 1.24, whose TopK
-            cannot take nothing.)
+            with K = M the portable body ends the process in ONNX Runtime 1.23, whose TopK divides
+            by zero on nothing.)
         num_heads: H.
         head_dim: d, width of a head.
         scale: factor of the attention logits, d**-0.5 in every ViT of timm.
