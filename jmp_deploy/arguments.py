@@ -40,6 +40,7 @@ def add_command(
         description=summary[0].upper() + summary[1:] + ".",
         epilog="examples:\n" + "\n".join(f"  python -m jmp_deploy {line}" for line in examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --force would be --force-int8
     )
     parser.set_defaults(command=name)
     parser.add_argument(

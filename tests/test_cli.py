@@ -207,6 +207,11 @@ def test_no_command_and_unknown_commands(capsys):
     assert main(["--version"]) == 0
 
 
+def test_flags_are_not_guessed_from_their_beginnings(capsys):
+    assert main(["build", "deit_t", "--force"]) == 2  # not --force-int8
+    assert "unrecognized arguments: --force" in capsys.readouterr().err
+
+
 BUILD = ["build", "deit_t", "--weights", "random", "--engine", "none", "-o", "OUT"]
 
 
