@@ -17,8 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jmp_deploy import output
-from jmp_deploy.errors import JmpDeployError
+from benchmarks.bench_lib import command
 
 SHIPPED: dict[str, Any] = {
     "select": "order_root",
@@ -91,11 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     made.add_argument("-o", "--output", type=Path, default=Path("ablation.json"))
     options = made.parse_args(arguments)
-    try:
-        run(options)
-    except JmpDeployError as error:
-        return output.fail(error.message, error.hint, error.exit_code)
-    return 0
+    return command.exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -26,9 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_lib import report, timing
-from jmp_deploy import output
-from jmp_deploy.errors import JmpDeployError, ModelError
+from benchmarks.bench_lib import command, report, timing
+from jmp_deploy.errors import ModelError
 
 BATCHES = {"torch": "1,8,64,256", "onnxruntime": "1,8,32"}
 ROUNDS = 400
@@ -63,11 +62,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the comparison; returns the exit code."""
     options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except JmpDeployError as error:
-        return output.fail(error.message, error.hint, error.exit_code)
-    return 0
+    return command.exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -151,9 +146,10 @@ def _contenders(
             timer = _torch_timer(model, size)
         else:
             path = folder / f"{index}.onnx"
-            export_onnx(model, path, image_size=size)
             if kind == "cut":
-                cut_in_onnx(path)
+                cut_in_onnx(folder / f"{index - 1}.onnx", path)
+            else:
+                export_onnx(model, path, image_size=size)
             timer = _onnx_timer(path, size, options.threads)
         cost = macs(shape) if steps is None else macs(shape, steps)
         made.append(Contender(kind, spec, cost, timer))
@@ -167,14 +163,14 @@ def cut_tokens(x: Any, qkv: Any, size: Any, attributes: Any) -> tuple[Any, Any, 
     return x[:, :places], size, size.log()
 
 
-def cut_in_onnx(path: Path) -> None:
-    """The same in an exported model: its reductions get the body of `cut_tokens`."""
+def cut_in_onnx(source: Path, target: Path) -> None:
+    """The same of an exported model: its reductions get the body of `cut_tokens`."""
     import onnx
     import onnx.parser
 
     from jmp_deploy import node
 
-    proto = onnx.load_model(path)
+    proto = onnx.load_model(source)
     names = ", ".join(node.TokenReduce.__dataclass_fields__)
     body = f"""
 <domain: "{node.DOMAIN}", opset_import: ["": {node.OPSET}]>
@@ -193,7 +189,7 @@ def cut_in_onnx(path: Path) -> None:
 """
     del proto.functions[:]
     proto.functions.append(onnx.parser.parse_function(body))
-    onnx.save_model(proto, path)
+    onnx.save_model(proto, target)
 
 
 def _torch_timer(model: Any, size: tuple[int, int]) -> Callable[[int], timing.Timer]:

@@ -36,8 +36,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jmp_deploy import output
-from jmp_deploy.errors import JmpDeployError, ModelError
+from benchmarks.bench_lib import command
+from jmp_deploy.errors import ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,12 +81,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the comparison; returns the exit code."""
     options = parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         with _folder(options.cache) as folder:
             run(options, folder)
-    except JmpDeployError as error:
-        return output.fail(error.message, error.hint, error.exit_code)
-    return 0
+
+    return command.exit_code(work)
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

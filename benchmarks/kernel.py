@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_lib import report, timing
-from jmp_deploy import output
-from jmp_deploy.errors import JmpDeployError, ModelError
+from benchmarks.bench_lib import command, report, timing
+from jmp_deploy.errors import ModelError
 from jmp_deploy.node import SELECTIONS, TokenReduce
 
 if TYPE_CHECKING:
@@ -70,11 +69,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the comparison; returns the exit code."""
     options = parser().parse_args(arguments)
-    try:
-        run(options)
-    except JmpDeployError as error:
-        return output.fail(error.message, error.hint, error.exit_code)
-    return 0
+    return command.exit_code(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
