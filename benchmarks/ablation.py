@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_lib import command
+from benchmarks.lib import command
 
 SHIPPED: dict[str, Any] = {
     "select": "order_root",
@@ -97,19 +97,20 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each variant asked for."""
     import torch
 
-    from benchmarks.accuracy_lib import data, features, report
-    from benchmarks.accuracy_lib.methods import Method
-    from jmp_deploy.files import write_json
-    from jmp_deploy.models import load_model
-    from jmp_deploy.patch import model_shape
-    from jmp_deploy.schedule import for_share, macs
+    from benchmarks.lib import accuracy_report, data, features
+    from benchmarks.lib.methods import Method
+    from jmp_deploy.core.files import write_json
+    from jmp_deploy.jmp.models import load_model
+    from jmp_deploy.jmp.patch import model_shape
+    from jmp_deploy.jmp.schedule import for_share, macs
 
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model, options.weights)
     shape = model_shape(loaded.model)
     source = features.Features(loaded, options.cache)
     judges = [
-        report.Judge(task, source, "validation", 0) for task in (data.digits(), data.photo_crops())
+        accuracy_report.Judge(task, source, "validation", 0)
+        for task in (data.digits(), data.photo_crops())
     ]
     rows = []
     for name, (share, form, rule, proportional) in VARIANTS.items():
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         for judge in judges:
             row[judge.task.name] = judge(steps, method)
         rows.append(row)
-        report.print_row(row, [judge.task.name for judge in judges], 0.0)
+        accuracy_report.print_row(row, [judge.task.name for judge in judges], 0.0)
         write_json(options.output, rows)
     return rows
 

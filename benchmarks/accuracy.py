@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_lib import command
-from jmp_deploy.errors import ModelError
+from benchmarks.lib import command
+from jmp_deploy.core.errors import ModelError
 
 if TYPE_CHECKING:
-    from benchmarks.accuracy_lib.data import Task
+    from benchmarks.lib.data import Task
 
 QUICK_IMAGES = 12
 
@@ -76,11 +76,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything between the parsed options and the written files; returns the JSON's content."""
     import torch
 
-    from benchmarks.accuracy_lib import data, features, report
-    from benchmarks.accuracy_lib.methods import METHODS
-    from jmp_deploy.models import load_model
-    from jmp_deploy.patch import model_shape
-    from jmp_deploy.schedule import for_share, load, macs
+    from benchmarks.lib import accuracy_report, data, features
+    from benchmarks.lib.methods import METHODS
+    from jmp_deploy.jmp.models import load_model
+    from jmp_deploy.jmp.patch import model_shape
+    from jmp_deploy.jmp.schedule import for_share, load, macs
 
     budgets = _budgets(options.budgets)
     names = list(METHODS) if options.methods is None else options.methods.split(",")
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         tasks = [task.first(QUICK_IMAGES) for task in tasks]
     source = features.Features(loaded, options.cache)
-    judges = [report.Judge(task, source, options.part, options.seed) for task in tasks]
+    judges = [accuracy_report.Judge(task, source, options.part, options.seed) for task in tasks]
 
     dense = macs(shape)
     rows: list[dict[str, Any]] = []
@@ -155,9 +155,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 for judge in judges:
                     row[judge.task.name] = judge(schedule, method)
                 rows.append(row)
-                report.print_row(row, [task.name for task in tasks], time.perf_counter() - started)
+                accuracy_report.print_row(
+                    row, [task.name for task in tasks], time.perf_counter() - started
+                )
                 if options.output:  # after every row, so that a cut run leaves what it has
-                    report.write(options.output, result)
+                    accuracy_report.write(options.output, result)
     if "jmp" in names:
         photos = next((t for t in tasks if t.name == "photos"), tasks[0])
         result["shares"] = {
@@ -169,12 +171,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             )
             for budget in budgets
         }
-    result["comparisons"] = report.comparisons(judges, rows)
+    result["comparisons"] = accuracy_report.comparisons(judges, rows)
     if options.output:
-        for path in report.write(options.output, result, plot=True):
+        for path in accuracy_report.write(options.output, result, plot=True):
             print(f"written    {path}")
     else:
-        print(report.table(result))
+        print(accuracy_report.table(result))
     return result
 
 

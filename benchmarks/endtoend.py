@@ -26,8 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_lib import command, report, timing
-from jmp_deploy.errors import ModelError
+from benchmarks.lib import command, report, timing
+from jmp_deploy.core.errors import ModelError
 
 BATCHES = {"torch": "1,8,64,256", "onnxruntime": "1,8,32"}
 ROUNDS = 400
@@ -124,10 +124,10 @@ def _contenders(
     backend: str, name: str, options: argparse.Namespace, folder: Path
 ) -> list[Contender]:
     """The dense model first, then two per schedule."""
-    from jmp_deploy.export import export_onnx
-    from jmp_deploy.models import load_model
-    from jmp_deploy.patch import model_shape, patch
-    from jmp_deploy.schedule import macs, parse
+    from jmp_deploy.export.export import export_onnx
+    from jmp_deploy.jmp.models import load_model
+    from jmp_deploy.jmp.patch import model_shape, patch
+    from jmp_deploy.jmp.schedule import macs, parse
 
     made = []
     specs = options.schedules.split(";")
@@ -168,7 +168,7 @@ def cut_in_onnx(source: Path, target: Path) -> None:
     import onnx
     import onnx.parser
 
-    from jmp_deploy import node
+    from jmp_deploy.jmp import node
 
     proto = onnx.load_model(source)
     names = ", ".join(node.TokenReduce.__dataclass_fields__)
@@ -214,7 +214,7 @@ def _onnx_timer(path: Path, size: tuple[int, int], threads: int) -> Callable[[in
     import numpy as np
     import onnxruntime
 
-    from jmp_deploy.export import INPUT
+    from jmp_deploy.export.export import INPUT
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

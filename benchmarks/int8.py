@@ -36,15 +36,15 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_lib import command
-from jmp_deploy.errors import ModelError
+from benchmarks.lib import command
+from jmp_deploy.core.errors import ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from benchmarks.accuracy_lib.data import Samples, Task
-    from jmp_deploy.images import Preprocess
-    from jmp_deploy.models import LoadedModel
+    from benchmarks.lib.data import Samples, Task
+    from jmp_deploy.core.images import Preprocess
+    from jmp_deploy.jmp.models import LoadedModel
 
 FORMS = ("dense", "jmp")
 PRECISIONS = ("FP32", "FP16", "INT8", "INT8 mixed")
@@ -91,9 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything between the parsed options and the written files; returns the JSON's content."""
-    from benchmarks import int8_report as report
-    from benchmarks.accuracy_lib import measures
-    from jmp_deploy.models import load_model
+    from benchmarks.lib import int8_report as report
+    from benchmarks.lib import measures
+    from jmp_deploy.jmp.models import load_model
 
     forms = options.forms.split(",")
     if not forms or set(forms) - set(FORMS):
@@ -175,9 +175,10 @@ class Models:
     def __init__(
         self, form: str, loaded: LoadedModel, options: argparse.Namespace, store: _Store
     ) -> None:
-        from jmp_deploy import export, schedule
-        from jmp_deploy.files import sha256
-        from jmp_deploy.patch import model_shape, patch, unpatch
+        from jmp_deploy.core.files import sha256
+        from jmp_deploy.export import export
+        from jmp_deploy.jmp import schedule
+        from jmp_deploy.jmp.patch import model_shape, patch, unpatch
 
         self.form, self.loaded, self.options, self.store = form, loaded, options, store
         self.jmp: dict[str, Any] | None = None
@@ -204,14 +205,14 @@ class Models:
 
     def make(self, precision: str) -> tuple[Path, dict[str, Any]]:
         """The model to run, and the facts about it."""
-        from jmp_deploy import quantize
+        from jmp_deploy.export import fp16
 
         if precision == "FP32":
             return self.fp32, {}
         if precision == "FP16":
             target = self.store.folder / f"{self.key}-fp16.onnx"
             if not target.is_file():
-                quantize.to_fp16(self.fp32, target)
+                fp16.to_fp16(self.fp32, target)
             return target, {}
         return self._int8(mixed=precision == "INT8 mixed")
 
@@ -219,8 +220,9 @@ class Models:
         """INT8 as the build makes it: ranges by the recipe, the mixed form with the same ranges."""
         import json
 
-        from jmp_deploy import build_int8, calibration_cache, qdq
-        from jmp_deploy.files import write_json
+        from jmp_deploy.core.files import write_json
+        from jmp_deploy.quantize import cache as calibration_cache
+        from jmp_deploy.quantize import int8, qdq
 
         options = self.options
         base = [options.calib, options.calib_images, options.seed, _code()]
@@ -233,7 +235,7 @@ class Models:
             return target, json.loads(facts_path.read_text())
         if mixed and not ranges.is_file():
             self._int8(mixed=False)
-        asked = build_int8.Int8Options(
+        asked = int8.Int8Options(
             calib=options.calib,
             images=options.calib_images,
             cache=ranges if mixed else None,
@@ -242,11 +244,11 @@ class Models:
         with tempfile.TemporaryDirectory(dir=self.store.folder) as folder:
             fp32 = Path(folder) / "fp32.onnx"
             shutil.copy(self.fp32, fp32)
-            made = build_int8.calibrate(
+            made = int8.calibrate(
                 asked, self.loaded, fp32, self.jmp, seed=options.seed, on_progress=_Lines()
             )
             # the product, for its facts; what is run has the same integers, and FP32 for the rest
-            build_int8.quantize(made, fp32, Path(folder) / "int8.onnx", macs=self.macs)
+            int8.quantize(made, fp32, Path(folder) / "int8.onnx", macs=self.macs)
             kept = set(made.calibration.keep_fp16)
             qdq.quantize(fp32, target, made.calibration.scales, keep_float=kept, half=False)
         if not mixed:
@@ -269,8 +271,8 @@ class _Store:
         """[n, C] float64, computed once for a model file and images."""
         import numpy as np
 
-        from benchmarks.accuracy_lib.data import batch
-        from jmp_deploy.files import atomic_path, sha256
+        from benchmarks.lib.data import batch
+        from jmp_deploy.core.files import atomic_path, sha256
 
         digest = hashlib.sha256(repr((sha256(model), self.spec)).encode())
         for image in samples.images:
@@ -314,12 +316,12 @@ class _Lines:
 
 
 def _expected(before: NDArray[Any], after: NDArray[Any], probe: Any) -> dict[str, Any]:
-    """The loss with the luck of single images averaged out, see `jmp_deploy/drop.py`."""
+    """The loss with the luck of single images averaged out, see `jmp_deploy/quantize/drop.py`."""
     from dataclasses import asdict
 
     import numpy as np
 
-    from jmp_deploy import drop
+    from jmp_deploy.quantize import drop
 
     if probe is not None:
         # logarithms of probabilities are logits
@@ -330,7 +332,7 @@ def _expected(before: NDArray[Any], after: NDArray[Any], probe: Any) -> dict[str
 def _tasks(options: argparse.Namespace) -> list[Task]:
     from dataclasses import replace
 
-    from benchmarks.accuracy_lib import data
+    from benchmarks.lib import data
 
     if options.data_dir is not None:
         return [data.image_folder(options.data_dir, options.seed, options.limit)]
@@ -348,8 +350,7 @@ def _code() -> str:
     import jmp_deploy
 
     package = Path(str(jmp_deploy.__file__)).parent
-    names = ("build_int8", "calibration", "drop", "equalize", "gated", "qdq", "ranges")
-    files = [package / f"{name}.py" for name in (*names, "sensitivity")]
+    files = sorted((package / "quantize").glob("*.py"))
     files += sorted((package.parent / "calibration").glob("*.toml"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 

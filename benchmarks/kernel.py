@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.bench_lib import command, report, timing
-from jmp_deploy.errors import ModelError
-from jmp_deploy.node import SELECTIONS, TokenReduce
+from benchmarks.lib import command, report, timing
+from jmp_deploy.core.errors import ModelError
+from jmp_deploy.jmp.node import SELECTIONS, TokenReduce
 
 if TYPE_CHECKING:
-    from benchmarks.bench_lib.reduction_calls import Case
+    from benchmarks.lib.reduction_calls import Case
 
 # name -> patch tokens, channels, heads; heads of 64, one class token
 MODELS = {
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "this benchmark times the CUDA kernel, and PyTorch finds no NVIDIA GPU here",
             "benchmarks/endtoend.py measures ONNX Runtime where there is no GPU",
         )
-    from benchmarks.bench_lib.reduction_calls import copy_calls
+    from benchmarks.lib.reduction_calls import copy_calls
 
     compiled = names if options.compile == "all" else options.compile.split(",")
     facts = report.machine()
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_case(name: str, selection: str) -> Case:
     """The first reduction of the schedule `paper` in a model of MODELS."""
-    from benchmarks.bench_lib.reduction_calls import Case
+    from benchmarks.lib.reduction_calls import Case
 
     patches, channels, heads = MODELS[name]
     attributes = TokenReduce(
@@ -137,7 +137,7 @@ def measure(
     """One row: every contender's summary in microseconds per call, or None with a note."""
     import torch
 
-    from benchmarks.bench_lib import reduction_calls as calls
+    from benchmarks.lib import reduction_calls as calls
 
     kind = getattr(torch, dtype)
     sets = calls.sets_of(case, batch, kind)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jmp_deploy import manifest
-from jmp_deploy.images import Preprocess, find_images, load_batch
-from jmp_deploy.runtime import Engine
+from jmp_deploy.core import artifact
+from jmp_deploy.core.images import Preprocess, find_images, load_batch
+from jmp_deploy.engine.runtime import Engine
 
 
 def main(arguments: list[str]) -> None:
     """Prints the best class, or the first features, of each photo."""
     folder, *photos = map(Path, arguments)
-    data = manifest.read(folder)
+    data = artifact.read(folder)
     paths = find_images(photos)
     images = load_batch(paths, Preprocess.from_dict(data["preprocess"]))  # [B, 3, H, W] float32
     with Engine(folder) as engine:

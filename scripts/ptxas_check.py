@@ -24,8 +24,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from jmp_deploy.errors import ToolchainError  # noqa: E402
-from jmp_deploy.toolchain import find_disassembler, find_nvcc  # noqa: E402
+from jmp_deploy.core.errors import ToolchainError  # noqa: E402
+from jmp_deploy.plugin.toolchain import find_disassembler, find_nvcc  # noqa: E402
 
 KERNEL = REPO / "plugins" / "token_reduce_kernel.cu"
 SHARED_LIMIT = 48 << 10  # bytes that a block may have without asking

@@ -32,7 +32,7 @@ headline "3. photos: those that scikit-image and scikit-learn ship"
 import pathlib
 import sys
 
-from jmp_deploy.images import sample_photos
+from jmp_deploy.core.images import sample_photos
 
 folder = pathlib.Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)

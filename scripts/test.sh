@@ -29,7 +29,7 @@ check() { # check NAME COMMAND...
 compile_plugin() {
   local build="$ROOT/build/plugin-werror" nvcc headers
   { read -r nvcc && read -r headers; } < <("$PYTHON" - <<'END'
-from jmp_deploy.toolchain import find_toolchain
+from jmp_deploy.plugin.toolchain import find_toolchain
 
 found = find_toolchain()
 print(found.nvcc, found.headers, sep="\n")

@@ -66,8 +66,8 @@ def built(tmp_path_factory):
     """An artifact of DeiT-Ti with seeded weights from a file, built by the command line."""
     from safetensors.torch import save_file
 
-    from jmp_deploy.cli import main
-    from jmp_deploy.models import load_model
+    from jmp_deploy.cli.main import main
+    from jmp_deploy.jmp.models import load_model
 
     folder = tmp_path_factory.mktemp("cli")
     save_file(load_model("deit_t", "random").model.state_dict(), folder / "w.safetensors")

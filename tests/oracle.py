@@ -1,9 +1,9 @@
 """Float64 oracle of the node JMPTokenReduce, written from its contract alone.
 
-Plain loops, one sample at a time, no shared code with `jmp_deploy.reduction` or the CUDA kernel:
-three implementations that agree were written three times. Besides the result it returns how close
-every decision was, so that a test can tell a near tie (two correct float32 programs may differ)
-from a bug.
+Plain loops, one sample at a time, no shared code with `jmp_deploy.jmp.reduction` or the CUDA
+kernel: three implementations that agree were written three times. Besides the result it returns how
+close every decision was, so that a test can tell a near tie (two correct float32 programs may
+differ) from a bug.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ MANIFEST = {
 
 
 def test_nvml_of_a_real_driver_gives_sane_figures():
-    from jmp_deploy.telemetry_nvml import Nvml
+    from jmp_deploy.bench.nvml import Nvml
 
     gpu = Nvml.open()
     assert gpu is not None
@@ -38,7 +38,7 @@ def test_nvml_of_a_real_driver_gives_sane_figures():
 def test_energy_counter_agrees_with_power():
     import time
 
-    from jmp_deploy import telemetry
+    from jmp_deploy.bench import telemetry
 
     with telemetry.Monitor(telemetry.open_sources(gpu=True)) as monitor:
         if not monitor.can_read_power():
@@ -56,7 +56,7 @@ def test_energy_counter_agrees_with_power():
 def test_pytorch_on_the_gpu_is_timed_by_events(batch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("timm")
-    from jmp_deploy.bench_torch import TorchModel
+    from jmp_deploy.bench.torch_timed import TorchModel
 
     model = TorchModel(MANIFEST, (3, 224, 224), 1)
     assert model.on_gpu and "FP16" in model.library
@@ -72,7 +72,7 @@ def test_pytorch_on_the_gpu_is_timed_by_events(batch):
 
 def test_events_of_cuda_bindings_have_a_time():
     pytest.importorskip("cuda.bindings")
-    from jmp_deploy.bench_engine import _timed_cuda
+    from jmp_deploy.bench.engine import _timed_cuda
 
     cuda = _timed_cuda()
     stream, size = cuda.stream_create(), 1 << 26

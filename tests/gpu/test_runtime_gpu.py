@@ -19,11 +19,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jmp_deploy import trt_api
-from jmp_deploy.cuda_api import open_cuda
-from jmp_deploy.errors import EngineError, GpuMemoryError
-from jmp_deploy.runtime import Engine
-from tests.fake_tensorrt import FakeTensorRT, NewContext, plan
+from jmp_deploy.core.errors import EngineError, GpuMemoryError
+from jmp_deploy.engine import api
+from jmp_deploy.engine.cuda import open_cuda
+from jmp_deploy.engine.runtime import Engine
+from tests.fakes.tensorrt import FakeTensorRT, NewContext, plan
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
@@ -70,7 +70,7 @@ def copying(monkeypatch, tmp_path):
     real = RealCuda()
     trt = FakeTensorRT(real)  # type: ignore[arg-type]
     trt.context_type = CopyContext
-    monkeypatch.setattr(trt_api, "load", lambda flavour: trt)
+    monkeypatch.setattr(api, "load", lambda flavour: trt)
 
     def make(batch=(1, 4, 8), scratch=1 << 20, **options) -> Engine:
         path = tmp_path / "copy.plan"
@@ -209,10 +209,10 @@ def artifact(tmp_path_factory) -> Path:
     """JMP_DEPLOY_ARTIFACT, or a small model that is built here."""
     if given := os.environ.get("JMP_DEPLOY_ARTIFACT"):
         return Path(given)
-    if not any(trt_api.installed(flavour) for flavour in trt_api.FLAVOURS):
+    if not any(api.installed(flavour) for flavour in api.FLAVOURS):
         pytest.skip("neither TensorRT nor TensorRT-RTX is installed")
     pytest.importorskip("timm")
-    from jmp_deploy.cli import main
+    from jmp_deploy.cli.main import main
 
     folder = tmp_path_factory.mktemp("engine") / "deit_t"
     assert main(["build", "deit_t", "--weights", "random", "-o", str(folder)]) == 0

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from jmp_deploy import schedule, torch_op
-from jmp_deploy.patch import model_shape, patch, unpatch
-from jmp_deploy.reduction import token_reduce
-from tests.tiny import attributes, expected, inputs, tiny_vit
+from jmp_deploy.jmp import schedule, torch_op
+from jmp_deploy.jmp.patch import model_shape, patch, unpatch
+from jmp_deploy.jmp.reduction import token_reduce
+from tests.fakes.models import attributes, expected, inputs, tiny_vit
 
 pytestmark = pytest.mark.gpu
 

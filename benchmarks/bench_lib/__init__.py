@@ -1,1 +1,0 @@
-"""What the speed benchmarks share: paired timing, the machine's facts, files."""

@@ -1,0 +1,137 @@
+"""The files of `benchmarks/int8.py`: JSON, Markdown, and a plot of each ranking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jmp_deploy.cli import sensitivity_view
+from jmp_deploy.core.files import write_bytes, write_json
+
+RANKED = 15
+
+
+def line(row: dict[str, Any], tasks: list[str], seconds: float) -> str:
+    """One line for people who wait."""
+    parts = [f"{row['form']:<6}{row['precision']:<11}"]
+    for name in tasks:
+        values = row[name]
+        parts.append(
+            f"{name} {values['accuracy']['reduced']:.2f} ({values['accuracy']['difference']:+.2f}) "
+            f"cos {values['cosine']['mean']:.5f}"
+        )
+    return "  ".join([*parts, f"{seconds:.0f} s"])
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: one table for each task, what INT8 is made of, and the rankings."""
+    images = result["calibration"]
+    lines = [
+        f"Model `{result['model']}`, part `{result['part']}`, seed {result['seed']}, judged by "
+        f"{_judge(result)}; JMP with schedule `{result['schedule']}`. ONNX Runtime "
+        f"{result['tools']['onnxruntime']} on a CPU, no GPU. Differences in points with paired "
+        "95 % bootstrap intervals.",
+    ]
+    if result["weights"]["kind"] == "random":
+        lines += ["", "**Random weights: these figures mean nothing.**"]
+    if images:
+        overlap = ", which are of the same photos as the task `photos`" * images["demonstration"]
+        source = "crops of the sample photos" if images["demonstration"] else images["source"]
+        lines += ["", f"Calibration: {images['count']} images, {source}{overlap}; no labels."]
+    for name, sizes in result["data"].items():
+        lines += [
+            "",
+            f"### {name}: {sizes['judged']} images judged, {sizes['train']} for the probe",
+            "",
+            "| form | precision | accuracy % | against dense FP32 | beyond its FP16 | expected | "
+            "k-NN beyond its FP16 | agreement with its FP16 % | cosine to dense FP32 | to its FP16 "
+            "| worst |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [_row(row, row[name]) for row in result["rows"] if name in row]
+    lines += [
+        "",
+        "`expected`: beyond its FP16, with the luck of single images averaged out "
+        "(`jmp_deploy/quantize/drop.py`, from the margins and the confidence of the classifier).",
+        "",
+        "### What is in INT8",
+        "",
+        "| form | precision | layers | MACs | weights, MB (INT8 + FP16) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        if "layers_int8" in row:
+            sizes = row["weights_bytes"]
+            lines.append(
+                f"| {row['form']} | {row['precision']} | {row['layers_int8']} of {row['layers']} | "
+                f"{row['macs_share']:.1%} | {sizes.get('INT8', 0) / 1e6:.1f} + "
+                f"{sizes.get('FLOAT16', 0) / 1e6:.1f} |"
+            )
+    for form, found in result["sensitivity"].items():
+        lines += ["", f"### Sensitivity, {form}", "", sensitivity_view.summary(found) + ".", ""]
+        lines += _ranking(found)
+    return "\n".join(lines) + "\n"
+
+
+def write(output: Path, result: dict[str, Any], *, plots: bool = False) -> list[Path]:
+    """Writes OUTPUT.json and OUTPUT.md, with `plots` OUTPUT-FORM.png if matplotlib is there."""
+    # not with_suffix: "int8-0.3" has a dot of its own
+    written = [output.parent / f"{output.name}{end}" for end in (".json", ".md")]
+    write_json(written[0], result)
+    write_bytes(written[1], table(result).encode())
+    for form, found in result["sensitivity"].items() if plots else ():
+        path = output.parent / f"{output.name}-{form}.png"
+        why = sensitivity_view.plot(found, path)
+        if why is None:
+            written.append(path)
+        else:
+            print(why)
+    return written
+
+
+def _judge(result: dict[str, Any]) -> str:
+    if result["judge"] == "probe":
+        return "a probe and nearest neighbours on dense FP32 features"
+    return "its own classifier"
+
+
+def _row(row: dict[str, Any], values: dict[str, Any]) -> str:
+    beyond = values.get("beyond_fp16")
+    cells = [
+        row["form"],
+        row["precision"],
+        f"{values['accuracy']['reduced']:.2f}",
+        _interval(values["accuracy"]),
+        _interval(beyond["accuracy"]) if beyond else "",
+        f"{-beyond['expected']['points']:+.2f}" if beyond else "",
+        _interval(beyond["knn"]) if beyond and "knn" in beyond else "",
+        f"{beyond['agreement']:.2f}" if beyond else "",
+        f"{values['cosine']['mean']:.5f}",
+        f"{beyond['cosine']['mean']:.5f}" if beyond else "",
+        f"{(beyond or values)['cosine_worst']:.4f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['difference']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f})"
+
+
+def _ranking(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Points: {found['measure']}; on {found['images']} calibration images, the ranking on "
+        f"{found['screened_on']}.",
+        "",
+        "| rank | layer | points alone | of the noise of all in INT8 | of the MACs | stays |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    whole = max(found["all_int8"]["noise"], 1e-300)
+    for rank, row in enumerate(found["ranking"][:RANKED], 1):
+        least = "" if row["measured"] else "< "
+        lines.append(
+            f"| {rank} | {row['name']} | {least}{row['points']:.3f} | {least}"
+            f"{row['noise'] / whole:.1%} | {row['macs_share']:.1%} | "
+            f"{'FP16' if row['kept'] else 'INT8'} |"
+        )
+    groups = ", ".join(f"{row['name']} {row['noise'] / whole:.1%}" for row in found["groups"])
+    return [*lines, "", f"Kinds and blocks, each alone, share of the noise: {groups}."]

@@ -1,0 +1,101 @@
+"""What a benchmark runs: ONNX Runtime on the CPU, an engine on the GPU, each down to its calls.
+
+ONNX Runtime is called directly, without Polygraphy's runner: its checks and copies would be timed
+too, and would weigh more the faster the model is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+from ..core import artifact
+from ..core.errors import EngineError
+from ..engine.backends import INPUT
+from .backend import Backend, noise
+from .measure import Times
+
+
+def open_backend(folder: Path, data: dict[str, Any], backend: str, *, threads: int) -> Backend:
+    """Opens an artifact with "onnxruntime", "engine" or "torch", its file checked beforehand.
+
+    Raises:
+        ArtifactError: the file is missing or altered.
+        EngineError: it cannot be opened here.
+    """
+    if backend == "onnxruntime":
+        artifact.verify(folder, data, artifact.PORTABLE)
+        return OnnxRuntime(folder / artifact.PORTABLE, image_shape(data), threads)
+    if backend == "torch":
+        from .torch_timed import TorchModel
+
+        return TorchModel(data, image_shape(data), threads)
+    artifact.verify(folder, data, artifact.ENGINE)
+    return open_engine(folder, data)
+
+
+def open_engine(folder: Path, data: dict[str, Any]) -> Backend:
+    """The one place that knows how an engine is run."""
+    from .engine import TimedEngine
+
+    return TimedEngine(folder, data)
+
+
+def image_shape(data: dict[str, Any]) -> tuple[int, int, int]:
+    """(channels, height, width) of an artifact's images."""
+    return 3, data["preprocess"]["height"], data["preprocess"]["width"]
+
+
+class OnnxRuntime:
+    """A portable model on the CPU."""
+
+    has_graphs = False
+
+    def __init__(self, model: Path, shape: tuple[int, ...], threads: int, name: str = INPUT):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Two sessions take turns: threads of the one that waits must not spin in the other's time.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self.session: Any = onnxruntime.InferenceSession(
+                str(model), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions share no public base class
+            reason = str(error).splitlines()[0]
+            raise EngineError(f"ONNX Runtime cannot open {model}: {reason}") from error
+        self.library = f"ONNX Runtime {onnxruntime.__version__}"
+        self.model, self.shape, self.name = model, shape, name
+
+    def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
+        return self.prepare_feed({self.name: noise(batch, self.shape)})
+
+    def prepare_feed(self, feed: dict[str, Any]) -> Callable[[], Times]:
+        """The same for any inputs."""
+        session = self.session
+
+        def infer() -> Times:
+            started = time.perf_counter()
+            try:
+                session.run(None, feed)
+            except Exception as error:
+                reason = str(error).splitlines()[0]
+                raise EngineError(f"ONNX Runtime cannot run {self.model}: {reason}") from error
+            return Times(start=1000 * started, total=1000 * (time.perf_counter() - started))
+
+        return infer
+
+    def view(self, shape: tuple[int, ...] | None = None) -> OnnxRuntime:
+        """The same session for images of another shape; closing one closes no other."""
+        other = copy(self)
+        other.shape = self.shape if shape is None else shape
+        return other
+
+    def close(self) -> None:
+        self.session = None

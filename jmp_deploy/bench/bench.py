@@ -1,0 +1,334 @@
+"""Latency, throughput, power: one artifact, or two side by side.
+
+Every figure says what it is: end-to-end times go from images in host memory to outputs in host
+memory, one inference after the other; GPU times are CUDA events around the computation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..core import artifact
+from ..core.device import gpus
+from ..core.errors import (
+    ArtifactError,
+    EngineError,
+    JmpDeployError,
+    MissingPackageError,
+    install_command,
+)
+from ..engine.backends import pick_backend
+from . import stats, telemetry
+from . import words as bench_words
+from .backend import Backend
+from .backends import open_backend
+from .host import cpu_count
+from .measure import OnProgress, Participant, Series, Settings, measure
+
+BATCHES = (1, 8, 32)
+SETTLE = 1 / 3
+"""Share of an energy measurement that is not counted: sensors average over up to a second."""
+
+INTERRUPTED = "interrupted"
+
+Opener = Callable[[Path, dict[str, Any], str], Backend]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        folder: the artifact; with `against`, the one that the other is compared with.
+        against: a second artifact, or None.
+        batches: batch sizes; none means those of 1, 8 and 32 that both profiles have.
+        backends: of "auto", "engine", "onnxruntime", "torch".
+        cuda_graph: "both", "on" or "off"; for engines.
+        threads: on a CPU; None takes every one that this process may use.
+        settings: how long.
+        energy_seconds: how long each row runs again for its power, where that can be read.
+    """
+
+    folder: Path
+    against: Path | None = None
+    batches: tuple[int, ...] = ()
+    backends: tuple[str, ...] = ("auto",)
+    cuda_graph: str = "both"
+    threads: int | None = None
+    settings: Settings = field(default_factory=Settings)
+    energy_seconds: float = 3.0
+
+
+def bench(
+    options: BenchOptions,
+    *,
+    on_progress: OnProgress = lambda words, share: None,
+    opener: Opener | None = None,
+    sources: Sequence[telemetry.Source] | None = None,
+) -> tuple[dict[str, Any], list[Series]]:
+    """Measures, and returns the result and the single inferences behind its rows.
+
+    The result: {"device", "complete", "artifacts", "rows", "ratios", "settings", "telemetry",
+    "warnings", "notes", "stopped"}; rows and ratios as in `_row` and `_ratios`. `complete` is false
+    where Ctrl-C or an error cut it short, and `stopped` says which: what is in it was measured
+    whole.
+
+    Args:
+        opener: in place of `open_backend` (tests); sources: in place of what can be read here.
+
+    Raises:
+        ArtifactError: a batch outside the profiles, or a broken artifact.
+        EngineError, MissingPackageError: nothing can run it here.
+        KeyboardInterrupt: before anything was measured.
+    """
+    threads = options.threads or cpu_count()
+    folders = [options.folder, *([options.against] if options.against else [])]
+    datas = [artifact.read(folder) for folder in folders]
+    batches = choose_batches(folders, datas, options.batches)
+    chosen = choose_backends(folders, datas, options.backends)
+    uses_gpu = "engine" in chosen or ("torch" in chosen and bool(gpus()))
+    if opener is None:
+        opener = _default_opener(threads)
+    if sources is None:
+        sources = telemetry.open_sources(gpu=uses_gpu)
+    monitor = telemetry.Monitor(sources)
+    busy = monitor.others()
+    measured: list[tuple[Series, telemetry.Energy | None]] = []
+    libraries: dict[str, str] = {}
+    stopped: str | None = None
+    work = [(backend, batch) for backend in chosen for batch in batches]
+    try:
+        with monitor, ExitStack() as stack:
+            for done, (backend, batch) in enumerate(work):
+                if backend not in libraries:
+                    stack.close()  # one backend's memory and threads are not in another's way
+                    opened = _open(stack, folders, datas, backend, opener)
+                    libraries[backend] = opened[0].library
+
+                def report(words: str, share: float, done: int = done, batch: int = batch) -> None:
+                    on_progress(f"{words}, batch {batch}", (done + share) / len(work))
+
+                for item in _measure_group(folders, opened, work[done], options, monitor, report):
+                    measured.append(item)
+    except (KeyboardInterrupt, JmpDeployError) as error:
+        if not measured:
+            raise
+        stopped = error.message if isinstance(error, JmpDeployError) else INTERRUPTED
+    everything = [series for series, _ in measured]
+    rows = [_row(series, energy) for series, energy in measured]
+    ratios = _ratios(everything, datas) if options.against else []
+    result = {
+        "device": bench_words.device(chosen, threads, libraries),
+        "complete": stopped is None,
+        "stopped": stopped,
+        "artifacts": [bench_words.artifact(f, d) for f, d in zip(folders, datas, strict=True)],
+        "rows": rows,
+        "ratios": ratios,
+        "settings": {
+            **asdict(options.settings),
+            "threads": threads if set(chosen) - {"engine"} else None,
+            "order": "ABBA",
+            "input": "seeded noise",
+        },
+        "telemetry": monitor.summary(),
+        "warnings": bench_words.warnings(busy, monitor.throttled(), rows, ratios, datas),
+        "notes": bench_words.notes(chosen, uses_gpu, monitor.can_read_power(), rows),
+    }
+    return result, everything
+
+
+def choose_batches(
+    folders: Sequence[Path], datas: Sequence[dict[str, Any]], asked: Sequence[int]
+) -> tuple[int, ...]:
+    """The batch sizes to measure; each once, within every artifact's profile.
+
+    Raises:
+        ArtifactError: one is outside, with the range.
+    """
+    least = max(data["batch"][0] for data in datas)
+    most = min(data["batch"][2] for data in datas)
+    for batch in asked:
+        for folder, data in zip(folders, datas, strict=True):
+            low, _, high = data["batch"]
+            if not low <= batch <= high:
+                raise ArtifactError(
+                    f"batch {batch} is outside the profile of {folder}: {low} to {high}",
+                    f"choose from that range, or build it again with --batch: {data['rebuild']}",
+                )
+    if asked:
+        return tuple(dict.fromkeys(asked))
+    if least > most:
+        ranges = " and ".join("{0} to {2}".format(*data["batch"]) for data in datas)
+        raise ArtifactError(
+            f"the artifacts have no batch size in common: {ranges}", "build them with one --batch"
+        )
+    usual = tuple(batch for batch in BATCHES if least <= batch <= most)
+    return usual or tuple(dict.fromkeys((least, most)))
+
+
+def choose_backends(
+    folders: Sequence[Path], datas: Sequence[dict[str, Any]], asked: Sequence[str]
+) -> list[str]:
+    """The backends to measure, each able to run every artifact."""
+    chosen = []
+    for name in asked:
+        if name == "torch":
+            _require_torch()
+            chosen.append(name)
+            continue
+        picks = [pick_backend(f, d, name)[0] for f, d in zip(folders, datas, strict=True)]
+        if len(set(picks)) > 1:  # one has an engine that runs here, the other none
+            picks = [
+                pick_backend(f, d, "onnxruntime")[0] for f, d in zip(folders, datas, strict=True)
+            ]
+        chosen.append(picks[0])
+    return list(dict.fromkeys(chosen))
+
+
+def _require_torch() -> None:
+    for package in ("torch", "timm"):
+        if find_spec(package) is None:
+            raise MissingPackageError(
+                f"torch: {package} is not installed", install_command("export")
+            )
+
+
+def _open(
+    stack: ExitStack,
+    folders: Sequence[Path],
+    datas: Sequence[dict[str, Any]],
+    backend: str,
+    opener: Opener,
+) -> list[Backend]:
+    """Every artifact, opened until the stack is closed."""
+    opened = []
+    for folder, data in zip(folders, datas, strict=True):
+        opened.append(opener(folder, data, backend))
+        stack.callback(opened[-1].close)
+    return opened
+
+
+def _default_opener(threads: int) -> Opener:
+    def opener(folder: Path, data: dict[str, Any], backend: str) -> Backend:
+        return open_backend(folder, data, backend, threads=threads)
+
+    return opener
+
+
+def _measure_group(
+    folders: Sequence[Path],
+    opened: Sequence[Backend],
+    point: tuple[str, int],
+    options: BenchOptions,
+    monitor: telemetry.Monitor,
+    on_progress: OnProgress,
+) -> Iterator[tuple[Series, telemetry.Energy | None]]:
+    """One backend at one batch size: its artifacts in turns, then the power of each.
+
+    What was measured when Ctrl-C came is given out before the interruption goes on.
+    """
+    backend, batch = point
+    participants = [
+        Participant(str(folder), backend, batch, item.prepare(batch, bool(graph)), graph)
+        for graph in _graphs(opened, backend, options.cuda_graph)
+        for folder, item in zip(folders, opened, strict=True)
+    ]
+    series, complete = measure(participants, options.settings, on_progress=on_progress)
+    energies: list[telemetry.Energy | None] = []
+    stop: BaseException | None = None if complete else KeyboardInterrupt()
+    try:
+        if complete and options.energy_seconds > 0 and monitor.can_read_power():
+            for item in series:
+                on_progress(f"power of {item.participant.artifact}", 1.0)
+                energies.append(_power(item, options.energy_seconds, monitor))
+    except (KeyboardInterrupt, JmpDeployError) as error:
+        stop = error
+    energies += [None] * (len(series) - len(energies))
+    yield from zip(series, energies, strict=True)
+    if stop is not None:
+        raise stop
+
+
+def _graphs(opened: Sequence[Backend], backend: str, asked: str) -> tuple[bool | None, ...]:
+    """With which launches to measure: True is CUDA graphs, None where there is no choice."""
+    if backend != "engine":
+        return (None,)
+    if asked == "off" or all(item.has_graphs for item in opened):
+        return {"both": (False, True), "on": (True,), "off": (False,)}[asked]
+    if asked == "on":
+        raise EngineError("these engines cannot be run as CUDA graphs here", "use --cuda-graph off")
+    return (False,)
+
+
+def _power(series: Series, seconds: float, monitor: telemetry.Monitor) -> telemetry.Energy | None:
+    """Power while nothing but this participant runs. In turns a sensor would mix them."""
+    start = monitor.clock()
+    while monitor.clock() - start < seconds:
+        series.participant.infer()
+    return monitor.energy(start + SETTLE * seconds, monitor.clock())
+
+
+def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
+    item = series.participant
+    total = stats.by_round(series, stats.total)
+    assert total is not None  # every runner has end-to-end times
+    latency = stats.latency(total)
+    row: dict[str, Any] = {
+        "artifact": item.artifact,
+        "backend": item.backend,
+        "batch": item.batch,
+        "cuda_graph": item.cuda_graph,
+        "throughput": stats.throughput(item.batch, latency["p50"]),
+        "latency_ms": latency,
+        "gpu_ms": None,
+        "gpu_throughput": None,
+        "iterations": int(total.size),
+        "warm_iterations": series.warm_iterations,
+        "stable": series.stable,
+        "power_w": None,
+        "mj_per_image": None,
+    }
+    compute = stats.by_round(series, stats.compute)
+    if compute is not None:
+        row["gpu_ms"] = stats.latency(compute)
+        row["gpu_throughput"] = stats.throughput(item.batch, row["gpu_ms"]["p50"])
+    if energy is not None:
+        row["power_w"] = energy.watts
+        row["mj_per_image"] = energy.watts * latency["mean"] / item.batch
+    return row
+
+
+def _ratios(everything: Sequence[Series], datas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The second artifact over the first, for every backend, batch and way to launch."""
+    ratios = []
+    promised = datas[0]["macs"]["model"] / datas[1]["macs"]["model"]
+
+    def key(series: Series) -> tuple[str, int, bool | None]:
+        item = series.participant
+        return item.backend, item.batch, item.cuda_graph
+
+    for (backend, batch, graph), group in groupby(everything, key):
+        first, second = group
+        totals = [stats.by_round(item, stats.total) for item in (first, second)]
+        assert totals[0] is not None and totals[1] is not None
+        entry = {
+            "backend": backend,
+            "batch": batch,
+            "cuda_graph": graph,
+            "first": first.participant.artifact,
+            "second": second.participant.artifact,
+            **stats.ratio(totals[0], totals[1]),
+            "gpu": None,
+            "promised_by_flops": promised,
+        }
+        gpu = [stats.by_round(item, stats.compute) for item in (first, second)]
+        if gpu[0] is not None and gpu[1] is not None:
+            entry["gpu"] = stats.ratio(gpu[0], gpu[1])
+        ratios.append(entry)
+    return ratios

@@ -1,0 +1,146 @@
+"""The halves of a ViT's blocks as models of their own, for timing them at any number of tokens.
+
+A half stands in a chain with those of the other blocks, as many as the model is deep: alone, it
+would be timed with the cost of its launch and with weights that fit into a cache. Needs PyTorch,
+timm and the ONNX tools; random weights do, time does not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..jmp.schedule import ModelShape
+
+INPUT = "images"
+"""Of every part: the engine's builder and our runners know an input by this name."""
+ATTENTION, MLP, DENSE = "attention", "mlp", "dense"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Exported parts: name -> ONNX file. The two chains take [B, N, C], any B and N.
+
+    Attributes:
+        shape: of the model.
+        width: C.
+        image: (channels, height, width) of the dense model's images.
+        files: of ATTENTION, MLP and DENSE.
+    """
+
+    shape: ModelShape
+    width: int
+    image: tuple[int, int, int]
+    files: dict[str, Path]
+
+
+def export_parts(
+    data: dict[str, Any], folder: Path, *, on_part: Callable[[str], None] = lambda name: None
+) -> Parts:
+    """Exports the dense model of an artifact, and the halves of its blocks, at its precision.
+
+    Raises:
+        ModuleNotFoundError: PyTorch, timm or the ONNX tools are missing.
+        JmpDeployError: the model is not known or not supported.
+    """
+    from ..export import export
+    from ..jmp.models import load_model
+    from ..jmp.patch import model_shape
+
+    loaded = load_model(data["model"]["name"], "random", img_size=data["model"]["image_size"])
+    model, shape = loaded.model, model_shape(loaded.model)
+    width = int(model.embed_dim)
+    size = (loaded.preprocess.height, loaded.preprocess.width)
+    files = {}
+    for name in (ATTENTION, MLP, DENSE):
+        on_part(name)
+        raw = folder / f"{name}.fp32.onnx"
+        if name == DENSE:
+            export.export_onnx(model, raw, image_size=size)
+        else:
+            _export_chain(model, name, shape, width, raw)
+        files[name] = _at_precision(raw, folder / f"{name}.onnx", data["precision"])
+    return Parts(shape, width, (3, *size), files)
+
+
+def with_tokens(source: Path, tokens: int, target: Path) -> Path:
+    """A chain for one number of tokens, as a reduction leaves it in a model: a static shape."""
+    from ..export.export import load_model, save_model
+
+    proto = load_model(source)
+    dimension = proto.graph.input[0].type.tensor_type.shape.dim[1]
+    dimension.Clear()
+    dimension.dim_value = tokens
+    # Shapes that were inferred for any number of tokens would contradict it.
+    del proto.graph.value_info[:]
+    output = proto.graph.output[0].type.tensor_type.shape.dim[1]
+    output.Clear()
+    output.dim_value = tokens
+    save_model(proto, target)
+    return target
+
+
+def _at_precision(raw: Path, target: Path, precision: str) -> Path:
+    from ..export.fp16 import to_fp16
+
+    if precision == "fp32":
+        return raw.replace(target)
+    to_fp16(raw, target)
+    raw.unlink()
+    return target
+
+
+def _export_chain(model: Any, name: str, shape: ModelShape, width: int, path: Path) -> None:
+    import io
+    import warnings
+    from contextlib import redirect_stdout
+
+    import torch
+
+    from ..core.errors import GraphError
+    from ..export.export import OPSET, save_model
+
+    chain = _chain(model, name)
+    example = torch.zeros(2, shape.num_prefix + shape.num_patches, width)
+    dims = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("tokens", min=2)}
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                chain,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=["out"],
+                dynamic_shapes=(dims,),
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise GraphError(f"PyTorch could not export {name}: {str(error).strip()}") from error
+    save_model(program.model_proto, path)
+
+
+def _chain(model: Any, name: str) -> Any:
+    """One half of every block with its norm and residual; attention as in our exports."""
+    from torch import Tensor, nn
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(model.blocks)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                if name == ATTENTION:
+                    x = x + block.ls1(block.attn(block.norm1(x)))
+                else:
+                    x = x + block.ls2(block.mlp(block.norm2(x)))
+            return x
+
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # written out
+            module.fused_attn = False
+    return Chain().eval()

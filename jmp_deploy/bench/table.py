@@ -1,0 +1,307 @@
+"""Measures a latency table (`latency_table`) for `tune --latency-ms X --on TABLE`.
+
+Per token count, the attention halves and the MLP halves of all blocks are timed as two chains and
+divided by the depth; what is outside the blocks is the dense model's time less theirs; and what a
+reduction costs is what the artifact itself, if it has JMP, takes above the sum of its parts.
+So the table adds up to the measured time of the dense model, and to that of the artifact.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core import artifact
+from ..core.errors import ArtifactError
+from ..jmp.latency import FORMAT, LatencyTable
+from ..jmp.schedule import ModelShape
+from . import parts as bench_parts
+from . import stats, telemetry
+from . import words as bench_words
+from .backend import Backend
+from .backends import OnnxRuntime, open_backend
+from .bench import choose_backends, choose_batches
+from .host import cpu_count
+from .measure import OnProgress, Participant, Settings, measure
+from .parts import ATTENTION, DENSE, MLP, Parts
+
+SETTINGS = Settings(
+    warm_iterations=3,
+    warm_seconds=0.3,
+    iterations=4,
+    rounds=2,
+    visit_seconds=0.01,
+    seconds=1.0,
+)
+"""Of one part in one sweep: shorter than a benchmark's, for there are some 50 parts."""
+SWEEPS = 4
+"""How often all token counts are gone through, to and fro: drift reaches all alike."""
+
+Part = tuple[str, int | None]
+"""A part's name, and the tokens of a chain."""
+Opener = Callable[[str, int | None], Backend]
+"""Opens a part by its name, a chain at a number of tokens; ARTIFACT is the artifact itself."""
+ARTIFACT = "artifact"
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What to measure.
+
+    Attributes:
+        folder: the artifact.
+        batches: as for `BenchOptions`.
+        backend: "auto", "engine" or "onnxruntime"; PyTorch is not deployed, and has no table.
+        threads: of ONNX Runtime.
+        step: tokens from one row to the next.
+        settings: how long, for every chain at every token count.
+    """
+
+    folder: Path
+    batches: tuple[int, ...] = ()
+    backend: str = "auto"
+    threads: int | None = None
+    step: int = 8
+    settings: Settings = field(default_factory=lambda: SETTINGS)
+
+
+def measure_table(
+    options: TableOptions, *, on_progress: OnProgress = lambda words, share: None
+) -> dict[str, Any]:
+    """Measures a table: what the file holds.
+
+    Ctrl-C leaves nothing: a table with some of its rows would let `tune` believe that no other
+    token counts are worth a thought.
+
+    Raises:
+        JmpDeployError: as `bench`; a model that cannot be exported.
+    """
+    threads = options.threads or cpu_count()
+    data = artifact.read(options.folder)
+    batches = choose_batches([options.folder], [data], options.batches)
+    if options.backend == "torch":
+        raise ArtifactError("a table is measured with engine or onnxruntime, not with torch")
+    (backend,) = choose_backends([options.folder], [data], (options.backend,))
+    with telemetry.Monitor(telemetry.open_sources(gpu=backend == "engine")) as monitor:
+        busy = monitor.others()
+        with tempfile.TemporaryDirectory(prefix="jmp-table-") as scratch:
+            parts = bench_parts.export_parts(
+                data, Path(scratch), on_part=lambda name: on_progress(f"exporting {name}", 0.0)
+            )
+            opener = _opener(options.folder, data, backend, parts, threads)
+            table = fill(parts.shape, data, batches, opener, options, on_progress=on_progress)
+    table["device"] = bench_words.device([backend], threads, {backend: table.pop("library")})
+    table["backend"], table["precision"] = backend, data["precision"]
+    table["telemetry"] = monitor.summary()
+    if busy:
+        table["warnings"].append(f"the machine was busy before we began: {', '.join(busy)}")
+    if throttled := monitor.throttled():
+        table["warnings"].append(f"the device was throttled: {', '.join(throttled)}")
+    return table
+
+
+def fill(
+    shape: ModelShape,
+    data: dict[str, Any],
+    batches: Sequence[int],
+    opener: Opener,
+    options: TableOptions,
+    *,
+    on_progress: OnProgress = lambda words, share: None,
+) -> dict[str, Any]:
+    """The table's rows, with whatever opens a part; see `measure_table`."""
+    counts = token_counts(shape, data, options.step)
+    table: dict[str, Any] = {
+        "format": FORMAT,
+        "model": shape.name,
+        "depth": shape.depth,
+        "num_prefix": shape.num_prefix,
+        "num_patches": shape.num_patches,
+        "device": "unnamed device",
+        "library": "",
+        "other_ms": {},
+        "dense_ms": {},
+        "rows": [],
+        "settings": asdict(options.settings),
+        "warnings": [],
+    }
+    whole = [DENSE, *([ARTIFACT] if data["jmp"] else [])]
+    units: list[list[Part]] = [[(name, None) for name in whole]]
+    units += [[(ATTENTION, tokens), (MLP, tokens)] for tokens in counts]
+    times: dict[tuple[int, Part], list[float]] = {}
+    for sweep in range(SWEEPS):
+        for index, unit in enumerate(units if sweep % 2 == 0 else units[::-1]):
+            share = (sweep + index / len(units)) / SWEEPS
+            on_progress(f"measuring parts, {counts[-1]} to {counts[0]} tokens", share)
+            with _opened(opener, unit) as opened:
+                table["library"] = opened[0].library
+                for batch in batches:
+                    measured = _measure(opened, batch, options.settings)
+                    for part, values in zip(unit, measured, strict=True):
+                        times.setdefault((batch, part), []).extend(values)
+    median = {key: stats.latency(np.array(values))["p50"] for key, values in times.items()}
+    for batch in batches:
+        _add_batch(table, shape, data, batch, counts, median)
+    return table
+
+
+def token_counts(shape: ModelShape, data: dict[str, Any], step: int) -> list[int]:
+    """Token counts to measure, falling: all tokens, multiples of `step`, those of the artifact.
+
+    Raises:
+        ArtifactError: a step that leaves nothing to measure.
+    """
+    full = shape.num_prefix + shape.num_patches
+    counts = {full, *range(step, full, step)}
+    if data["jmp"]:
+        counts |= {shape.num_prefix + keep for _, keep in data["jmp"]["schedule"]}
+    found = sorted((n for n in counts if n > shape.num_prefix), reverse=True)
+    if len(found) < 2:
+        raise ArtifactError(
+            f"a step of {step} tokens leaves one row: the model has {full} tokens",
+            "take a smaller --table-step",
+        )
+    return found
+
+
+def _add_batch(
+    table: dict[str, Any],
+    shape: ModelShape,
+    data: dict[str, Any],
+    batch: int,
+    counts: Sequence[int],
+    median: dict[tuple[int, Part], float],
+) -> None:
+    full, dense = shape.num_prefix + shape.num_patches, median[batch, (DENSE, None)]
+    blocks = {
+        tokens: (
+            median[batch, (ATTENTION, tokens)] / shape.depth,
+            median[batch, (MLP, tokens)] / shape.depth,
+        )
+        for tokens in counts
+    }
+    other = dense - shape.depth * sum(blocks[full])
+    if other < 0:
+        table["warnings"].append(
+            f"batch {batch}: the blocks alone took {-other:.3f} ms longer than the dense model; "
+            "the rest of the model is counted as 0"
+        )
+    table["other_ms"][str(batch)] = max(other, 0.0)
+    table["dense_ms"][str(batch)] = dense
+    reduce_ms = 0.0
+    if data["jmp"]:
+        sums = LatencyTable(
+            device="",
+            batch=batch,
+            num_prefix=shape.num_prefix,
+            num_patches=shape.num_patches,
+            other_ms=max(other, 0.0),
+            rows={tokens: (*halves, 0.0) for tokens, halves in blocks.items()},
+            short_last_block=bool(data["jmp"].get("last_prefix_only")),
+        )
+        above = median[batch, (ARTIFACT, None)] - sums.latency(
+            _keeps(shape, data["jmp"]["schedule"])
+        )
+        reduce_ms = max(above, 0.0) / len(data["jmp"]["schedule"])
+    for tokens, (attention, mlp) in blocks.items():
+        table["rows"].append(
+            {
+                "batch": batch,
+                "tokens": tokens,
+                "attn_ms": attention,
+                "mlp_ms": mlp,
+                "reduce_ms": reduce_ms,
+            }
+        )
+
+
+def _keeps(shape: ModelShape, steps: Sequence[Sequence[int]]) -> list[int]:
+    """Patch tokens after each block."""
+    after = {block: keep for block, keep in steps}
+    keeps, now = [], shape.num_patches
+    for block in range(shape.depth):
+        now = after.get(block, now)
+        keeps.append(now)
+    return keeps
+
+
+@contextmanager
+def _opened(opener: Opener, unit: Sequence[Part]) -> Iterator[list[Backend]]:
+    with ExitStack() as stack:
+        opened = []
+        for name, tokens in unit:
+            opened.append(opener(name, tokens))
+            stack.callback(opened[-1].close)
+        yield opened
+
+
+def _measure(opened: Sequence[Backend], batch: int, settings: Settings) -> list[list[float]]:
+    """Times of each in ms, measured in turns: the device's own where it tells, else end to end."""
+    graph = all(backend.has_graphs for backend in opened)
+    participants = [
+        Participant(str(index), "", batch, backend.prepare(batch, graph))
+        for index, backend in enumerate(opened)
+    ]
+    series, complete = measure(participants, settings)
+    if not complete:
+        raise KeyboardInterrupt
+    found = []
+    for item in series:
+        values = stats.by_round(item, stats.compute)
+        if values is None:
+            values = stats.by_round(item, stats.total)
+        assert values is not None
+        found.append(values.ravel().tolist())
+    return found
+
+
+def _opener(folder: Path, data: dict[str, Any], backend: str, parts: Parts, threads: int) -> Opener:
+    if backend == "engine":
+        return _engine_opener(folder, data, parts)
+    sessions: dict[str, OnnxRuntime] = {}
+
+    def opener(name: str, tokens: int | None) -> Backend:
+        if name == ARTIFACT:
+            return open_backend(folder, data, backend, threads=threads)
+        if name not in sessions:
+            sessions[name] = OnnxRuntime(parts.files[name], parts.image, threads)
+        # One session serves all token counts: ONNX Runtime has no kernels for one shape alone.
+        return sessions[name].view((tokens, parts.width)) if tokens else sessions[name].view()
+
+    return opener
+
+
+def _engine_opener(folder: Path, data: dict[str, Any], parts: Parts) -> Opener:
+    """Builds an engine for every part and token count: shapes are static in a real engine too."""
+    from ..engine.builder import EngineSpec, build_engine
+    from .engine import TimedEngine
+
+    flavour, built = data["engine"]["flavour"], set()
+
+    def opener(name: str, tokens: int | None) -> Backend:
+        if name == ARTIFACT:
+            return open_backend(folder, data, "engine", threads=1)
+        source = parts.files[name]
+        plan = source.with_name(f"{name}.{tokens or 'whole'}.engine")
+        if plan not in built:
+            model = source
+            if tokens:
+                model = bench_parts.with_tokens(source, tokens, source.with_name("part.onnx"))
+            spec = EngineSpec(
+                batch=(data["batch"][0], data["batch"][1], data["batch"][2]),
+                # the builder takes any shape of one "image"
+                image=(tokens, parts.width) if tokens else parts.image,  # type: ignore[arg-type]
+                precision=data["precision"],
+            )
+            cache = source.with_name("timing.cache")
+            build_engine(model, plan, flavour, spec, timing_cache=cache)
+            built.add(plan)
+        return TimedEngine(plan, data, use_manifest=False)
+
+    return opener

@@ -1,0 +1,374 @@
+"""PyTorch, ONNX Runtime and the engine side by side, on the same images.
+
+Polygraphy's runners and its Comparator.run run them; what is compared and how is ours
+(compare_measures.py): Comparator.compare_accuracy judges tensors element by element, and a ViT
+whose tokens may change places in a near tie is judged by the cosine of its answer for each image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core import artifact, interrupt
+from ..core.errors import ArtifactError, ImageError, JmpDeployError
+from ..core.images import UNREADABLE_LIMIT, Preprocess, open_image, preprocess
+from ..engine.backends import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
+from .measures import TABLE, TOLERANCES, Pair, measure
+from .trace import Backend
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+BACKENDS = ("torch", "onnxruntime", "engine")
+LIMIT = 64
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Input: images [B, 3, H, W], their names, and files that could not be read: (path, why)."""
+
+    images: NDArray[np.float32]
+    names: tuple[str, ...]
+    unreadable: tuple[tuple[str, str], ...] = ()
+
+
+def compare_artifact(
+    folder: Path,
+    *,
+    backends: Sequence[str] | None = None,
+    images: Sequence[Path] = (),
+    limit: int = LIMIT,
+    weights: str | None = None,
+    min_cosine: float | None = None,
+    max_abs: float | None = None,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Runs an artifact's backends on the same images and compares each with the first.
+
+    Args:
+        folder: the artifact.
+        backends: of "torch", "onnxruntime", "engine"; None takes all that can run here.
+        images: files; none means the artifact's reference images.
+        limit: files to use at most, spread evenly over those given.
+        weights: where PyTorch takes the weights from, if not from where the build did.
+        min_cosine, max_abs: tolerances in place of the precision's own (compare_measures.TABLE).
+        debug: look at every block of each pair outside tolerance, or of the first pair.
+
+    Returns:
+        {"ok", "precision", "tolerance", "images", "unreadable", "random_weights", "backends",
+        "skipped": {backend: reason}, "pairs", "reductions", "reductions_skipped", "debug",
+        "debug_skipped", "runtime_ms": {backend: per image}}. pairs are those of
+        compare_measures.Pair; reductions is compare_reductions.report's, debug a list of
+        compare_debug.conclusion's; where one is None, its _skipped says why.
+
+    Raises:
+        JmpDeployError: fewer than two backends can run, or one that was asked for cannot; no image
+            can be read.
+    """
+    data = artifact.read(folder)
+    quiet_polygraphy()
+    precision = data["precision"]
+    if precision not in TOLERANCES:
+        raise ArtifactError(f"no tolerances are known for precision {precision!r}")
+    photos, reference = _input(folder, data, images, limit)
+    chosen, skipped = _open(folder, data, backends, weights, reference)
+    pairs, times, _ = run_and_pair(
+        [backend.runner for backend in chosen],
+        photos.images,
+        tuple(data["batch"]),
+        precision,
+        min_cosine=min_cosine,
+        max_abs=max_abs,
+        near_ties=bool(data["jmp"]),
+    )
+    usual = TOLERANCES[precision] if min_cosine is None else min_cosine
+    tried = len(photos.names) + len(photos.unreadable)
+    readable = len(photos.unreadable) <= UNREADABLE_LIMIT * tried
+    result = {
+        "ok": readable and all(pair.ok for pair in pairs),
+        "precision": precision,
+        "tolerance": {
+            "cosine": usual,
+            "worst": TABLE[precision].worst if data["jmp"] and min_cosine is None else usual,
+            "max_abs": max_abs,
+            "source": TABLE[precision].source if min_cosine is None else "--min-cosine",
+        },
+        "images": len(photos.names),
+        "unreadable": [{"image": path, "reason": why} for path, why in photos.unreadable],
+        "random_weights": artifact.is_random(data),
+        "backends": [backend.name for backend in chosen],
+        "skipped": skipped,
+        "pairs": [_as_dict(pair, photos.names) for pair in pairs],
+        "runtime_ms": times,
+    }
+    result["reductions"], result["reductions_skipped"] = _reductions(
+        folder, data, chosen, photos.images
+    )
+    result["debug"], result["debug_skipped"] = None, "not asked for (--debug)"
+    if debug:
+        result["debug"], result["debug_skipped"] = _debug(
+            folder, data, chosen, pairs, photos.images, result["tolerance"]["cosine"]
+        )
+    return result
+
+
+def run_and_pair(
+    runners: Sequence[Any],
+    images: NDArray[np.float32],
+    profile: tuple[int, ...],
+    precision: str,
+    *,
+    min_cosine: float | None = None,
+    max_abs: float | None = None,
+    near_ties: bool = True,
+) -> tuple[list[Pair], dict[str, float], dict[str, NDArray[Any]]]:
+    """Runs every runner on every image and pairs each runner with the first.
+
+    Args:
+        runners, images: Polygraphy's runners, and [B, 3, H, W].
+        profile: (min, opt, max) batch.
+        precision, min_cosine, max_abs, near_ties: as for `compare_measures.measure`.
+
+    Returns:
+        The pairs; per runner the time of one image in ms (whole batches, first one included: an
+        orientation, not a benchmark); and the first runner's outputs by name, [B, ...].
+    """
+    from polygraphy.comparator import Comparator
+
+    least, _, most = profile
+    size = max(least, min(most, BATCH))
+    feed = [{INPUT: piece} for piece in split(images, size, least)]
+    by_name = dict(Comparator.run(list(runners), data_loader=feed).items())
+    interrupt.check()
+    outputs = {name: join(iterations, len(images)) for name, iterations in by_name.items()}
+    first = runners[0].name
+    pairs = [
+        measure(
+            first,
+            runner.name,
+            output,
+            ours,
+            outputs[runner.name][output],
+            precision,
+            min_cosine=min_cosine,
+            max_abs=max_abs,
+            near_ties=near_ties,
+        )
+        for runner in runners[1:]
+        for output, ours in outputs[first].items()
+    ]
+    times = {
+        name: 1000 * sum(iteration.runtime for iteration in iterations) / len(images)
+        for name, iterations in by_name.items()
+    }
+    return pairs, times, outputs[first]
+
+
+def load_reference(path: Path) -> dict[str, Any]:
+    """Reads reference.npz: {"images": [B, 3, H, W], "output": [B, D], "names": [...]}."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in ("images", "output", "names")}
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}", "build the artifact again") from (
+            error
+        )
+
+
+def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
+    """Decodes at most `limit` files, spread evenly; those that cannot be read are listed.
+
+    Raises:
+        ImageError: none can be read.
+    """
+    count = min(limit, len(paths))
+    spread = [paths[index * len(paths) // count] for index in range(count)]
+    images, names, unreadable = [], [], []
+    for path in spread:
+        interrupt.check()
+        try:
+            images.append(preprocess(open_image(path), spec))
+        except ImageError as error:
+            unreadable.append((str(path), error.message))
+        else:
+            names.append(str(path))
+    if not images:
+        why = unreadable[0][1]
+        more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+        raise ImageError(f"no image can be read: {why}{more}")
+    return Photos(np.stack(images), tuple(names), tuple(unreadable))
+
+
+def torch_runner(model: Any, output: str, name: str = "torch") -> Any:
+    """A Polygraphy runner of a PyTorch model in FP32 on the CPU."""
+    import torch
+
+    def forward(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return model(torch.from_numpy(images)).numpy()
+
+    return _function_runner(forward, output, name)
+
+
+def _input(
+    folder: Path, data: dict[str, Any], images: Sequence[Path], limit: int
+) -> tuple[Photos, dict[str, Any] | None]:
+    """What the backends see, and the reference where that is its images."""
+    if images:
+        return load_photos(images, Preprocess.from_dict(data["preprocess"]), limit), None
+    artifact.verify(folder, data, artifact.REFERENCE)
+    reference = load_reference(folder / artifact.REFERENCE)
+    return Photos(reference["images"], tuple(map(str, reference["names"]))), reference
+
+
+def _open(
+    folder: Path,
+    data: dict[str, Any],
+    wanted: Sequence[str] | None,
+    weights: str | None,
+    reference: dict[str, Any] | None,
+) -> tuple[list[Backend], dict[str, str]]:
+    """The backends that can run, and why the others cannot."""
+    chosen, skipped = [], {}
+    for name in wanted or BACKENDS:
+        try:
+            chosen.append(_backend(name, folder, data, weights, reference))
+        except JmpDeployError as error:
+            if wanted:
+                raise
+            skipped[name] = error.message.removeprefix(f"{name}: ")
+    if len(chosen) < 2:
+        reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
+        raise ArtifactError(
+            f"nothing to compare: {len(chosen)} backend can run here ({reasons})",
+            "run `python -m jmp_deploy doctor` to see what is missing",
+        )
+    return chosen, skipped
+
+
+def _backend(
+    name: str,
+    folder: Path,
+    data: dict[str, Any],
+    weights: str | None,
+    reference: dict[str, Any] | None,
+) -> Backend:
+    if name != "torch":
+        pick_backend(folder, data, name)
+        return Backend(name, open_runner(folder, data, name))
+    output = data["model"]["output"]
+    try:
+        from ..jmp.restore import restore_model
+
+        model = restore_model(data, weights)
+        return Backend(name, torch_runner(model, output), model)
+    except (ImportError, JmpDeployError) as error:
+        if reference is None or weights is not None:
+            raise error if isinstance(error, JmpDeployError) else ArtifactError(str(error)) from (
+                error
+            )
+        # PyTorch's outputs travel with the artifact, for devices without PyTorch.
+        runner = _stored_runner(reference, output)
+        return Backend(runner.name, runner)
+
+
+def _reductions(
+    folder: Path,
+    data: dict[str, Any],
+    chosen: Sequence[Backend],
+    images: NDArray[np.float32],
+) -> tuple[dict[str, Any] | None, str | None]:
+    """(report, None), or (None, why there is none).
+
+    The portable model runs a second time for it, with its choices as further outputs: what is
+    compared above is the file as it is deployed.
+    """
+    if not data["jmp"]:
+        return None, "the model is dense"
+    torch_model = next((b.model for b in chosen if b.model is not None), None)
+    if torch_model is None or not any(b.name == "onnxruntime" for b in chosen):
+        return None, (
+            "kept tokens can be seen in PyTorch and ONNX Runtime, and not both take part (an "
+            "engine's stay inside the plugin; stored outputs hold none)"
+        )
+    try:
+        import onnx
+    except ImportError:
+        return None, "onnx is not installed"
+    from . import reductions
+    from .trace import trace_onnx, trace_torch
+
+    try:
+        proto = onnx.load_model(folder / artifact.PORTABLE)
+        theirs = trace_onnx(proto, images, data["batch"])
+        report = reductions.report(trace_torch(torch_model, images), theirs, data["precision"])
+    except JmpDeployError as error:
+        return None, error.message
+    return report, None
+
+
+def _debug(
+    folder: Path,
+    data: dict[str, Any],
+    chosen: Sequence[Backend],
+    pairs: Sequence[Pair],
+    images: NDArray[np.float32],
+    tolerance: float,
+) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """(conclusions, None), or (None, why there are none): the pairs outside, else the first."""
+    from .debug import examine
+
+    outside = [pair for pair in pairs if not pair.ok] or pairs[:1]
+    wanted = dict.fromkeys((pair.a, pair.b) for pair in outside)
+    by_name = {backend.name: backend for backend in chosen}
+    try:
+        found = [
+            examine(folder, data, by_name[a], by_name[b], images, tolerance) for a, b in wanted
+        ]
+    except ModuleNotFoundError as error:
+        return None, f"blocks cannot be looked at without {error.name}"
+    except JmpDeployError as error:
+        return None, error.message
+    return found, None
+
+
+def _as_dict(pair: Pair, names: Sequence[str]) -> dict[str, Any]:
+    worst = names[pair.worst] if pair.worst is not None else None
+    return {**vars(pair), "problems": list(pair.problems), "worst_image": worst}
+
+
+def _stored_runner(reference: dict[str, Any], output: str) -> Any:
+    """Plays back PyTorch's stored outputs for the reference images, in their order."""
+    stored, position = reference["output"], 0
+
+    def replay(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        nonlocal position
+        index = [min(position + k, len(stored) - 1) for k in range(len(images))]
+        position += len(images)
+        return stored[index]
+
+    return _function_runner(replay, output, "torch (stored)")
+
+
+def _function_runner(function: Any, output: str, name: str) -> Any:
+    from polygraphy.backend.base import BaseRunner
+    from polygraphy.common import TensorMetadata
+
+    class FunctionRunner(BaseRunner):  # type: ignore[misc]
+        def get_input_metadata_impl(self) -> Any:
+            return TensorMetadata().add(INPUT, np.float32, (-1, 3, -1, -1))
+
+        def infer_impl(self, feed_dict: dict[str, Any]) -> dict[str, Any]:
+            started = time.perf_counter()
+            value = function(np.asarray(feed_dict[INPUT]))
+            self.inference_time = time.perf_counter() - started
+            return {output: value}
+
+    return FunctionRunner(name=name)

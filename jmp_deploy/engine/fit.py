@@ -1,0 +1,149 @@
+"""Does an engine fit this machine? Asked of the manifest, before anything is deserialized.
+
+An engine fits one flavour and version of TensorRT, the GPUs that it was built for, and the plugin
+that it was built with. TensorRT itself tells so late, and in words of its own.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core import artifact
+from ..core.errors import ArtifactError, EngineError
+from .api import FLAVOURS, MODULES, TITLES, installed
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine and what is known of it.
+
+    Attributes:
+        path: the plan.
+        data: its manifest, or None where it is not asked.
+        flavour: "tensorrt" or "rtx".
+    """
+
+    path: Path
+    data: dict[str, Any] | None
+    flavour: str
+
+    @property
+    def has_plugin(self) -> bool | None:
+        """Whether it holds our plugin; None where that is not known."""
+        return None if self.data is None else bool(self.data["engine"]["plugin"])
+
+    @property
+    def how_to_rebuild(self) -> str:
+        """For the hint of an error."""
+        if self.data is None:
+            return "an engine fits one TensorRT version and GPU architecture: build it again here"
+        folder = shlex.quote(str(self.path.parent))
+        return (
+            f"make the engine anew with `python -m jmp_deploy run {folder} IMAGE --rebuild`, or "
+            f"everything with `{self.data['rebuild']}`"
+        )
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One thing that does not fit: what was expected (by the engine), what was found (here)."""
+
+    what: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: expected {self.expected}, found {self.found}"
+
+
+def locate(path: Path, *, use_manifest: bool = True, flavour: str | None = None) -> EngineFile:
+    """Finds an engine and its manifest, and checks the file against it.
+
+    Args:
+        path: the plan, or the folder of an artifact.
+        use_manifest: False takes any plan as it is.
+        flavour: needed without a manifest where both flavours are installed; else TensorRT.
+
+    Raises:
+        ArtifactError: no such file, no manifest beside it, or the file is not the one that was
+            built.
+        EngineError: the flavour is not installed.
+    """
+    plan = path / artifact.ENGINE if path.is_dir() else path
+    if not use_manifest:
+        if not plan.is_file():
+            raise ArtifactError(f"no such engine: {plan}")
+        chosen = flavour or next((name for name in FLAVOURS if installed(name)), FLAVOURS[0])
+        return EngineFile(plan, None, chosen)
+    if not plan.is_file() and not plan.parent.is_dir():
+        raise ArtifactError(f"no such engine: {plan}")
+    if not (plan.parent / artifact.FILE).is_file():
+        raise ArtifactError(
+            f"{plan} has no {artifact.FILE} beside it: nothing is known of the TensorRT version, "
+            "GPU and plugin that it needs",
+            "run it from the artifact's folder, or without the check: --no-manifest",
+        )
+    data = artifact.read(plan.parent)
+    if not data.get("engine"):
+        raise ArtifactError(
+            f"{plan.parent} has no engine: {data.get('no_engine')}",
+            f"build it again: {data['rebuild']}",
+        )
+    artifact.verify(plan.parent, data, plan.name)
+    return EngineFile(plan, data, data["engine"]["flavour"])
+
+
+def mismatches(
+    engine: dict[str, Any],
+    *,
+    version: str | None,
+    gpu: str,
+    capability: tuple[int, int],
+    plugin: dict[str, Any] | None = None,
+) -> list[Mismatch]:
+    """What of an engine does not fit.
+
+    Args:
+        engine: the manifest's section of that name.
+        version: of the flavour that is here; None where it is not installed.
+        gpu, capability: name of the GPU and its compute capability.
+        plugin: `plugin.plugin_info` of the library that would be loaded; not looked at where the
+            engine has none.
+    """
+    found = []
+    title = TITLES[engine["flavour"]]
+    if version is None:
+        missing = f"no {MODULES[engine['flavour']]}"
+        found.append(Mismatch(f"{title} version", engine["version"], missing))
+    elif version != engine["version"]:
+        found.append(Mismatch(f"{title} version", engine["version"], version))
+    here = "sm_{}{}".format(*capability)
+    if engine["targets"] and here not in engine["targets"]:
+        targets = " or ".join(engine["targets"])
+        found.append(Mismatch("compute capability", targets, f"{here} ({gpu})"))
+    if engine["plugin"] and plugin is not None and not _same_plugin(engine["plugin"], plugin):
+        expected, ours = engine["plugin"]["sha256"][:12], plugin["sha256"][:12]
+        found.append(Mismatch("plugin", f"sha256 {expected}...", f"{ours}... ({plugin['path']})"))
+    return found
+
+
+def require_fit(file: EngineFile, found: Sequence[Mismatch]) -> None:
+    """Raises EngineError if anything does not fit."""
+    if found:
+        raise EngineError(
+            f"{file.path} does not fit this machine: " + "; ".join(map(str, found)),
+            file.how_to_rebuild,
+        )
+
+
+def _same_plugin(expected: dict[str, Any], found: dict[str, Any]) -> bool:
+    """The same library, or one that another compiler made of the same sources: an engine that
+    was built ahead of time meets a plugin that was compiled on the device."""
+    if expected["sha256"] == found["sha256"]:
+        return True
+    sources = expected.get("sources")
+    return sources is not None and sources == found.get("sources")

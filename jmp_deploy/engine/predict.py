@@ -1,0 +1,209 @@
+"""Images in, classes or features out, on whatever this machine can run an artifact with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core import artifact
+from ..core.errors import ArtifactError, EngineError, ImageError, NonFiniteError
+from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
+from ..core.stats import softmax
+from . import backends
+from .runtime import Engine, require_finite
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CHUNK = 256
+"""Images decoded at a time: a folder of any size fits into memory."""
+
+Run = Callable[["NDArray[np.float32]"], "NDArray[Any]"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What came out.
+
+    Attributes:
+        records: {"image", "top": [{"index", "label", "score"}]}, score a softmax probability, or
+            {"image", "features": [...]}.
+        backend: what ran.
+        reason: why that.
+        skipped: {"image", "error"} of files that could not be read.
+    """
+
+    records: list[dict[str, Any]]
+    backend: str
+    reason: str
+    skipped: list[dict[str, str]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether few enough images were unreadable."""
+        return len(self.skipped) <= UNREADABLE_LIMIT * (len(self.records) + len(self.skipped))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run.
+
+    Attributes:
+        backend: "auto", "engine" or "onnxruntime".
+        batch: images per inference at most, below the engine's own limit.
+        cuda_graph: replay CUDA graphs.
+        use_manifest: False runs an engine of which nothing is known.
+        allow_random: run random weights too.
+    """
+
+    backend: str = "auto"
+    batch: int | None = None
+    cuda_graph: bool = True
+    use_manifest: bool = True
+    allow_random: bool = False
+
+
+def predict(
+    path: Path, images: Sequence[Path], options: Options | None = None, *, topk: int = 5
+) -> Predictions:
+    """Runs an artifact, or an engine without a manifest, on images.
+
+    Args:
+        path: the artifact's folder; without a manifest also a plan.
+        images: files or folders.
+        topk: classes per image.
+
+    Raises:
+        ArtifactError: random weights, or a broken artifact.
+        ImageError: no images, or none that can be read.
+        NonFiniteError: NaN or infinity in an output.
+        EngineError: nothing can run it here.
+    """
+    options = options or Options()
+    data = artifact.read(path) if options.use_manifest else None
+    if data and artifact.is_random(data) and not options.allow_random:
+        raise ArtifactError(
+            f"{path} has random weights: its answers mean nothing",
+            "build it with real weights (--weights FILE), or pass --allow-random",
+        )
+    paths = find_images(images)
+    records: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    with _open(path, data, options) as (run, spec, output, backend, reason):
+        names = data.get("class_names") if data else None
+        for start in range(0, len(paths), CHUNK):
+            piece, batch = _decode(paths[start : start + CHUNK], spec, skipped)
+            for image, row in zip(piece, _run_finite(run, batch, piece), strict=True):
+                records.append({"image": str(image), **_answer(row, output, names, topk)})
+    if not records:
+        raise ImageError(skipped[0]["error"], f"{len(skipped)} images, none of them readable")
+    return Predictions(records, backend, reason, skipped)
+
+
+@contextmanager
+def _open(
+    path: Path, data: dict[str, Any] | None, options: Options
+) -> Iterator[tuple[Run, Preprocess, str, str, str]]:
+    """(images to outputs, preprocessing, output's name, backend, reason)."""
+    if data is None:
+        with Engine(
+            path, use_manifest=False, cuda_graph=options.cuda_graph, max_batch=options.batch
+        ) as engine:
+            spec, output = _assumed(engine), engine.outputs[0].name
+            yield _of_engine(engine, output), spec, output, "engine", "without a manifest"
+        return
+    spec, output = Preprocess.from_dict(data["preprocess"]), data["model"]["output"]
+    chosen, reason = backends.pick_backend(path, data, options.backend, through="cuda.bindings")
+    if chosen == "engine":
+        with Engine(path, cuda_graph=options.cuda_graph, max_batch=options.batch) as engine:
+            yield _of_engine(engine, output), spec, output, chosen, reason
+        return
+    least, best, most = data["batch"]
+    most = min(most, options.batch or most)
+    if most < least:
+        raise EngineError(f"--batch {most} is below the model's {least}")
+    with backends.open_runner(path, data, chosen) as runner:
+        yield (
+            lambda batch: backends.infer(runner, batch, (least, min(best, most), most))[output],
+            spec,
+            output,
+            chosen,
+            reason,
+        )
+
+
+def _of_engine(engine: Engine, output: str) -> Run:
+    return lambda batch: engine.infer({backends.INPUT: batch})[output]
+
+
+def _assumed(engine: Engine) -> Preprocess:
+    """Preprocessing where no manifest says it: what timm does for most ViTs."""
+    _, height, width = engine.inputs[0].shape
+    warnings.warn(
+        "no manifest says how images are prepared: bicubic, crop 0.9 and ImageNet's mean and "
+        "standard deviation are assumed",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Preprocess(
+        height=height,
+        width=width,
+        resize=int(height / 0.9),
+        interpolation="bicubic",
+        crop_mode="center",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+
+
+def _decode(
+    paths: Sequence[Path], spec: Preprocess, skipped: list[dict[str, str]]
+) -> tuple[list[Path], NDArray[np.float32]]:
+    """The images that can be read, as [B, 3, H, W]; the others go to `skipped`."""
+    readable, rows = [], []
+    for path in paths:
+        try:
+            rows.append(load_batch([path], spec))
+            readable.append(path)
+        except ImageError as error:
+            skipped.append({"image": str(path), "error": error.message})
+    if not rows:
+        return [], np.empty((0, 3, spec.height, spec.width), np.float32)
+    return readable, np.concatenate(rows)
+
+
+def _run_finite(run: Run, batch: NDArray[np.float32], paths: Sequence[Path]) -> NDArray[Any]:
+    if not len(batch):
+        return np.empty((0, 0), np.float32)
+    try:
+        values = run(batch)
+        require_finite({"answer": values})
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"the output for {paths[error.row]} is not finite: {error.message}", error.hint
+        ) from error
+    return values
+
+
+def _answer(row: Any, output: str, names: list[str] | None, topk: int) -> dict[str, Any]:
+    if output == "features":
+        return {"features": [float(value) for value in row]}
+    wide = np.asarray(row, dtype=np.float64)
+    scores = softmax(wide)
+    best = np.argsort(-scores, kind="stable")[:topk]
+    return {
+        "top": [
+            {
+                "index": int(index),
+                "label": names[index] if names else str(index),
+                "score": float(scores[index]),
+            }
+            for index in best
+        ]
+    }

@@ -1,0 +1,375 @@
+"""Keep schedules: in which blocks tokens go, how many stay, and what that saves.
+
+A schedule is data: (block, tokens kept) pairs, resolved once for a model and an image size before
+anything is exported. Ways to write one (`parse`):
+
+    paper                blocks at 1/4, 1/2 and 3/4 of the depth, keep rate 0.7 in each
+    spread               the same FLOPs as `paper`, the reduction spread evenly over all blocks
+                         from the third to the last but one
+    spread:50            the same blocks at 50 % of the dense model's FLOPs; steps are even while
+                         a fifth of the patches is left at the end, and else each block keeps the
+                         same share
+    3:138,6:97,9:68      explicit: patch tokens kept after block 3, 6, 9 (0-based)
+    r18@2-10             18 tokens fewer in each of blocks 2 to 10
+    FILE.json            {"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97]]}
+
+This module needs neither PyTorch nor timm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import ScheduleError
+from .node import SELECTIONS
+
+NAMES = ("paper", "spread")
+DEFAULT = "spread"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a ViT that decide what it costs.
+
+    Attributes:
+        name: timm name.
+        depth: number of blocks.
+        num_prefix: class, distillation and register tokens.
+        num_patches: M, patch tokens.
+        attn_dim: heads times head width.
+        head_dim: width of one head.
+        attn_weights: weights in the linear layers of one attention (QKV, projection, gate).
+        qkv_weights: those of the QKV projection alone.
+        mlp_weights: weights in the linear layers of one MLP.
+        stem_macs: patch embedding, MACs per image.
+        head_macs: classifier heads, MACs per image.
+        has_class_token: importance comes from the class token; else from all queries.
+        head_reads_prefix_only: the head does not look at patch tokens after the last block.
+    """
+
+    name: str
+    depth: int
+    num_prefix: int
+    num_patches: int
+    attn_dim: int
+    head_dim: int
+    attn_weights: int
+    mlp_weights: int
+    stem_macs: int
+    head_macs: int
+    has_class_token: bool
+    qkv_weights: int = 0
+    head_reads_prefix_only: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A resolved schedule.
+
+    Attributes:
+        name: for messages.
+        steps: (block, patch tokens kept) in block order.
+        last_prefix_only: the last block computes its attention output, projection and MLP for the
+            prefix tokens alone. Nothing that the head reads changes.
+        selection: how the K critical tokens are chosen (see `node.TokenReduce`).
+        tau: threshold between merging and pruning, where nobody asks for another.
+        merge_weight: how much of a merged token's content counts (see `node.TokenReduce`).
+
+    What is written out (`paper`, lists, rates, constants) is the method's first form and nothing
+    else, so that it costs what the literature says; `improved` turns on what was measured to be
+    better, and the schedules that we choose ourselves (`spread`, `tune`) have it.
+    """
+
+    name: str
+    steps: tuple[tuple[int, int], ...]
+    last_prefix_only: bool = False
+    selection: str = "importance"
+    tau: float = 0.7
+    merge_weight: float = 1.0
+
+
+def improved(schedule: Schedule, shape: ModelShape) -> Schedule:
+    """The same steps with all that docs/method.md found to pay.
+
+    Selection by `distinct`, less of a merged token's content, pruning of what resembles nothing;
+    and, where the head reads prefix tokens only and the last block reduces nothing, a last block
+    that computes no others.
+    """
+    reduces_last = any(block == shape.depth - 1 for block, _ in schedule.steps)
+    saves = shape.head_reads_prefix_only and not reduces_last
+    return replace(
+        schedule, selection="distinct", tau=0.8, merge_weight=0.4, last_prefix_only=saves
+    )
+
+
+def parse(spec: str, shape: ModelShape) -> Schedule:
+    """Resolves a schedule written as a name, a list or a file (see the module's docstring).
+
+    Raises:
+        ScheduleError: it cannot be read or does not fit the model.
+    """
+    if spec == "paper":
+        return paper(shape)
+    if spec == "spread":
+        return spread(shape)
+    if found := re.fullmatch(r"spread:(\d+(?:\.\d+)?)%?", spec):
+        return for_share(shape, float(found.group(1)) / 100)
+    if re.fullmatch(r"\d+:-?\d+(,\d+:-?\d+)*", spec):
+        steps = [tuple(int(n) for n in pair.split(":")) for pair in spec.split(",")]
+        return resolve("list", [(block, keep) for block, keep in steps], shape)
+    if found := re.fullmatch(r"r(\d+)@(\d+)-(\d+)", spec):
+        count, first, last = (int(group) for group in found.groups())
+        return constant(count, range(first, last + 1), shape)
+    if Path(spec).suffix == ".json" or Path(spec).is_file():
+        return load(Path(spec), shape)
+    raise ScheduleError(
+        f"unknown schedule {spec!r}",
+        f"use {' or '.join(NAMES)}, spread:50, a list such as 3:138,6:97,9:68, a constant such as "
+        "r18@2-10, or a .json file",
+    )
+
+
+def load(path: Path, shape: ModelShape) -> Schedule:
+    """Reads a schedule file: {"steps": [[block, keep], ...]} and, if wanted, "model" (timm name),
+    "selection", "last_prefix_only", "tau" and "merge_weight" (see `Schedule`).
+
+    Raises:
+        ScheduleError: the file is missing or malformed, or was made for another model.
+    """
+    example = '{"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97], [9, 68]]}'
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        steps = [(block, keep) for block, keep in data["steps"]]
+        model = data.get("model", shape.name)
+        selection = data.get("selection", "importance")
+        last = data.get("last_prefix_only", False)
+        tau, weight = data.get("tau", Schedule.tau), data.get("merge_weight", 1.0)
+        if selection not in SELECTIONS or not isinstance(last, bool):
+            raise ValueError(
+                f"selection is one of {', '.join(SELECTIONS)}, last_prefix_only true or false"
+            )
+        if not (_is_number(tau) and _is_number(weight) and 0 <= weight <= 1):
+            raise ValueError("tau is a number, merge_weight one from 0 to 1")
+        if not all(isinstance(n, int) and not isinstance(n, bool) for step in steps for n in step):
+            raise ValueError("steps must be pairs of whole numbers")
+    except OSError as error:
+        raise ScheduleError(f"cannot read schedule file {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ScheduleError(
+            f"{path} is not a schedule file: {error}", f"expected the form {example}"
+        ) from error
+    if model != shape.name:
+        raise ScheduleError(
+            f"{path} is a schedule for {model}, the model is {shape.name}",
+            "make one for this model, or remove the key 'model' to use it all the same",
+        )
+    found = resolve(path.stem, steps, shape)
+    found = replace(
+        found,
+        selection=selection,
+        last_prefix_only=last,
+        tau=float(tau),
+        merge_weight=float(weight),
+    )
+    check_last_prefix_only(found, shape)
+    return found
+
+
+def from_manifest(jmp: dict[str, Any]) -> Schedule:
+    """The schedule that an artifact was built with, from the entry `jmp` of its manifest."""
+    return Schedule(
+        name=jmp["schedule_name"],
+        steps=tuple((block, keep) for block, keep in jmp["schedule"]),
+        last_prefix_only=jmp["last_prefix_only"],
+        selection=jmp["selection"],
+        tau=jmp["tau"],
+        merge_weight=jmp["merge_weight"],
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def paper(shape: ModelShape) -> Schedule:
+    """The published setting: keep rate 0.7 in blocks 3, 6 and 9 of 12 (quarters of the depth)."""
+    blocks = [shape.depth * quarter // 4 for quarter in (1, 2, 3)]
+    return keep_rate(0.7, blocks, shape, name="paper")
+
+
+def spread(shape: ModelShape) -> Schedule:
+    """The FLOPs of `paper` or just below, with equal steps in blocks 2 .. depth-2.
+
+    Many small steps hold accuracy better than three large ones at the same cost (docs/method.md).
+    The step is the smallest that reaches paper's cost.
+    """
+    budget = macs(shape, paper(shape))
+    blocks = range(2, shape.depth - 1)
+    for count in range(1, shape.num_patches):
+        if count * len(blocks) >= shape.num_patches:
+            break
+        schedule = improved(constant(count, blocks, shape, name="spread"), shape)
+        if macs(shape, schedule) <= budget:
+            return schedule
+    raise ScheduleError(
+        f"{shape.name} has too few blocks or patch tokens to spread a reduction over",
+        "use --schedule paper or write the schedule as a list",
+    )
+
+
+def for_share(
+    shape: ModelShape, share: float, form: str = "auto", blocks: Sequence[int] | None = None
+) -> Schedule:
+    """The most tokens in blocks 2 .. depth-2 (or `blocks`) for at most `share` of the dense MACs.
+
+    Args:
+        share: of `macs(shape)`, in (0, 1].
+        form: "even" (equal steps), "rate" (the same share of the tokens stays in each block) or
+            "auto": even as long as a fifth of the patches is left at the end, else rate: even
+            steps would starve the last blocks (docs/method.md).
+
+    Raises:
+        ScheduleError: no such schedule is that cheap.
+    """
+    if form == "auto":
+        try:
+            even = for_share(shape, share, "even", blocks)
+        except ScheduleError:
+            return for_share(shape, share, "rate", blocks)
+        if not even.steps or even.steps[-1][1] >= shape.num_patches / 5:
+            return even
+        return for_share(shape, share, "rate", blocks)
+    budget = share * macs(shape)
+    blocks = range(2, shape.depth - 1) if blocks is None else blocks
+    # From the most tokens left at the end to the fewest: cost falls with them.
+    for final in range(shape.num_patches, 0, -1) if blocks else ():
+        steps = []
+        for position, block in enumerate(blocks, 1):
+            part = position / len(blocks)
+            if form == "even":
+                left = shape.num_patches - (shape.num_patches - final) * part
+            else:
+                left = shape.num_patches * (final / shape.num_patches) ** part
+            steps.append((block, round(left)))
+        schedule = improved(resolve(f"{form} {share:.0%}", steps, shape), shape)
+        if macs(shape, schedule) <= budget:
+            return schedule
+    raise ScheduleError(
+        f"no {form} reduction of {shape.name} comes down to {share:.0%} of the dense model's FLOPs",
+        "ask for a larger share, or write the schedule as a list",
+    )
+
+
+def keep_rate(
+    rate: float, blocks: Sequence[int], shape: ModelShape, name: str = "keep-rate"
+) -> Schedule:
+    """Keeps ceil(rate * M) of the M patch tokens that reach each of `blocks`."""
+    if not 0 < rate <= 1:
+        raise ScheduleError(f"keep rate {rate:g} is not in (0, 1]")
+    # Binary fractions: 0.7 * 10 is 7.000000000000001 and must not round up to 8.
+    return _shrink(name, blocks, shape, lambda m: math.ceil(round(rate * m, 9)))
+
+
+def constant(
+    count: int, blocks: Sequence[int], shape: ModelShape, name: str | None = None
+) -> Schedule:
+    """Takes `count` patch tokens away in each of `blocks`."""
+    label = name or f"r{count}"
+    return _shrink(label, blocks, shape, lambda m: m - count)
+
+
+def resolve(name: str, steps: Sequence[tuple[int, int]], shape: ModelShape) -> Schedule:
+    """Checks explicit steps against a model; steps that keep every token are dropped.
+
+    Raises:
+        ScheduleError: a block out of range or named twice, K < 1, K > M, or K that grows.
+    """
+    ordered = sorted(steps)
+    left = shape.num_patches
+    kept: list[tuple[int, int]] = []
+    for position, (block, keep) in enumerate(ordered):
+        if not 0 <= block < shape.depth:
+            raise ScheduleError(
+                f"schedule names block {block}, but {shape.name} has blocks 0 to {shape.depth - 1}"
+            )
+        if position and ordered[position - 1][0] == block:
+            raise ScheduleError(f"schedule names block {block} twice")
+        if keep < 1:
+            raise ScheduleError(f"schedule keeps {keep} tokens in block {block}; at least 1 stays")
+        if keep > left:
+            what = "patch tokens of the image" if not position else "tokens kept before it"
+            raise ScheduleError(
+                f"schedule keeps {keep} tokens in block {block}, more than the {left} {what}",
+                "the number of tokens kept can only fall from block to block",
+            )
+        if keep < left:
+            kept.append((block, keep))
+        left = keep
+    return Schedule(name, tuple(kept))
+
+
+def check_last_prefix_only(schedule: Schedule, shape: ModelShape) -> None:
+    """Raises ScheduleError if the schedule leaves out tokens of the last block that are needed."""
+    if not schedule.last_prefix_only:
+        return
+    if not shape.head_reads_prefix_only:
+        raise ScheduleError(
+            f"the head of {shape.name} reads patch tokens: its last block cannot leave them out",
+            "resolve the schedule for this model",
+        )
+    if any(block == shape.depth - 1 for block, _ in schedule.steps):
+        raise ScheduleError(
+            "a schedule that computes prefix tokens alone in the last block has nothing to reduce "
+            "there",
+            "leave out the step of the last block",
+        )
+
+
+def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool = True) -> int:
+    """Multiply-accumulates for one image, in closed form: what PyTorch's flop counter counts.
+
+    Matrix products and convolutions only, as usual in the field: per block, with N tokens in
+    attention and N' in the MLP, N * attn_weights + 2 * N^2 * attn_dim + N' * mlp_weights. A
+    reduction adds its own products (class row N * attn_dim or all rows N^2 * attn_dim, and the
+    similarity (M-K) * K * head_dim, with selection "distinct" M^2 * head_dim besides);
+    `jmp_cost=False` leaves them out.
+    """
+    steps = dict(schedule.steps) if schedule else {}
+    total = shape.stem_macs + shape.head_macs
+    patches = shape.num_patches
+    for block in range(shape.depth):
+        tokens = shape.num_prefix + patches
+        if schedule and schedule.last_prefix_only and block == shape.depth - 1:
+            # The packed QKV projection (3 of the weights) for all tokens, the rest for P.
+            total += tokens * shape.qkv_weights + 2 * shape.num_prefix * tokens * shape.attn_dim
+            total += shape.num_prefix * (shape.attn_weights - shape.qkv_weights + shape.mlp_weights)
+            continue
+        total += tokens * shape.attn_weights + 2 * tokens**2 * shape.attn_dim
+        if block in steps:
+            keep = steps[block]
+            if jmp_cost:
+                queries = 1 if shape.has_class_token else tokens
+                total += queries * tokens * shape.attn_dim
+                total += (patches - keep) * keep * shape.head_dim
+                if schedule and schedule.selection == "distinct":
+                    total += patches**2 * shape.head_dim
+            patches = keep
+        total += (shape.num_prefix + patches) * shape.mlp_weights
+    return total
+
+
+def _shrink(
+    name: str, blocks: Sequence[int], shape: ModelShape, rule: Callable[[int], int]
+) -> Schedule:
+    steps = []
+    left = shape.num_patches
+    for block in sorted(blocks):
+        left = rule(left)
+        steps.append((block, left))
+    return resolve(name, steps, shape)

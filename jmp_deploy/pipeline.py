@@ -1,0 +1,419 @@
+"""The pipeline: weights -> patch -> export -> precision -> check -> fuse -> engine -> manifest.
+
+Everything is made in a folder of its own inside the target and moved into place at the end, so an
+artifact that is there stays whole until its successor is, and an interrupted build leaves nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .core import artifact, interrupt
+from .core.errors import ArtifactError, EngineError, ScheduleError
+from .core.files import atomic_path, make_writable_dir, sha256
+from .core.images import find_images, load_batch, preprocess, sample_photos
+from .engine import builder as engines
+from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
+from .quantize import int8 as build_int8
+from .quantize.int8 import Int8Options
+
+if TYPE_CHECKING:
+    from .jmp.models import LoadedModel
+    from .jmp.node import TokenReduce
+
+REFERENCE_IMAGES = 4
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `build` is asked for; the command line's flags of the same names.
+
+    Attributes:
+        model: short or timm name.
+        out: artifact folder.
+        weights: "auto", "pretrained", "random" or a path.
+        precision: "fp16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
+        int8: images or cache, method and so on, for INT8.
+        schedule: spelling for `schedule.parse`.
+        keep_rate, blocks: the other way to write a schedule; both or neither.
+        tau, granularity: see `node.TokenReduce`; tau None takes the schedule's.
+        strategy: "jmp" uses tau; "merge" and "prune" are tau = -1 and tau = 2.
+        proportional: proportional attention.
+        dense: no JMP: the baseline.
+        img_size: pixels, or None for the model's own.
+        batch: (min, opt, max) of the engine's profile.
+        engine: "auto", "tensorrt", "rtx" or "none".
+        targets: architectures for TensorRT-RTX.
+        workspace_mb: builder memory in MiB.
+        images: photos for the check; empty takes sample photos.
+        seed: of random weights, and of the draw of calibration images.
+    """
+
+    model: str
+    out: Path
+    weights: str = "auto"
+    precision: str = "fp16"
+    int8: Int8Options | None = None
+    schedule: str = DEFAULT_SCHEDULE
+    keep_rate: float | None = None
+    blocks: tuple[int, ...] | None = None
+    tau: float | None = None
+    granularity: str = "token"
+    strategy: str = "jmp"
+    proportional: bool = True
+    dense: bool = False
+    img_size: int | None = None
+    batch: tuple[int, int, int] = (1, 8, 32)
+    engine: str = "auto"
+    targets: tuple[str, ...] = ()
+    workspace_mb: int | None = None
+    images: tuple[Path, ...] = ()
+    seed: int = 0
+    rebuild: str = field(default="python -m jmp_deploy build", compare=False)
+
+
+def build(
+    options: BuildOptions,
+    *,
+    on_stage: OnStage = lambda name: None,
+    on_progress: engines.Progress | None = None,
+) -> dict[str, Any]:
+    """Builds an artifact and returns its manifest.
+
+    Raises:
+        JmpDeployError: with what went wrong; the target folder is as it was before. A check
+            outside its tolerances is no error: the artifact is kept and `check.ok` is false.
+    """
+    least, best, most = options.batch
+    if not 1 <= least <= best <= most:
+        raise EngineError(
+            f"batch {least},{best},{most} is not MIN <= OPT <= MAX with MIN >= 1",
+            "write --batch 8 for a fixed batch, or --batch 1,8,32",
+        )
+    if (options.keep_rate is None) != (options.blocks is None):
+        raise ScheduleError("--keep-rate and --blocks go together: --keep-rate 0.7 --blocks 3,6,9")
+    targets = engines.python_targets(options.targets)
+    choice = engines.choose(options.engine)
+    build_int8.refuse_early(options.int8, options.precision, options.rebuild)
+    _refuse_odd_target(options.out)
+    is_new = not options.out.exists()
+    make_writable_dir(options.out)
+    clock = _Clock(on_stage)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=options.out))
+    try:
+        data, reductions = _portable(options, staging, clock, on_progress)
+        # PyTorch's copy of the model is out of reach here; what it held goes back before a builder
+        # on a device with little memory starts.
+        gc.collect()
+        _deployable(staging, clock, reductions)
+        data["engine"], data["no_engine"] = None, choice.reason
+        if choice.flavour:
+            spec = engines.EngineSpec(
+                batch=options.batch,
+                image=(3, *_image_size(data)),
+                targets=targets,
+                workspace_mb=options.workspace_mb,
+                precision=options.precision,
+            )
+            plugin = _plugin(clock) if reductions else (None, None)
+            make = partial(
+                _engine, options, staging, clock, choice, spec, len(reductions), plugin, on_progress
+            )
+            data["engine"], data["no_engine"] = make(), None
+            if options.precision == "int8":
+                twin = make(artifact.TWIN_DEPLOYABLE, artifact.TWIN_ENGINE, "twin engine")
+                build_int8.settle_engines(staging, data, twin, clock, options.int8)
+        data["stages"] = clock.stages
+        names = sorted(path.name for path in staging.iterdir() if path.name in _LISTED)
+        artifact.write(staging, data, names)
+        _move_into_place(staging, options.out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new and not any(options.out.iterdir()):
+            options.out.rmdir()
+    return artifact.read(options.out)
+
+
+_LISTED = (
+    artifact.PORTABLE,
+    artifact.DEPLOYABLE,
+    artifact.ENGINE,
+    artifact.REFERENCE,
+    artifact.CALIBRATION,
+    artifact.TWIN_DEPLOYABLE,
+    artifact.TWIN_ENGINE,
+    artifact.INT8_ENGINE,
+)
+_TWIN = "fp16.onnx"
+"""The FP16 twin's portable form, while an INT8 artifact is made."""
+
+
+def _portable(
+    options: BuildOptions,
+    staging: Path,
+    clock: _Clock,
+    on_progress: engines.Progress | None,
+) -> tuple[dict[str, Any], list[TokenReduce]]:
+    """Model to checked portable ONNX and reference.
+
+    Returns:
+        The manifest's first part, and the reductions that the ONNX must have.
+    """
+    from .export import export, fp16
+    from .jmp.models import load_model
+
+    with clock("weights"):
+        loaded = load_model(
+            options.model, options.weights, img_size=options.img_size, seed=options.seed
+        )
+    with clock("patch"):
+        jmp = None if options.dense else _patch(loaded, options)
+    size = (loaded.preprocess.height, loaded.preprocess.width)
+    output = "logits" if loaded.model.num_classes > 0 else "features"
+    with clock("export"):
+        portable = staging / artifact.PORTABLE
+        fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
+        export.export_onnx(loaded.model, fp32, image_size=size)
+    if options.precision == "fp16":
+        with clock("fp16"):
+            fp16.to_fp16(fp32, portable)
+            fp32.unlink()
+    macs = _macs(loaded, jmp)
+    int8 = None
+    if options.precision == "int8":
+        fp16.to_fp16(fp32, staging / _TWIN)
+        asked = options.int8 or Int8Options()
+        int8 = build_int8.make(
+            asked, loaded, jmp, macs["model"], fp32, options.seed, clock, on_progress
+        )
+    with clock("check"):
+        check = _check(options, loaded, portable, output)
+    patched = loaded.model.blocks.reductions if jmp else {}
+    reductions = [patched[block].stored() for block in sorted(patched)]
+    data = {
+        "tools": artifact.tool_versions(),
+        "model": {
+            "name": loaded.name,
+            "asked_for": options.model,
+            "image_size": size[0],
+            "output": output,
+        },
+        "weights": loaded.origin,
+        "preprocess": asdict(loaded.preprocess),
+        "class_names": loaded.class_names,
+        "synsets": loaded.synsets,
+        "jmp": jmp,
+        "macs": macs,
+        "precision": options.precision,
+        "int8": int8,
+        "batch": list(options.batch),
+        "check": check,
+        "rebuild": options.rebuild,
+    }
+    return data, reductions
+
+
+def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
+    from .jmp import schedule as schedules
+    from .jmp.patch import model_shape, patch
+
+    shape = model_shape(loaded.model)
+    if options.keep_rate is not None and options.blocks is not None:
+        schedule = schedules.keep_rate(options.keep_rate, options.blocks, shape)
+    else:
+        schedule = schedules.parse(options.schedule, shape)
+    if not schedule.steps:
+        raise ScheduleError(
+            "the schedule keeps every token", "use --dense to build the model without JMP"
+        )
+    tau = schedule.tau if options.tau is None else options.tau
+    tau = {"jmp": tau, "merge": -1.0, "prune": 2.0}[options.strategy]
+    patch(
+        loaded.model,
+        schedule,
+        tau=tau,
+        granularity=options.granularity,
+        proportional=options.proportional,
+    )
+    return {
+        "schedule_name": schedule.name,
+        "schedule": [list(step) for step in schedule.steps],
+        "selection": schedule.selection,
+        "merge_weight": schedule.merge_weight,
+        "last_prefix_only": schedule.last_prefix_only,
+        "strategy": options.strategy,
+        "tau": tau,
+        "granularity": options.granularity,
+        "proportional": options.proportional,
+    }
+
+
+def _macs(loaded: LoadedModel, jmp: dict[str, Any] | None) -> dict[str, int]:
+    from .jmp import schedule as schedules
+    from .jmp.patch import model_shape
+
+    shape = model_shape(loaded.model)
+    dense = schedules.macs(shape)
+    if jmp is None:
+        return {"model": dense, "dense": dense}
+    return {"model": schedules.macs(shape, schedules.from_manifest(jmp)), "dense": dense}
+
+
+def _check(
+    options: BuildOptions, loaded: LoadedModel, portable: Path, output: str
+) -> dict[str, Any]:
+    """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
+    from .compare import compare
+    from .engine.backends import onnxruntime_runner, quiet_polygraphy
+
+    if options.images:
+        paths = find_images(options.images)
+        names = [path.name for path in paths]
+        images = load_batch(paths, loaded.preprocess)
+    else:
+        photos = sample_photos()
+        names = [name for name, _ in photos]
+        images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
+    quiet_polygraphy()
+    runners = [
+        compare.torch_runner(loaded.model, output),
+        onnxruntime_runner(portable),
+    ]
+    pairs, times, outputs = compare.run_and_pair(
+        runners, images, options.batch, options.precision, near_ties=not options.dense
+    )
+    twin = portable.parent / _TWIN
+    if twin.is_file():
+        runners[1] = onnxruntime_runner(twin, "onnxruntime (FP16 twin)")
+        others, more_times, _ = compare.run_and_pair(
+            runners, images, options.batch, "fp16", near_ties=not options.dense
+        )
+        pairs, times = [*pairs, *others], {**times, **more_times}
+    with (
+        atomic_path(portable.parent / artifact.REFERENCE) as temporary,
+        temporary.open("wb") as file,
+    ):
+        np.savez_compressed(
+            file,
+            images=images[:REFERENCE_IMAGES],
+            output=outputs[output][:REFERENCE_IMAGES],
+            names=np.array(names[:REFERENCE_IMAGES]),
+        )
+    return {
+        "ok": all(pair.ok for pair in pairs),
+        "images": names,
+        "pairs": [vars(pair) for pair in pairs],
+        "runtime_ms": times,
+    }
+
+
+def _deployable(staging: Path, clock: _Clock, reductions: list[TokenReduce]) -> None:
+    from .export.fuse import to_deployable
+
+    forms = {artifact.PORTABLE: artifact.DEPLOYABLE, _TWIN: artifact.TWIN_DEPLOYABLE}
+    with clock("fuse"):
+        for portable, deployable in forms.items():
+            if (staging / portable).is_file():
+                to_deployable(staging / portable, staging / deployable, expected=reductions)
+        (staging / _TWIN).unlink(missing_ok=True)
+
+
+def _engine(
+    options: BuildOptions,
+    staging: Path,
+    clock: _Clock,
+    choice: engines.Choice,
+    spec: engines.EngineSpec,
+    reductions: int,
+    plugin: tuple[Path | None, dict[str, Any] | None],
+    on_progress: engines.Progress | None,
+    model: str = artifact.DEPLOYABLE,
+    target: str = artifact.ENGINE,
+    stage: str = "engine",
+) -> dict[str, Any]:
+    """Builds one engine; returns the manifest's "engine"."""
+    assert choice.flavour is not None
+    cache = options.out / artifact.TIMING_CACHE
+    if cache.is_file() and stage == "engine":
+        shutil.copy2(cache, staging / artifact.TIMING_CACHE)
+    log = artifact.BUILD_LOG if target == artifact.ENGINE else artifact.TWIN_BUILD_LOG
+    with clock(stage):
+        facts = engines.build_engine(
+            staging / model,
+            staging / target,
+            choice.flavour,
+            spec,
+            plugin=plugin[0],
+            timing_cache=staging / artifact.TIMING_CACHE,
+            log=options.out / log,
+            on_progress=on_progress,
+        )
+    if facts["plugin_layers"] != reductions:
+        raise EngineError(
+            f"the engine has {facts['plugin_layers']} plugin layers, expected {reductions}"
+        )
+    return {"flavour": choice.flavour, "why": choice.reason, **facts, "plugin": plugin[1]}
+
+
+def _plugin(clock: _Clock) -> tuple[Path, dict[str, Any]]:
+    """The compiled plugin, and what the manifest says of it."""
+    from .plugin.library import plugin_info, plugin_library
+
+    with clock("plugin"):
+        library = plugin_library()
+    # The digest differs from compiler to compiler; what was compiled is what has to agree.
+    sources = plugin_info(library).get("sources")
+    return library, {"file": library.name, "sha256": sha256(library), "sources": sources}
+
+
+def _image_size(data: dict[str, Any]) -> tuple[int, int]:
+    return data["preprocess"]["height"], data["preprocess"]["width"]
+
+
+def _refuse_odd_target(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file, not a folder", "choose another folder with -o")
+
+
+def _move_into_place(staging: Path, out: Path) -> None:
+    """Replaces the files of an artifact one by one, the manifest last."""
+    made = {path.name for path in staging.iterdir()}
+    (out / artifact.FILE).unlink(missing_ok=True)
+    for name in _LISTED:
+        if name not in made:
+            (out / name).unlink(missing_ok=True)
+    if artifact.TWIN_DEPLOYABLE not in made:
+        (out / artifact.TWIN_BUILD_LOG).unlink(missing_ok=True)
+    for name in sorted(made - {artifact.FILE}):
+        (staging / name).replace(out / name)
+    (staging / artifact.FILE).replace(out / artifact.FILE)
+
+
+class _Clock:
+    """Announces each stage and keeps how long it took."""
+
+    def __init__(self, on_stage: OnStage) -> None:
+        self.on_stage = on_stage
+        self.stages: list[dict[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        interrupt.check()
+        self.on_stage(name)
+        started = time.monotonic()
+        yield
+        interrupt.check()
+        self.stages.append({"name": name, "seconds": round(time.monotonic() - started, 2)})

@@ -1,0 +1,301 @@
+"""Build, find and load the TensorRT plugin.
+
+The plugin is compiled on the machine that uses it, by one nvcc command, into a cache of the user,
+the first time it is needed. `JMP_DEPLOY_PLUGIN` names a prebuilt library instead. Nothing here
+imports TensorRT; `load_plugin` takes the module that its caller has.
+
+Environment: JMP_DEPLOY_CACHE (where to build), JMP_DEPLOY_PLUGIN (a library to take instead), and
+what toolchain.py reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import EngineError, ToolchainError
+from ..core.paths import cache_dir, data_dir
+from .toolchain import (
+    ARCHITECTURES,
+    Toolchain,
+    check_architectures,
+    cuda_architectures,
+    find_toolchain,
+    run_nvcc,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "Toolchain",
+    "build_plugin",
+    "cuda_architectures",
+    "find_toolchain",
+    "load_plugin",
+    "plugin_info",
+    "plugin_library",
+    "sources_dir",
+]
+
+NAME = "JMPTokenReduce"
+VERSION = "1"
+NAMESPACES = ("", "jmp_deploy")
+LIBRARY = "libjmp_deploy_plugin.so"
+SOURCES = ("token_reduce_kernel.cu", "token_reduce_plugin.cpp", "tensorrt_log.cpp")
+OTHER_SOURCES = (  # what these include; part of the hash
+    *(f"token_reduce_{part}.cuh" for part in ("common", "warp", "measure", "tiles", "rate")),
+    *(f"token_reduce_{part}.cuh" for part in ("select", "match", "merge", "reference")),
+    *("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "exports.map"),
+)
+FLAGS = (
+    *("-shared", "-std=c++17", "-O3"),
+    "-cudart=static",  # loads on a machine without a driver: ahead-of-time builds
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden",
+    *("-Xlinker=--version-script=exports.map", "-Xlinker=--no-undefined"),
+)
+
+
+# --- Where things are ----------------------------------------------------------------------------
+
+
+def sources_dir() -> Path:
+    """The plugin's sources: beside the package in a checkout, inside it in a wheel.
+
+    Raises:
+        ToolchainError: neither is there.
+    """
+    folder = data_dir("plugins", "_plugin_src")
+    if (folder / SOURCES[0]).is_file():
+        return folder
+    raise ToolchainError(
+        f"the plugin's sources are missing: no {SOURCES[0]} in {folder}", "reinstall jmp_deploy"
+    )
+
+
+# --- Building ------------------------------------------------------------------------------------
+
+
+def build_plugin(
+    archs: Sequence[str] | None = None,
+    *,
+    force: bool = False,
+    on_progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Compile the plugin into the cache, unless that was done before.
+
+    Args:
+        archs: GPU architectures such as "86" or "sm_86"; None for all that the compiler knows of
+            ARCHITECTURES. PTX of the highest is always added.
+        force: compile again.
+        on_progress: called with one line of text before and after the compilation.
+
+    Returns:
+        Path of the library. Several processes may build at once: the file appears whole.
+
+    Raises:
+        ToolchainError: no toolchain, an unknown architecture, a compile error or no writable cache.
+    """
+    toolchain = find_toolchain()
+    chosen = check_architectures(toolchain.nvcc, archs)
+    library = _cached_library(toolchain, chosen)
+    if library.is_file() and not force:
+        return library
+    say = on_progress or (lambda line: None)
+    say(
+        f"compiling the TensorRT plugin once, for sm_{', sm_'.join(chosen)} "
+        f"(CUDA {toolchain.cuda_version}, TensorRT headers {toolchain.tensorrt_version})"
+    )
+    start = time.monotonic()
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
+            built = Path(folder) / LIBRARY
+            _compile(toolchain, chosen, built, library.with_name("build.log"))
+            info = _describe(toolchain, chosen)
+            sidecar = built.with_suffix(".json")
+            sidecar.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+            sidecar.replace(library.with_suffix(".json"))
+            built.replace(library)
+    except OSError as error:
+        raise ToolchainError(
+            f"cannot write the plugin's cache {library.parent}: {error.strerror or error}",
+            "set JMP_DEPLOY_CACHE to a folder that you can write",
+        ) from error
+    say(f"compiled in {time.monotonic() - start:.0f} s: {library}")
+    return library
+
+
+def plugin_library(*, build: bool = True) -> Path:
+    """The plugin to load: JMP_DEPLOY_PLUGIN if set, else the cached one, else a new build.
+
+    Without a compiler, a library that was built earlier from the same sources on this kind of
+    machine is used.
+
+    Raises:
+        ToolchainError: none there and `build` is False, or it cannot be built; or the file that
+            JMP_DEPLOY_PLUGIN names is not this plugin.
+    """
+    if given := os.environ.get("JMP_DEPLOY_PLUGIN"):
+        return _check_prebuilt(Path(given).expanduser().absolute())
+    try:
+        toolchain = find_toolchain()
+    except ToolchainError:
+        for library in sorted(cache_dir().glob(f"plugins/*/{LIBRARY}")):
+            info = plugin_info(library)
+            if (info.get("sources"), info.get("machine")) == (_hash(), platform.machine()):
+                return library
+        raise
+    library = _cached_library(toolchain, cuda_architectures(toolchain.nvcc))
+    if library.is_file():
+        return library
+    if build:
+        return build_plugin()
+    raise ToolchainError("the TensorRT plugin is not built", "python -m jmp_deploy plugin build")
+
+
+def plugin_info(path: Path) -> dict[str, Any]:
+    """What is known of a library: path, sha256, bytes; for one that we built also sources (a
+    hash), architectures, cuda, tensorrt_headers, machine, built (time, UTC).
+
+    Raises:
+        ToolchainError: the file cannot be read.
+    """
+    info: dict[str, Any] = {}
+    try:
+        content = path.read_bytes()
+        sidecar = path.with_suffix(".json")
+        if sidecar.is_file():
+            info = json.loads(sidecar.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ToolchainError(f"cannot read the plugin {path}: {error.strerror or error}") from error
+    except ValueError:
+        info = {}  # a damaged sidecar: what the library itself says remains
+    digest = hashlib.sha256(content).hexdigest()
+    return {"path": str(path), "sha256": digest, "bytes": len(content), **info}
+
+
+# --- Loading -------------------------------------------------------------------------------------
+
+_loaded: dict[str, Path] = {}  # name of the TensorRT module -> library that it holds
+
+
+def load_plugin(trt: Any, path: Path) -> None:
+    """Load the library into the registry of `trt` (tensorrt or tensorrt_rtx), once per process.
+
+    Raises:
+        EngineError: it cannot be loaded, or does not register our creators.
+    """
+    path = path.absolute()
+    held = _loaded.get(trt.__name__)
+    if held == path:
+        return
+    if held is not None:
+        raise EngineError(
+            f"{trt.__name__} already holds the plugin {held}; it cannot load {path} as well",
+            "use one plugin per process",
+        )
+    if not path.is_file():
+        raise EngineError(
+            f"the TensorRT plugin {path} does not exist", "python -m jmp_deploy plugin build"
+        )
+    registry = trt.get_plugin_registry()
+    if _missing_namespaces(registry):
+        try:
+            registry.load_library(str(path))
+        except Exception as error:  # the bindings raise types of their own
+            raise EngineError(f"{trt.__name__} cannot load the plugin {path}: {error}") from error
+    missing = _missing_namespaces(registry)
+    if missing:
+        names = " and ".join(f'"{namespace}"' for namespace in missing)
+        raise EngineError(
+            f"{trt.__name__} {trt.__version__} loaded {path}, but {NAME} version {VERSION} is not "
+            f"registered in the namespace {names}",
+            "python -m jmp_deploy plugin build --force; TensorRT's log above may say more",
+        )
+    _loaded[trt.__name__] = path
+
+
+def _missing_namespaces(registry: Any) -> list[str]:
+    """Read off the list: `get_creator` logs an error for every creator that is not there."""
+    ours = {
+        creator.plugin_namespace
+        for creator in registry.all_creators
+        if (creator.name, creator.plugin_version) == (NAME, VERSION)
+    }
+    return [namespace for namespace in NAMESPACES if namespace not in ours]
+
+
+# --- The build itself ----------------------------------------------------------------------------
+
+
+def _gencodes(archs: Sequence[str]) -> list[str]:
+    """Machine code for each, and PTX of the highest for what comes after it."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def _compile(toolchain: Toolchain, archs: Sequence[str], output: Path, log: Path) -> None:
+    host = ["-ccbin", str(toolchain.cxx)] if os.environ.get("CXX") else []
+    command = [
+        *(str(toolchain.nvcc), *FLAGS, *_gencodes(archs), *host),
+        f"--threads={os.cpu_count() or 1}",
+        *("-isystem", str(toolchain.headers), *SOURCES, "-o", str(output)),
+    ]
+    run_nvcc(command, sources_dir(), log, "the plugin")
+
+
+def _cached_library(toolchain: Toolchain, archs: Sequence[str]) -> Path:
+    identity = [
+        *(_hash(), *FLAGS, *_gencodes(archs), platform.machine()),
+        *(toolchain.cuda_version, toolchain.tensorrt_version, str(toolchain.cxx)),
+    ]
+    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+    return cache_dir() / "plugins" / key / LIBRARY
+
+
+def _hash() -> str:
+    """sha256 of the sources, names and contents."""
+    digest = hashlib.sha256()
+    for name in (*SOURCES, *OTHER_SOURCES):
+        content = (sources_dir() / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _describe(toolchain: Toolchain, archs: Sequence[str]) -> dict[str, Any]:
+    return {
+        "sources": _hash(),
+        "architectures": list(archs),
+        "cuda": toolchain.cuda_version,
+        "tensorrt_headers": toolchain.tensorrt_version,
+        "machine": platform.machine(),
+        "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _check_prebuilt(path: Path) -> Path:
+    hint = "set JMP_DEPLOY_PLUGIN to a library from `plugin build`, or unset it"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ToolchainError(f"JMP_DEPLOY_PLUGIN: {path}: {error.strerror}", hint) from error
+    if content[:4] != b"\x7fELF" or b"\0getCreators\0" not in content:
+        raise ToolchainError(
+            f"JMP_DEPLOY_PLUGIN: {path} is not a TensorRT plugin: expected a shared library (ELF) "
+            "that exports getCreators",
+            hint,
+        )
+    machines = {"x86_64": 62, "aarch64": 183}  # e_machine of the ELF header
+    found = int.from_bytes(content[18:20], "little")
+    if found != machines.get(platform.machine(), found):
+        name = {number: name for name, number in machines.items()}.get(found, str(found))
+        raise ToolchainError(
+            f"JMP_DEPLOY_PLUGIN: {path} is for {name}, this machine is {platform.machine()}", hint
+        )
+    return path

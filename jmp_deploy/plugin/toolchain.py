@@ -1,0 +1,309 @@
+"""Find what compiles the plugin: nvcc, the host compiler, the TensorRT headers.
+
+Environment: JMP_NVCC (which nvcc), CUDA_HOME, CUDA_PATH, CXX (host compiler), TENSORRT_ROOT (root
+of a TensorRT installation). A value that names the tool itself (JMP_NVCC, TENSORRT_ROOT) must be
+right; the others are places to look in.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..core.errors import ToolchainError
+
+# plugins/CMakeLists.txt has the same list. 87 is Orin, 100 B200, 110 Thor.
+ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120")
+COMPILE_SECONDS = 900  # two desktop cores take seconds; past this the compiler hangs
+OLDEST_CUDA = (12, 2)
+OLDEST_TENSORRT = (10, 0)
+
+INSTALL_NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]>=13" (or set CUDA_HOME, or JMP_NVCC)'
+INSTALL_HEADERS = (
+    "pip install kernel-lens (its wheel has them), or apt install libnvinfer-headers-dev, "
+    "or set TENSORRT_ROOT"
+)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What compiles the plugin here.
+
+    Attributes:
+        nvcc: the CUDA compiler, proven to run.
+        cuda_version: its release and build, "13.2.86".
+        cxx: the host compiler that nvcc calls.
+        headers: the folder of NvInfer.h.
+        tensorrt_version: of those headers, "10.14.1".
+    """
+
+    nvcc: Path
+    cuda_version: str
+    cxx: Path
+    headers: Path
+    tensorrt_version: str
+
+
+def find_toolchain() -> Toolchain:
+    """Find nvcc, the host compiler and the TensorRT headers.
+
+    Raises:
+        ToolchainError: one is missing, too old or does not run; the hint says how to get it.
+    """
+    nvcc, cuda_version = find_nvcc()
+    headers, tensorrt_version = _find_headers()
+    return Toolchain(nvcc, cuda_version, find_cxx(), headers, tensorrt_version)
+
+
+def find_nvcc() -> tuple[Path, str]:
+    """The CUDA compiler, proven to run, and its version, "13.2.86"; for who needs no headers.
+
+    Raises:
+        ToolchainError: none works, or JMP_NVCC names one that does not.
+    """
+    if given := os.environ.get("JMP_NVCC"):
+        version = _nvcc_version(Path(given))
+        if isinstance(version, str):
+            return Path(given), version
+        raise ToolchainError(f"JMP_NVCC: {version[0]}", "correct or unset JMP_NVCC")
+    rejected = []
+    seen = set()
+    for nvcc in _nvcc_candidates():
+        if nvcc in seen or not nvcc.is_file():
+            continue
+        seen.add(nvcc)
+        version = _nvcc_version(nvcc)
+        if isinstance(version, str):
+            return nvcc, version
+        rejected.append(version[0])
+    found = "; ".join(rejected) if rejected else "none found"
+    raise ToolchainError(f"no usable CUDA compiler (nvcc): {found}", INSTALL_NVCC)
+
+
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """The default architectures that this nvcc knows, ascending, such as ["75", ..., "120"]."""
+    known = known_architectures(nvcc)
+    return [arch for arch in ARCHITECTURES if arch in known]
+
+
+# --- nvcc and the host compiler ------------------------------------------------------------------
+
+
+def _nvcc_candidates() -> Iterator[Path]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if root := os.environ.get(variable):
+            yield Path(root) / "bin" / "nvcc"
+    if on_path := shutil.which("nvcc"):
+        yield Path(on_path)
+    roots = Path("/usr/local").glob("cuda*")
+    yield from sorted((root / "bin" / "nvcc" for root in roots), key=_version_in_name, reverse=True)
+    for package in _package_dirs("nvidia"):  # the cuda-toolkit wheels
+        yield from sorted(package.glob("cu*/bin/nvcc"), key=_version_in_name, reverse=True)
+
+
+def _version_in_name(nvcc: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", nvcc.parent.parent.name)]
+
+
+def _nvcc_version(nvcc: Path) -> str | tuple[str]:
+    """The version of an nvcc that works, or (what is wrong with it,)."""
+    try:
+        text = _output([str(nvcc), "--version"])
+    except (OSError, subprocess.SubprocessError) as error:
+        return (f"{nvcc} does not run ({_reason(error)})",)
+    match = re.search(r"\bV(\d+\.\d+\.\d+)", text)
+    if match is None:
+        return (f"{nvcc} does not tell its version",)
+    version = match[1]
+    if _numbers(version) < OLDEST_CUDA:
+        return (f"{nvcc} is of CUDA {version}, expected {_dotted(OLDEST_CUDA)} or newer",)
+    # A wheel of nvcc alone lacks what it compiles against.
+    root = nvcc.parent.parent
+    if root.parent.name == "nvidia" and not (root / "lib" / "libcudart_static.a").is_file():
+        return (f"{nvcc} has no CUDA runtime beside it (libcudart_static.a)",)
+    return version
+
+
+def known_architectures(nvcc: Path) -> set[str]:
+    """Every architecture that this nvcc compiles for, such as {"75", ...}.
+
+    Raises:
+        ToolchainError: it does not run.
+    """
+    try:
+        return set(re.findall(r"sm_(\d+)\b", _output([str(nvcc), "--list-gpu-code"])))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ToolchainError(f"{nvcc} does not run ({_reason(error)})", INSTALL_NVCC) from error
+
+
+def check_architectures(nvcc: Path, archs: Sequence[str] | None) -> list[str]:
+    """`archs` ("86" or "sm_86") as numbers, ascending, each once; the default list for None.
+
+    Raises:
+        ToolchainError: this nvcc does not know one of them.
+    """
+    if archs is None:
+        return cuda_architectures(nvcc)
+    known = known_architectures(nvcc)
+    chosen = {arch.lower().removeprefix("sm_").removeprefix("compute_") for arch in archs}
+    unknown = sorted(chosen - known)
+    if unknown or not chosen:
+        raise ToolchainError(
+            f"unknown GPU architecture {', '.join(unknown) or '(none given)'} for {nvcc}",
+            f"it knows {', '.join(sorted(known, key=int))}",
+        )
+    return sorted(chosen, key=int)
+
+
+def find_cxx() -> Path:
+    """The host compiler: CXX, else g++ or c++ on PATH.
+
+    Raises:
+        ToolchainError: there is none.
+    """
+    wanted = os.environ.get("CXX", "").split()
+    for name in ([wanted[-1]] if wanted else []) + ["g++", "c++"]:
+        if path := shutil.which(name):
+            return Path(path)
+    raise ToolchainError("no C++ compiler: g++ not found", "apt install g++ (or set CXX)")
+
+
+def run_nvcc(command: Sequence[str], folder: Path, log: Path, what: str) -> None:
+    """Compiles; everything that nvcc says goes to `log`.
+
+    Args:
+        command: nvcc and its arguments.
+        folder: to run it in.
+        what: is compiled, for the message: "the plugin".
+
+    Raises:
+        ToolchainError: with its first errors; or it does not end.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=COMPILE_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ToolchainError(f"nvcc did not end within {COMPILE_SECONDS} s") from error
+    log.write_text(" ".join(command) + "\n\n" + done.stdout, encoding="utf-8")
+    if done.returncode != 0:
+        lines = [line for line in done.stdout.splitlines() if re.search("error|fatal", line, re.I)]
+        shown = "\n".join((lines or done.stdout.splitlines()[-3:])[:3])
+        raise ToolchainError(f"{what} does not compile:\n{shown}", f"full log: {log}")
+
+
+def find_disassembler(nvcc: Path) -> Path | None:
+    """cuobjdump: beside this nvcc, on PATH, or in a package that carries one (Triton); or None.
+
+    It calls nvdisasm, which must lie beside it.
+    """
+    folders = [nvcc.parent]
+    if on_path := shutil.which("cuobjdump"):
+        folders.append(Path(on_path).resolve().parent)
+    folders += sorted(Path("/usr/local").glob("cuda*/bin"), reverse=True)
+    for package in _package_dirs("nvidia"):
+        folders += sorted(package.glob("cu*/bin"), reverse=True)
+    folders += [package / "backends/nvidia/bin" for package in _package_dirs("triton")]
+    for folder in folders:
+        if (folder / "cuobjdump").is_file() and (folder / "nvdisasm").is_file():
+            return folder / "cuobjdump"
+    return None
+
+
+# --- TensorRT headers ----------------------------------------------------------------------------
+
+
+def _find_headers() -> tuple[Path, str]:
+    if root := os.environ.get("TENSORRT_ROOT"):
+        for folder in (Path(root) / "include", Path(root)):
+            if (folder / "NvInfer.h").is_file():
+                return folder, _headers_version(folder)
+        raise ToolchainError(
+            f"TENSORRT_ROOT is {root}, but {Path(root) / 'include' / 'NvInfer.h'} does not exist",
+            "set TENSORRT_ROOT to the folder that holds include/NvInfer.h, or unset it",
+        )
+    too_old: ToolchainError | None = None
+    for folder in _header_candidates():
+        if (folder / "NvInfer.h").is_file():
+            try:
+                return folder, _headers_version(folder)
+            except ToolchainError as error:
+                too_old = too_old or error
+    raise too_old or ToolchainError("no TensorRT headers: NvInfer.h not found", INSTALL_HEADERS)
+
+
+def _header_candidates() -> Iterator[Path]:
+    yield Path(f"/usr/include/{platform.machine()}-linux-gnu")
+    yield Path("/usr/include")
+    yield Path("/usr/local/tensorrt/include")
+    for package in _package_dirs("kernel_lens"):
+        yield package / "include" / "tensorrt"
+
+
+def _headers_version(folder: Path) -> str:
+    """Version of the headers in `folder`, "10.14.1"; raises for one too old or unreadable."""
+    file = folder / "NvInferVersion.h"
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ToolchainError(
+            f"{file}: {error.strerror}, expected beside NvInfer.h", INSTALL_HEADERS
+        ) from error
+    macros = dict(
+        re.findall(r"^[ \t]*#[ \t]*define[ \t]+(\w+)[ \t]+\(?(\w+)\)?", text, re.MULTILINE)
+    )
+    parts = []
+    for part in ("MAJOR", "MINOR", "PATCH"):
+        value = f"NV_TENSORRT_{part}"
+        for _ in range(len(macros)):  # defined through other macros since 10.8; ends on a cycle
+            value = macros.get(value, value)
+        if not value.isdigit():
+            raise ToolchainError(f"{file}: no number for NV_TENSORRT_{part}", INSTALL_HEADERS)
+        parts.append(int(value))
+    if tuple(parts) < OLDEST_TENSORRT:
+        raise ToolchainError(
+            f"{file}: TensorRT {_dotted(parts)}, expected {_dotted(OLDEST_TENSORRT)} or newer",
+            INSTALL_HEADERS,
+        )
+    return _dotted(parts)
+
+
+# --- Small things --------------------------------------------------------------------------------
+
+
+def _package_dirs(name: str) -> list[Path]:
+    """Folders of an installed package, without importing it."""
+    spec = find_spec(name)
+    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"exit code {error.returncode}"
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _dotted(numbers: Sequence[int]) -> str:
+    return ".".join(str(number) for number in numbers)

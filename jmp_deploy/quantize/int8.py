@@ -1,0 +1,385 @@
+"""The INT8 part of a build: from images or a cache to a quantized model, and what to say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import artifact, interrupt
+from ..core.errors import CalibrationError, JmpDeployError
+from . import cache as calibration_cache
+from . import images as calibration
+from . import recipes
+from .cache import Calibration
+
+if TYPE_CHECKING:
+    from ..jmp.models import LoadedModel
+    from .qdq import Layer
+
+OnProgress = Callable[[str, int, int], None]
+"""(phase, done, total)"""
+Clock = Callable[[str], AbstractContextManager[None]]
+"""A stage of the build, by its name."""
+Timer = Callable[[], dict[str, float]]
+"""Times of "int8" and "fp16" in ms."""
+
+SENSITIVITY_IMAGES = 64
+FACTOR_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """What `build --precision int8` is asked for besides.
+
+    Attributes:
+        calib: folder of images, "sample", or None with a cache.
+        images: how many.
+        method: see `ranges.parse_method`; None takes the recipe's.
+        cache: calibration cache to use instead of images.
+        max_drop: points that the model may lose; the layers that cost most stay in FP16 until it
+            holds. None: those of the recipe stay.
+        force: make the INT8 engine `model.engine` though it is no faster than FP16.
+    """
+
+    calib: str | None = None
+    images: int = calibration.DEFAULT_COUNT
+    method: str | None = None
+    cache: Path | None = None
+    max_drop: float | None = None
+    force: bool = False
+
+
+@dataclass
+class Quantized:
+    """What came of it: for the manifest, and for the summary."""
+
+    calibration: Calibration
+    layers: list[Layer]
+    recipe: str | None = None
+    cache: str | None = None
+    sensitivity: dict[str, Any] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The manifest's "int8"."""
+        made = self.calibration
+        return {
+            "method": made.method,
+            "images": made.images,
+            "recipe": self.recipe,
+            "from_cache": self.cache,
+            "keep_fp16": made.keep_fp16,
+            "equalized": sorted(made.equalization),
+            "sensitivity": self.sensitivity,
+            **self.facts,
+        }
+
+
+def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> None:
+    """Says what is missing before any work is done.
+
+    Raises:
+        CalibrationError: INT8 without images and without a cache, or flags that do not go together.
+    """
+    if precision != "int8":
+        if options is not None and options != Int8Options():
+            raise CalibrationError(
+                f"calibration options are for --precision int8, this is {precision}",
+                "leave out --calib and the flags that belong to it, or add --precision int8",
+            )
+        return
+    asked = options or Int8Options()
+    if asked.calib is None and asked.cache is None:
+        raise CalibrationError(
+            "INT8 needs images to find the ranges of its activations, or a cache of them",
+            f"{rebuild} --calib DIR (a few hundred images like those that the model will see), "
+            f"or --calib sample for a demonstration, or --calib-cache FILE",
+        )
+    if asked.cache is not None and asked.calib is not None and asked.max_drop is None:
+        raise CalibrationError(
+            "--calib-cache and --calib exclude each other: a cache needs no images",
+            "choose one (with --max-drop both: the cache has the ranges, the images measure)",
+        )
+    if asked.max_drop is not None and asked.calib is None:
+        raise CalibrationError(
+            "--max-drop measures on images", "add --calib DIR; what it finds goes into the cache"
+        )
+    if asked.max_drop is not None and not asked.max_drop > 0:
+        raise CalibrationError(f"--max-drop {asked.max_drop:g} is not a positive number of points")
+    if asked.images < 1:
+        raise CalibrationError(f"--calib-images {asked.images} is not at least 1")
+    if asked.method is not None:
+        from .ranges import parse_method
+
+        parse_method(asked.method)
+        if asked.cache is not None:
+            raise CalibrationError(
+                "--calib-method does nothing with --calib-cache: the cache has its ranges already",
+                "leave one of them out",
+            )
+
+
+def make(
+    options: Int8Options,
+    loaded: LoadedModel,
+    jmp: Mapping[str, Any] | None,
+    macs: int,
+    fp32: Path,
+    seed: int,
+    clock: Clock,
+    on_progress: OnProgress | None,
+) -> dict[str, Any]:
+    """Portable FP32 -> portable INT8 and calibration cache, beside it; `fp32` is used up.
+
+    Args:
+        jmp: the manifest's "jmp".
+        macs: of the whole model per image.
+        seed: of the draw of images.
+        clock: announces stages.
+
+    Returns:
+        The manifest's "int8".
+    """
+    with clock("calibrate"):
+        report = on_progress or (lambda phase, done, total: None)
+        result = calibrate(options, loaded, fp32, jmp, seed=seed, on_progress=report)
+    with clock("int8"):
+        quantize(result, fp32, fp32.parent / artifact.PORTABLE, macs=macs)
+        calibration_cache.write(fp32.parent / artifact.CALIBRATION, result.calibration)
+        fp32.unlink()
+    return result.to_manifest()
+
+
+def calibrate(
+    options: Int8Options,
+    loaded: LoadedModel,
+    fp32: Path,
+    jmp: Mapping[str, Any] | None,
+    *,
+    seed: int = 0,
+    on_progress: OnProgress = lambda phase, done, total: None,
+) -> Quantized:
+    """Ranges for a portable FP32 model, from a cache or from images.
+
+    Args:
+        loaded: the model that `fp32` was exported from.
+        fp32: portable FP32 ONNX. Rewritten where outlier channels are equalised.
+        jmp: the manifest's "jmp".
+        seed: of the draw of images.
+
+    Raises:
+        CalibrationError: the cache is another model's, no image can be used, values not finite.
+    """
+    from ..export.export import load_model, save_model
+    from . import equalize, qdq
+
+    proto = load_model(fp32)
+    found = qdq.layers(proto)
+    spec = loaded.preprocess
+    wanted = calibration_cache.identity(
+        model=loaded.name,
+        image_size=spec.height,
+        weights=calibration_cache.weights_digest(loaded.model),
+        preprocess=asdict(spec),
+        jmp=jmp,
+        layers=found,
+    )
+    images = None
+    if options.calib is not None:
+        images = calibration.gather(
+            options.calib,
+            spec,
+            count=options.images,
+            seed=seed,
+            on_progress=_phase(on_progress, "looking at images"),
+        )
+    if options.cache is not None:
+        made = calibration_cache.read(options.cache)
+        calibration_cache.check(options.cache, made, wanted)
+        result = Quantized(made, found, cache=str(options.cache))
+        if made.equalization:
+            equalize.apply(proto, found, made.equalization)
+            save_model(proto, fp32)
+    else:
+        assert images is not None
+        result = _observe(options, loaded.name, fp32, images, wanted, on_progress)
+    if options.max_drop is not None and images is not None:
+        _measure(options.max_drop, fp32, images, result, on_progress)
+    return result
+
+
+def quantize(result: Quantized, fp32: Path, target: Path, *, macs: int) -> None:
+    """Writes the INT8 model and completes the facts about it.
+
+    Args:
+        fp32: what `calibrate` left.
+        target: portable INT8 model.
+        macs: of the whole model per image, to say what share is in INT8.
+    """
+    from ..export.export import load_model
+    from ..export.fp16 import weight_types
+    from . import qdq
+
+    made = result.calibration
+    done = qdq.quantize(fp32, target, made.scales, keep_float=set(made.keep_fp16))
+    names = {layer.name for layer in done}
+    products = inputs = narrow = 0.0
+    for layer in result.layers:
+        seen = made.ranges.get(layer.name)
+        if seen is None:
+            continue
+        values = seen.rows * layer.macs_per_row / layer.shape[layer.axis]
+        inputs += 2 * values
+        narrow += values if layer.name in names else 2 * values
+        if layer.name in names:
+            products += seen.rows * layer.macs_per_row
+    result.facts = {
+        "layers": len(result.layers),
+        "layers_int8": len(done),
+        "macs_share": products / macs,
+        "weights_bytes": weight_types(load_model(target)),
+        "activations_bytes": {"fp16": int(inputs), "int8": int(narrow)},
+    }
+
+
+def _observe(
+    options: Int8Options,
+    timm_name: str,
+    fp32: Path,
+    images: calibration.CalibrationImages,
+    wanted: dict[str, Any],
+    on_progress: OnProgress,
+) -> Quantized:
+    from ..export.export import load_model, save_model
+    from . import equalize, qdq, ranges
+
+    recipe = recipes.for_model(timm_name)
+    method = options.method or recipe.method
+    proto = load_model(fp32)
+    found = qdq.layers(proto)
+    kept = qdq.select(found, recipe.keep_fp16)
+    reasons = {layer.name: f"recipe {recipe.name}" for layer in found if layer.name in kept}
+
+    def observe(layers: list[Layer], phase: str, count: int) -> dict[str, ranges.Observed]:
+        return ranges.observe(
+            fp32,
+            layers,
+            images.batches(stop=count),
+            total=count,
+            on_progress=_phase(on_progress, phase),
+        )
+
+    # With "max", what divided channels were like is known exactly, factors being powers of two; a
+    # histogram has to be taken anew, and then a few images will do for the factors.
+    twice = bool(recipe.equalize) and ranges.parse_method(method)[0] != "max"
+    few = min(len(images), FACTOR_IMAGES) if twice else len(images)
+    seen = observe(found, "looking for outliers" if twice else "running images", few)
+    factors: dict[str, list[float]] = {}
+    if recipe.equalize:
+        factors = equalize.factors(proto, found, seen, recipe.equalize, keep_float=kept)
+        equalize.apply(proto, found, factors)
+        save_model(proto, fp32)
+        found = qdq.layers(proto)
+        seen = {name: one.divided(factors.get(name)) for name, one in seen.items()}
+    if twice:
+        seen = observe(found, "running images", len(images))
+    chosen = ranges.choose(seen, method)
+    for layer in found:
+        if layer.name not in chosen:
+            reasons[layer.name] = "its input was zero on every calibration image"
+    made = Calibration(
+        identity=wanted,
+        method=method,
+        images=images.to_manifest(),
+        ranges=chosen,
+        keep_fp16=reasons,
+        equalization=factors,
+    )
+    return Quantized(made, found, recipe=recipe.name)
+
+
+def _measure(
+    max_drop: float,
+    fp32: Path,
+    images: calibration.CalibrationImages,
+    result: Quantized,
+    on_progress: OnProgress,
+) -> None:
+    """Replaces the recipe's layers by those that measurement keeps in FP16."""
+    from . import sensitivity
+
+    made = result.calibration
+    unknown = {name: why for name, why in made.keep_fp16.items() if name not in made.ranges}
+    choice = sensitivity.choose(
+        fp32,
+        made.scales,
+        images.first(SENSITIVITY_IMAGES),
+        max_drop=max_drop,
+        keep_float=set(unknown),
+        on_progress=_phase(on_progress, "measuring layers"),
+    )
+    made.keep_fp16.clear()
+    made.keep_fp16.update({**unknown, **choice.keep_fp16})
+    result.sensitivity = choice.result
+
+
+def _phase(on_progress: OnProgress, phase: str) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        interrupt.check()
+        on_progress(phase, done, total)
+
+    return report
+
+
+def settle_engines(
+    staging: Path,
+    data: dict[str, Any],
+    twin: dict[str, Any],
+    clock: Clock,
+    options: Int8Options | None = None,
+    timer: Timer | None = None,
+) -> None:
+    """Decides which of two engines becomes `model.engine`, and writes down why.
+
+    Args:
+        staging: holds the INT8 engine as `model.engine` and the twin under its own name.
+        data: the manifest so far, its "engine" the INT8 one's; changed in place.
+        twin: what would be the manifest's "engine" for FP16.
+        timer: times both engines; None picks the GPU that is here, if any.
+    """
+    from ..bench.int8 import decide
+
+    engines = {"int8": data["engine"], "fp16": twin}
+    timer = timer or _gpu_timer(staging, data, engines)
+    times, unknown = None, "no GPU is here to time INT8 against FP16"
+    if timer is not None:
+        try:
+            with clock("timing"):
+                times = timer()
+        except JmpDeployError as error:
+            unknown = f"the engines do not run on this GPU: {error.message}"
+    decision = decide(times, unknown, force=options is not None and options.force)
+    if decision["engine"] == "fp16":
+        (staging / artifact.ENGINE).replace(staging / artifact.INT8_ENGINE)
+        (staging / artifact.TWIN_ENGINE).replace(staging / artifact.ENGINE)
+    data["engine"] = {**engines[decision["engine"]], "precision": decision["engine"]}
+    data["int8"]["speed"] = decision
+    data["int8"]["engine_bytes"] = {name: facts["bytes"] for name, facts in engines.items()}
+
+
+def _gpu_timer(
+    staging: Path, data: dict[str, Any], engines: Mapping[str, dict[str, Any]]
+) -> Timer | None:
+    from ..core.device import gpus
+
+    if not gpus():
+        return None
+    from ..bench.int8 import time_engines
+
+    size = data["preprocess"]["height"], data["preprocess"]["width"]
+    shape = (data["batch"][1], 3, *size)
+    paths = {"int8": staging / artifact.ENGINE, "fp16": staging / artifact.TWIN_ENGINE}
+    return lambda: time_engines(paths, engines, shape)

@@ -1,0 +1,190 @@
+"""Measures candidates of `tune` on the model: distances from the dense one, kept and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.errors import ModelError, ScheduleError
+from ..core.files import write_json
+from ..jmp import schedule
+from .search import Keeps
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+FEW = 4
+"""Candidates are screened on one image in four."""
+PREFIX_BYTES = 512 << 20
+"""Memory for kept block inputs of the dense model."""
+
+OnProgress = Callable[[str, float, "float | None"], None]
+"""(phase, share done, best distance so far)"""
+
+
+class Evaluator:
+    """Distances of candidates from the dense model, image by image.
+
+    Args:
+        model: dense, of `models.load_model`; patched for a moment, left as it was.
+        pixels: [n, 3, H, W] float32.
+        batch: images per forward.
+
+    Attributes:
+        dense: [n, C] float32, the dense model's outputs.
+    """
+
+    def __init__(self, model: nn.Module, pixels: NDArray[np.float32], batch: int) -> None:
+        import torch
+
+        self.model, self.batch = model, batch
+        self.count = len(pixels)
+        blocks = list(model.blocks.children())
+        inputs: list[list[Any]] = [[] for _ in blocks]
+        per_block = pixels.shape[0] * model.pos_embed.shape[-1] * 4
+        per_block *= model.patch_embed.num_patches + model.num_prefix_tokens
+        depth = max(1, min(len(blocks), PREFIX_BYTES // per_block))
+
+        def keep(index: int) -> Callable[..., None]:
+            return lambda module, arguments: inputs[index].append(arguments[0])
+
+        hooks = [blocks[index].register_forward_pre_hook(keep(index)) for index in range(depth)]
+        try:
+            with torch.inference_mode():
+                outputs = [
+                    model(torch.from_numpy(pixels[start : start + batch]))
+                    for start in range(0, self.count, batch)
+                ]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.inputs = [torch.cat(pieces) for pieces in inputs[:depth]]
+        self.dense = torch.cat(outputs).float()
+        if not bool(self.dense.isfinite().all()):
+            raise ModelError("the dense model's output is not finite", "are the weights sound?")
+
+    def distances(self, keeps: Keeps, tau: float, start: int, stop: int) -> list[float]:
+        """1 - cosine for images start..stop-1."""
+        import torch
+        from torch.nn.functional import cosine_similarity
+
+        from ..jmp.patch import model_shape, patch, unpatch
+
+        shape = model_shape(self.model)
+        steps = pairs(keeps, shape.num_patches)
+        first = min([block for block, _ in steps] + [len(self.inputs) - 1])
+        first = min(first, len(self.inputs) - 1)
+        patch(self.model, candidate(steps, shape), tau=tau)
+        try:
+            # What is dense comes from memory; the originals are safe in what unpatch puts back.
+            for index in range(first):
+                self.model.blocks._modules[str(index)] = torch.nn.Identity()
+            found: list[float] = []
+            with torch.inference_mode():
+                for at in range(start, stop, self.batch):
+                    end = min(at + self.batch, stop)
+                    tokens = self.model.norm(self.model.blocks(self.inputs[first][at:end]))
+                    output = self.model.forward_head(tokens).double()
+                    cosine = cosine_similarity(output, self.dense[at:end].double(), dim=1)
+                    found.extend((1 - cosine).clamp_min(0).tolist())
+        finally:
+            unpatch(self.model)
+        return found
+
+
+class State:
+    """Measurements on disk: candidate -> distances of the first images."""
+
+    def __init__(self, path: Path, key: str, *, resume: bool) -> None:
+        self.path, self.key = path, key
+        self.known: dict[str, list[float]] = {}
+        if not resume or not path.is_file():
+            return
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            same, known = data["key"] == key, data["known"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ScheduleError(
+                f"{path} cannot be read: {error}", "remove it, or leave out --resume"
+            ) from error
+        if not same:
+            raise ScheduleError(
+                f"{path} is of a run with another model, weights, images, seed or batch",
+                "repeat that run's options, or leave out --resume to start anew",
+            )
+        self.known = known
+
+    def save(self) -> None:
+        write_json(self.path, {"key": self.key, "known": self.known})
+
+
+class Meter:
+    """`Measure` for the search, with memory and a count of the work.
+
+    Work is counted as if nothing had been resumed, so that a resumed search ends where the
+    uninterrupted one would have.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        state: State,
+        shape: schedule.ModelShape,
+        passes: float,
+        on_progress: OnProgress,
+    ) -> None:
+        self.evaluator, self.state, self.shape = evaluator, state, shape
+        self.passes, self.on_progress = passes, on_progress
+        self.seen: dict[str, list[float]] = {}
+        self.spent = 0.0
+        self.run = self.resumed = 0
+        self.best: float | None = None
+        self.phase = "searching"
+
+    def measure(self, keeps: Keeps, tau: float, on_all: bool) -> float:
+        """See `tune_search.Measure`."""
+        total = self.evaluator.count
+        wanted = total if on_all else min(total, max(8, total // FEW))
+        name = f"{','.join(map(str, keeps))} {tau!r}"
+        seen = self.seen.setdefault(name, [])
+        if len(seen) < wanted:
+            known = self.state.known.get(name, [])
+            if len(known) >= wanted:
+                new = known[len(seen) : wanted]
+                self.resumed += 1
+            else:
+                new = self.evaluator.distances(keeps, tau, len(seen), wanted)
+                self.run += 1
+            share = macs_of(keeps, self.shape) / schedule.macs(self.shape)
+            self.spent += share * len(new) / total
+            seen.extend(new)
+            if len(known) < wanted:
+                self.state.known[name] = list(seen)
+                self.state.save()
+        value = float(np.mean(seen[:wanted]))
+        if on_all and self.phase == "searching":
+            self.best = value if self.best is None else min(self.best, value)
+        self.on_progress(self.phase, min(1.0, self.spent / self.passes), self.best)
+        return value
+
+
+def macs_of(keeps: Keeps, shape: schedule.ModelShape) -> int:
+    """MACs per image of a candidate; of the dense model as timm runs it, if nothing is reduced."""
+    steps = pairs(keeps, shape.num_patches)
+    return schedule.macs(shape, candidate(steps, shape) if steps else None)
+
+
+def candidate(steps: Sequence[tuple[int, int]], shape: schedule.ModelShape) -> schedule.Schedule:
+    """Steps under search, with all that is measured to pay."""
+    return schedule.improved(schedule.resolve("candidate", steps, shape), shape)
+
+
+def pairs(keeps: Sequence[int], patches: int) -> list[tuple[int, int]]:
+    """Counts after each block to the steps of a schedule."""
+    before = [patches, *keeps]
+    return [(block, keep) for block, keep in enumerate(keeps) if keep < before[block]]

@@ -1,0 +1,148 @@
+"""The artifacts that `validate` asks: which backend runs them, and whether they can be compared."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core import artifact
+from ..core.device import gpus
+from ..core.errors import ArtifactError, EngineError
+from ..core.images import Preprocess
+from ..engine.backends import infer, pick_backend
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MODEL, DENSE = "model", "dense"
+
+
+@dataclass
+class Subject:
+    """An artifact that answers.
+
+    Attributes:
+        name: MODEL for the one that is validated, DENSE for what it is compared with.
+        folder, data: the artifact and its manifest.
+        backend: "engine" or "onnxruntime", once chosen.
+        runner: an active Polygraphy runner, once opened.
+    """
+
+    name: str
+    folder: Path
+    data: dict[str, Any]
+    backend: str = ""
+    runner: Any = field(default=None, repr=False)
+
+    def output(self) -> str:
+        """ "logits" or "features"."""
+        return str(self.data["model"]["output"])
+
+    def preprocess(self) -> Preprocess:
+        """How it wants its images."""
+        return Preprocess.from_dict(self.data["preprocess"])
+
+    def file_sha256(self) -> str:
+        """Hash of the file that runs, by the manifest; whether it is true is seen on opening."""
+        name = artifact.ENGINE if self.backend == "engine" else artifact.PORTABLE
+        return str(self.data["files"][name]["sha256"])
+
+    def answer(self, images: NDArray[Any]) -> NDArray[Any]:
+        """[b, 3, H, W] float32 -> [b, classes or channels]."""
+        return np.asarray(infer(self.runner, images, tuple(self.data["batch"]))[self.output()])
+
+
+def load_subjects(folder: Path, against: Path | None, allow_random: bool) -> list[Subject]:
+    """The artifact, and the dense one if named.
+
+    Raises:
+        ArtifactError: broken artifacts, random weights, or two that answer different questions.
+    """
+    named = [(MODEL, folder)] + ([(DENSE, against)] if against else [])
+    subjects = [Subject(name, path, artifact.read(path)) for name, path in named]
+    for subject in subjects:
+        if artifact.is_random(subject.data) and not allow_random:
+            raise ArtifactError(
+                f"{subject.folder} has random weights: its accuracy means nothing",
+                "build it with real weights (--weights FILE), or pass --allow-random",
+            )
+    if against:
+        _refuse_unlike(*subjects)
+    return subjects
+
+
+def notes_on(subjects: Sequence[Subject]) -> list[str]:
+    """What a reader of the figures has to know."""
+    notes = [
+        f"{subject.folder} has RANDOM WEIGHTS: its accuracy means nothing"
+        for subject in subjects
+        if artifact.is_random(subject.data)
+    ]
+    if len(subjects) < 2:
+        return notes
+    model, dense = subjects
+    if dense.data.get("jmp"):
+        notes.append(f"{dense.folder} is not dense: it has JMP in it too")
+    if _origin(model.data) != _origin(dense.data):
+        notes.append("the two artifacts were built from different weights")
+    if model.data["precision"] != dense.data["precision"]:
+        notes.append(
+            f"{model.data['precision'].upper()} is compared with {dense.data['precision'].upper()}"
+        )
+    return notes
+
+
+def pick_backends(subjects: Sequence[Subject], wanted: str) -> str:
+    """Chooses one backend for all, so that a difference is the model's; returns why this one.
+
+    Raises:
+        EngineError: none can run all of them here.
+    """
+    model = subjects[0]
+    chosen, reason = pick_backend(model.folder, model.data, wanted)
+    for subject in subjects[1:]:
+        try:
+            pick_backend(subject.folder, subject.data, chosen)
+        except EngineError as error:
+            if wanted != "auto" or chosen == "onnxruntime":
+                raise EngineError(f"{subject.folder}: {error.message}", error.hint) from error
+            chosen, reason = "onnxruntime", f"{subject.folder} has no engine that runs here"
+            pick_backend(model.folder, model.data, chosen)
+            pick_backend(subject.folder, subject.data, chosen)
+    for subject in subjects:
+        subject.backend = chosen
+    return reason
+
+
+def device_name(backend: str) -> str:
+    """What a backend runs on here, in words."""
+    if backend == "engine" and gpus():
+        return gpus()[0].name
+    return f"CPU ({platform.machine()}, {len(os.sched_getaffinity(0))} threads)"
+
+
+def _refuse_unlike(model: Subject, dense: Subject) -> None:
+    pairs = [
+        ("model", model.data["model"]["name"], dense.data["model"]["name"]),
+        ("output", model.output(), dense.output()),
+        ("preprocessing", model.preprocess(), dense.preprocess()),
+    ]
+    for what, ours, theirs in pairs:
+        if ours != theirs:
+            raise ArtifactError(
+                f"{dense.folder} is no baseline of {model.folder}: its {what} is {theirs}, "
+                f"expected {ours}",
+                f"build one with `python -m jmp_deploy build {model.data['model']['name']} "
+                "--dense`, with the same weights and image size",
+            )
+
+
+def _origin(data: dict[str, Any]) -> dict[str, Any]:
+    """Where weights come from, as far as it says which they are."""
+    return {key: data["weights"].get(key) for key in ("kind", "sha256", "source", "tag", "seed")}

@@ -1,0 +1,294 @@
+"""What outlives a run of `validate`: the state to resume from, and the results of shards."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.errors import ArtifactError
+from ..core.files import atomic_path
+from ..core.images import UNREADABLE_LIMIT
+from .score import score
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FORMAT = 1
+SAVE_EVERY = 10.0
+"""Seconds between saves, or twenty times as long as the last save took, if that is more."""
+
+DIFFERENT = {
+    "artifact": "another artifact, or one that was built again",
+    "against": "another dense artifact",
+    "backend": "another backend",
+    "data": "other images or labels (or another --limit)",
+    "batch": "another --batch",
+    "probe": "another probe",
+    "shard": "another --shard",
+    "version": "another version of jmp_deploy",
+}
+
+
+@dataclass
+class Answers:
+    """Outputs of one split so far; batches are done in order.
+
+    Attributes:
+        done: (positions in the split [b], output per model [b, ...], unreadable (position,
+            reason)) for each batch.
+    """
+
+    done: list[tuple[NDArray[Any], dict[str, NDArray[Any]], tuple[tuple[int, str], ...]]] = field(
+        default_factory=list
+    )
+
+    def index(self) -> NDArray[Any]:
+        """Positions of the images that were read, [n] int64."""
+        parts = [positions for positions, _, _ in self.done]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def outputs(self) -> dict[str, NDArray[Any]]:
+        """Output per model, [n, ...]; empty before the first batch."""
+        parts = [outputs for positions, outputs, _ in self.done if len(positions)]
+        return {
+            name: np.concatenate([outputs[name] for outputs in parts]) for name in parts[0]
+        } if parts else {}  # fmt: skip
+
+    def unreadable(self) -> list[tuple[int, str]]:
+        """(position, reason) of the images that were not."""
+        return [entry for _, _, entries in self.done for entry in entries]
+
+
+class State:
+    """Answers of all splits, kept in one file: a NumPy archive with a JSON header.
+
+    Args:
+        path: the file; it appears with the first save and goes when the run is complete. None
+            keeps no state.
+        identity: what makes two runs the same run.
+        resume: read the file if it is there.
+
+    Raises:
+        ArtifactError: the file is broken, or of another run.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.identity = identity
+        self.splits: dict[str, Answers] = {}
+        self.resumed = 0
+        self._saved = 0
+        self._wait, self._last = SAVE_EVERY, time.monotonic()
+        if resume and path is not None and path.is_file():
+            self._read(path)
+
+    def split(self, name: str) -> Answers:
+        """The answers of a split, empty at first."""
+        return self.splits.setdefault(name, Answers())
+
+    def batches(self) -> int:
+        """Batches done in all splits."""
+        return sum(len(answers.done) for answers in self.splits.values())
+
+    def save_if_due(self) -> None:
+        """Saves now and then: see SAVE_EVERY."""
+        if time.monotonic() - self._last >= self._wait:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the file, whole, if anything is new."""
+        if self.path is None or self.batches() == self._saved:
+            return
+        started = time.monotonic()
+        arrays: dict[str, Any] = {}
+        header: dict[str, Any] = {"format": FORMAT, "identity": self.identity, "splits": {}}
+        for name, answers in self.splits.items():
+            arrays[f"{name}/index"] = answers.index()
+            for model, values in answers.outputs().items():
+                arrays[f"{name}/outputs/{model}"] = values
+            header["splits"][name] = [
+                {"images": len(positions), "unreadable": unreadable}
+                for positions, _, unreadable in answers.done
+            ]
+        with atomic_path(self.path) as temporary, temporary.open("wb") as file:
+            np.savez(file, header=np.array(json.dumps(header)), **arrays)
+        self._saved = self.batches()
+        self._last = time.monotonic()
+        self._wait = max(SAVE_EVERY, 20 * (self._last - started))
+
+    def remove(self) -> None:
+        """Forgets the file: the run is complete."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                header = json.loads(str(archive["header"]))
+                identity = header["identity"]
+                if header["format"] != FORMAT or not isinstance(identity, dict):
+                    raise ValueError(f"format {header['format']!r}, expected {FORMAT}")
+                splits = {
+                    name: _unpack(name, counts, archive)
+                    for name, counts in header["splits"].items()
+                }
+        except Exception as error:  # a cut archive raises anything from zipfile, zlib, json, numpy
+            raise ArtifactError(
+                f"{path} cannot be read as a state of `validate`: {error}",
+                "remove it, or leave out --resume to start anew",
+            ) from error
+        if why := difference(identity, self.identity):
+            raise ArtifactError(
+                f"{path} is the state of another run: {why}",
+                "repeat that run's options, or leave out --resume to start anew",
+            )
+        self.splits = splits
+        self.resumed = self._saved = self.batches()
+
+
+def _unpack(name: str, counts: Sequence[dict[str, Any]], archive: Any) -> Answers:
+    index = archive[f"{name}/index"]
+    prefix = f"{name}/outputs/"
+    outputs = {
+        key.removeprefix(prefix): archive[key] for key in archive.files if key.startswith(prefix)
+    }
+    if any(len(values) != len(index) for values in outputs.values()):
+        raise ValueError(f"its arrays of {name} are of unequal length")
+    answers, start = Answers(), 0
+    for entry in counts:
+        end = start + entry["images"]
+        part = {model: values[start:end] for model, values in outputs.items()}
+        unreadable = tuple((int(position), str(why)) for position, why in entry["unreadable"])
+        answers.done.append((index[start:end], part if end > start else {}, unreadable))
+        start = end
+    if start != len(index):
+        raise ValueError(f"it holds {len(index)} answers of {name}, expected {start}")
+    return answers
+
+
+def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """The first way in which two runs are not the same, in words; None if they are."""
+    for key, words in DIFFERENT.items():
+        a, b = theirs.get(key), ours.get(key)
+        if a != b:
+            short = all(isinstance(value, (int, str)) and len(str(value)) < 20 for value in (a, b))
+            return f"{words}: {a} there, {b} here" if short else words
+    return None
+
+
+def unreadable_record(entries: Sequence[dict[str, str]], images: int) -> dict[str, Any]:
+    """{"count", "share", "files"} of the images that were skipped, of `images` in all."""
+    share = len(entries) / images if images else 0.0
+    return {"count": len(entries), "share": share, "files": list(entries)}
+
+
+def merge(paths: Sequence[Path]) -> dict[str, Any]:
+    """Puts the partial results of all shards of one run together.
+
+    Args:
+        paths: results of `validate --shard i/n --json FILE`, in any order.
+
+    Returns:
+        The result that the run would have had without --shard, and {"shards": [...]}.
+
+    Raises:
+        ArtifactError: a file that is no partial result, shards of different runs, one twice, or
+            one missing.
+    """
+    parts = [(path, _read_part(path)) for path in paths]
+    first_path, first = parts[0]
+    count = first["shard"]["of"]
+    owners: dict[int, Path] = {}
+    for path, part in parts:
+        shard = part["shard"]
+        if why := difference(shard["identity"], first["shard"]["identity"]):
+            raise ArtifactError(
+                f"{path} is a shard of another run than {first_path}: {why}",
+                "run all shards with the same options on the same data",
+            )
+        if shard["of"] != count:
+            raise ArtifactError(
+                f"{path} is one of {shard['of']} shards, {first_path} one of {count}",
+                "run all shards with the same n of --shard i/n",
+            )
+        if shard["index"] in owners:
+            raise ArtifactError(
+                f"{path} and {owners[shard['index']]} are both shard {shard['index']}/{count}",
+                "name each shard once",
+            )
+        owners[shard["index"]] = path
+    missing = [f"{index}/{count}" for index in range(1, count + 1) if index not in owners]
+    if missing:
+        raise ArtifactError(
+            f"not all shards are there: {', '.join(missing)}", "name the results of all shards"
+        )
+    return _put_together([part for _, part in sorted(parts, key=lambda p: p[1]["shard"]["index"])])
+
+
+def _put_together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = parts[0]
+    rows = {
+        name: np.concatenate(
+            [np.asarray(part["shard"]["rows"][name], dtype=np.int64) for part in parts]
+        )
+        for name in first["shard"]["rows"]
+    }
+    order = np.argsort(rows["index"], kind="stable")
+    rows = {name: column[order] for name, column in rows.items()}
+    skipped = [tuple(entry) for part in parts for entry in part["shard"]["unreadable"]]
+    seen = sorted([*rows["index"].tolist(), *(position for position, _, _ in skipped)])
+    if seen != list(range(first["images"])):
+        raise ArtifactError(
+            f"the shards hold {len(set(seen))} of {first['images']} images"
+            + (", some of them twice" if len(set(seen)) != len(seen) else ""),
+            "run the shards again",
+        )
+    files = [{"image": image, "reason": why} for _, image, why in sorted(skipped)]
+    record = unreadable_record(files, first["images"])
+    timings = [part["throughput"] for part in parts]
+    result = {
+        **first,
+        **score(rows),
+        "ok": record["share"] <= UNREADABLE_LIMIT and all(part["train_ok"] for part in parts),
+        "train_ok": all(part["train_ok"] for part in parts),
+        "notes": list(dict.fromkeys(note for part in parts for note in part["notes"])),
+        "unreadable": record,
+        "shard": None,
+        "throughput": None,
+        "shards": [
+            {"index": part["shard"]["index"], "n": part["n"], "device": part["device"], **timing}
+            for part, timing in zip(parts, timings, strict=True)
+        ],
+    }
+    devices = sorted({part["device"] for part in parts})
+    result["device"] = ", ".join(devices)
+    return result
+
+
+def _read_part(path: Path) -> dict[str, Any]:
+    try:
+        part = json.loads(path.read_text(encoding="utf-8"))
+        shard = part["shard"]
+        index, count, rows = shard["index"], shard["of"], shard["rows"]
+        for key in ("identity", "unreadable"):
+            shard[key]
+        for key in ("n", "images", "notes", "train_ok", "throughput", "device"):
+            part[key]
+        lengths = {len(column) for column in rows.values()}
+        whole = 1 <= index <= count and lengths == {part["n"]} and {"index", "label"} <= set(rows)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{path} is no partial result of `validate`",
+            "make one with `validate DIR --data DIR --shard i/n --json FILE`",
+        ) from error
+    if not whole:
+        raise ArtifactError(f"{path} is damaged: its numbers do not fit together")
+    return dict(part)

@@ -1,0 +1,188 @@
+"""An engine as `bench` runs it, on a CUDA and a TensorRT made of host memory."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jmp_deploy.bench.bench import bench
+from jmp_deploy.bench.engine import TimedCuda, TimedEngine
+from jmp_deploy.bench.measure import Settings
+from jmp_deploy.core import artifact as manifest
+from jmp_deploy.core.errors import EngineError
+from jmp_deploy.engine import api, runtime
+from jmp_deploy.engine.cuda import Cuda
+from tests.fakes.cuda import FakeCuda, Status
+from tests.fakes.tensorrt import CLASSES, IMAGE, FakeTensorRT, plan
+
+
+class TimedFakeCuda(FakeCuda):
+    """Every piece of work takes 1 ms; events know how much of it lies between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runtime.cudaEventDefault = 0
+
+    def cudaEventElapsedTime(self, start: int, end: int) -> tuple:
+        (stream, first), (same, last) = (self.objects[int(e)][1].mark for e in (start, end))
+        assert stream is same and stream.executed >= last, "asked before the work was done"
+        return Status.cudaSuccess, float(last - first)
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    cuda = TimedFakeCuda()
+    trt = FakeTensorRT(cuda)
+    monkeypatch.setattr(
+        runtime, "open_cuda", lambda device=None: Cuda(cuda.runtime, cuda.driver, device)
+    )
+    monkeypatch.setattr(api, "load", lambda name: trt)
+    found = SimpleNamespace(cuda=cuda, trt=trt, folder=tmp_path, several=False)
+    yield found
+    gc.collect()
+    # The fake counts contexts of all engines together: with several, one always goes before others.
+    violations = [v for v in cuda.violations if not (found.several and "went before" in v)]
+    assert violations == [] and cuda.leaks() == []
+
+
+def artifact(world, name: str = "a", **engine) -> tuple[Path, dict]:
+    folder = world.folder / name
+    folder.mkdir()
+    (folder / manifest.ENGINE).write_bytes(plan())
+    facts = {
+        "flavour": "tensorrt",
+        "builder": "TensorRT",
+        "version": world.trt.__version__,
+        "targets": ["sm_86"],
+        "plugin": None,
+    }
+    data = {
+        "model": {"name": "m", "image_size": 4, "output": "logits"},
+        "weights": {"kind": "random", "seed": 0},
+        "preprocess": {"height": 4, "width": 4},
+        "precision": "fp16",
+        "batch": [1, 4, 8],
+        "macs": {"model": 10**9, "dense": 10**9},
+        "jmp": None,
+        "rebuild": "python -m jmp_deploy build deit_s",
+        "engine": {**facts, **engine},
+    }
+    manifest.write(folder, data, [manifest.ENGINE])
+    return folder, manifest.read(folder)
+
+
+def timed(world, folder: Path, data: dict, **options) -> TimedEngine:
+    cuda = TimedCuda(world.cuda.runtime, world.cuda.driver)
+    return TimedEngine(folder, data, cuda=cuda, **options)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_copies_and_computation_are_timed_apart(world, graph):
+    backend = timed(world, *artifact(world))
+    infer = backend.prepare(4, graph)
+    for _ in range(4):
+        times = infer()
+    # one copy in, one launch, one copy out, by the events; all of it by the host's clock
+    assert (times.h2d, times.compute, times.d2h) == (1.0, 1.0, 1.0)
+    assert times.total >= times.enqueue > 0
+    assert (world.cuda.launches > 0) is graph
+    assert backend.library == f"TensorRT {world.trt.__version__}"
+    backend.close()
+
+
+def test_both_ways_and_several_batches_live_side_by_side(world):
+    world.several = True
+    backend = timed(world, *artifact(world))
+    infers = [backend.prepare(batch, graph) for batch in (1, 8) for graph in (False, True)]
+    for _ in range(3):
+        for infer in infers:
+            assert infer().compute == 1.0
+    backend.close()
+
+
+def test_what_is_timed_is_the_inference_of_every_image(world, monkeypatch):
+    backend = timed(world, *artifact(world))
+    seen = []
+    original = backend._pair
+
+    def spy(batch, tensor):
+        seen.append(original(batch, tensor))
+        return seen[-1]
+
+    monkeypatch.setattr(backend, "_pair", spy)
+    infer = backend.prepare(8, True)
+    infer()
+    (images, _), (logits, _) = seen
+    assert images.shape == (8, *IMAGE) and logits.shape == (8, CLASSES)
+    from tests.fakes.tensorrt import answer
+
+    assert np.isfinite(logits).all() and np.allclose(logits, answer(images), rtol=1e-5, atol=1e-5)
+    del images, logits
+    seen.clear()
+    backend.close()
+
+
+def test_an_engine_of_another_version_is_refused_and_leaves_nothing(world):
+    folder, data = artifact(world, version="10.3.0")
+    backend = timed(world, folder, data)
+    with pytest.raises(EngineError, match=r"10\.3\.0"):
+        backend.prepare(1, False)
+    backend.close()
+
+
+def test_a_plan_of_ours_needs_no_manifest_and_no_warning(world, recwarn, monkeypatch):
+    _, data = artifact(world)
+    monkeypatch.setattr("jmp_deploy.plugin.library.plugin_library", lambda **_: None)
+    path = world.folder / "chain.engine"
+    path.write_bytes(plan())
+    backend = timed(world, path, data, use_manifest=False)
+    assert backend.prepare(2, False)().compute == 1.0
+    assert not [w for w in recwarn if "manifest" in str(w.message)]
+    backend.close()
+
+
+def test_bench_of_two_engines(world, monkeypatch):
+    world.several = True
+    dense, _ = artifact(world, "dense")
+    jmp, _ = artifact(world, "jmp")
+    monkeypatch.setattr(bench, "pick_backend", lambda *_: ("engine", ""))
+    quick = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
+    asked = bench.BenchOptions(folder=dense, against=jmp, batches=(2,), settings=quick)
+    result, _ = bench.bench(
+        asked, opener=lambda folder, data, _: timed(world, folder, data), sources=[]
+    )
+    assert [row["cuda_graph"] for row in result["rows"]] == [False, False, True, True]
+    for row in result["rows"]:
+        assert row["gpu_ms"]["p50"] == 1.0 and row["gpu_throughput"] == 2000
+        assert row["latency_ms"]["p50"] > 0
+    for entry in result["ratios"]:
+        assert entry["gpu"]["ratio"] == 1 and entry["gpu"]["ci95"] == [1, 1]
+
+
+def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monkeypatch):
+    def refuse(*_):
+        return (Status.cudaErrorStreamCaptureUnsupported,)
+
+    world.several = True
+    world.cuda.runtime.cudaStreamBeginCapture = refuse
+    folder, _ = artifact(world)
+    monkeypatch.setattr(bench, "pick_backend", lambda *_: ("engine", ""))
+    quick = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
+    options = {"opener": lambda folder, data, _: timed(world, folder, data), "sources": []}
+    asked = bench.BenchOptions(folder=folder, batches=(2,), settings=quick)
+    result, _ = bench.bench(asked, **options)
+    assert [row["cuda_graph"] for row in result["rows"]] == [False]
+    assert any("CUDA graphs" in words for words in result["notes"])
+    with pytest.raises(EngineError, match="cannot be run as CUDA graphs"):
+        bench.bench(replace(asked, cuda_graph="on"), **options)
+
+
+def test_events_with_a_time_are_in_cuda_bindings():
+    bindings = pytest.importorskip("cuda.bindings.runtime")
+    assert "cudaEventElapsedTime(start, end)" in bindings.cudaEventElapsedTime.__doc__
+    assert bindings.cudaEventDefault == 0

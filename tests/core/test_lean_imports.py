@@ -1,0 +1,83 @@
+"""What a device without PyTorch, timm and the ONNX tools must be able to do."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import jmp_deploy
+
+HEAVY = {"export", "fuse", "patch", "quantize", "reduction", "restore", "torch_op"}
+"""Modules that work on PyTorch or ONNX models and may import them at once."""
+RUNS = {"__main__"}  # on import; the help tests are its own
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.split(".")[0])
+
+sys.meta_path.insert(0, Block())
+"""
+TOOLS = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors")
+BUILDERS = ("polygraphy", "tensorrt", "tensorrt_rtx", "onnxruntime", "onnxconverter_common")
+
+
+def python(code, names):
+    return subprocess.run(
+        [sys.executable, "-c", BLOCK.format(names=set(names)) + code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "module", sorted({m.name for m in pkgutil.iter_modules(jmp_deploy.__path__)} - HEAVY - RUNS)
+)
+def test_modules_import_with_the_base_install_alone(module):
+    done = python(f"import jmp_deploy.{module}", TOOLS + BUILDERS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["build", "--help"], ["doctor"], ["plugin", "--help"]]
+)
+def test_commands_that_need_the_base_install_alone(arguments):
+    code = f"from jmp_deploy.cli.main import main; sys.exit(main({arguments!r}))"
+    done = python(code, TOOLS + BUILDERS)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import jmp_deploy; print([m for m in sys.modules if m in ('numpy', 'rich', 'PIL')])"
+    done = python(code, TOOLS + BUILDERS)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_run_and_compare_need_no_pytorch_and_no_onnx_tools(built, photos, tmp_path):
+    for arguments in (
+        ["run", str(built), str(photos[0]), "--json", str(tmp_path / "run.json")],
+        ["compare", str(built), "--json", str(tmp_path / "compare.json")],
+    ):
+        code = f"from jmp_deploy.cli.main import main; sys.exit(main({arguments!r}))"
+        done = python(code, TOOLS)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run.json").read_text())[0]["top"]
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert result["ok"] and result["backends"][0] == "torch (stored)"
+
+
+def test_build_names_the_missing_package(tmp_path):
+    arguments = ["build", "deit_t", "-o", str(tmp_path / "a")]
+    code = f"from jmp_deploy.cli.main import main; sys.exit(main({arguments!r}))"
+    done = python(code, TOOLS)
+    assert done.returncode == 2
+    assert "[export]" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "a").exists()

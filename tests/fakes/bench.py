@@ -1,0 +1,72 @@
+"""Backends and sources of telemetry that are not there, and artifacts that hold next to nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jmp_deploy.bench.host import Reading
+from jmp_deploy.bench.measure import Settings, Times
+from jmp_deploy.core import artifact as manifest
+
+QUICK = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
+
+
+class FakeBackend:
+    """Every inference takes `ms`, whatever the batch; on a GPU half of it is computation."""
+
+    def __init__(self, ms: float, *, on_gpu: bool = False, stop_at: int | None = None) -> None:
+        self.ms, self.has_graphs, self.stop_at = ms, on_gpu, stop_at
+        self.library, self.closed = "Fake 1.0", False
+
+    def prepare(self, batch, cuda_graph):
+        ms = self.ms - (1.0 if cuda_graph else 0.0)
+
+        def infer() -> Times:
+            if batch == self.stop_at:
+                raise KeyboardInterrupt
+            if not self.has_graphs:
+                return Times(start=0.0, total=ms)
+            return Times(start=0.0, total=ms, h2d=ms / 4, compute=ms / 2, d2h=ms / 4)
+
+        return infer
+
+    def close(self):
+        self.closed = True
+
+
+class FakeSource:
+    name, live = "fake", False
+
+    def __init__(self, *, others=(), **reading) -> None:
+        self._others, self.reading = list(others), Reading(**reading)
+
+    def facts(self):
+        return {"power_of": "this test"}
+
+    def read(self):
+        return self.reading
+
+    def others(self):
+        return self._others
+
+
+def artifact(folder: Path, *, batch=(1, 8, 32), kind="random", macs=4.0, **changes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {
+        "format": manifest.FORMAT,
+        "model": {"name": "deit_small_patch16_224", "image_size": 8, "output": "logits"},
+        "weights": {"kind": kind, "seed": 0, "path": "w", "sha256": "0"},
+        "preprocess": {"height": 8, "width": 8},
+        "precision": "fp16",
+        "batch": list(batch),
+        "files": {},
+        "rebuild": "python -m jmp_deploy build deit_s",
+        "jmp": None,
+        "macs": {"model": int(macs * 1e9), "dense": int(4e9)},
+        "engine": None,
+        **changes,
+    }
+    (folder / "manifest.json").write_text(json.dumps(data))
+    (folder / "model.onnx").touch()
+    return folder

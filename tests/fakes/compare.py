@@ -1,0 +1,96 @@
+"""Small artifacts for the tests of `compare`, and faults to plant in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from jmp_deploy.core import artifact
+from jmp_deploy.core.images import Preprocess
+from jmp_deploy.export.export import export_onnx
+from jmp_deploy.export.fp16 import to_fp16
+from jmp_deploy.export.fuse import to_deployable
+from jmp_deploy.jmp import schedule
+from jmp_deploy.jmp.patch import model_shape, patch
+from tests.fakes.models import tiny_vit
+
+IMAGES = np.random.default_rng(7).normal(size=(4, 3, 32, 32)).astype(np.float32)
+
+
+def artifact_of(
+    folder: Path,
+    *,
+    precision: str = "fp32",
+    steps: str | None = "1:11,3:6",
+    tau: float = 0.3,
+    **options: Any,
+) -> tuple[Path, Any]:
+    """An artifact of `tiny_vit` as `build` leaves it, without an engine: (folder, model)."""
+    folder.mkdir(parents=True)
+    model = tiny_vit(**options)
+    jmp = None
+    if steps is not None:
+        resolved = schedule.parse(steps, model_shape(model))
+        patch(model, resolved, tau=tau)
+        jmp = {"schedule": [list(step) for step in resolved.steps], "tau": tau}
+    portable = folder / artifact.PORTABLE
+    full = portable if precision == "fp32" else folder / "fp32.onnx"
+    export_onnx(model, full, image_size=(32, 32))
+    if precision == "fp16":
+        to_fp16(full, portable)
+        full.unlink()
+    to_deployable(portable, folder / artifact.DEPLOYABLE)
+    output = "logits" if model.num_classes else "features"
+    with torch.inference_mode():
+        stored = model(torch.from_numpy(IMAGES)).numpy()
+    names = np.array([f"r{index}" for index in range(len(IMAGES))])
+    np.savez(folder / artifact.REFERENCE, images=IMAGES, output=stored, names=names)
+    spec = Preprocess(32, 32, 32, "bicubic", "center", (0.5,) * 3, (0.5,) * 3)
+    data = {
+        "model": {"name": "tiny", "image_size": 32, "output": output},
+        "weights": {"kind": "file", "path": "w", "sha256": "0"},
+        "preprocess": asdict(spec),
+        "precision": precision,
+        "batch": [1, 4, 8],
+        "jmp": jmp,
+        "engine": None,
+        "no_engine": "none was asked for",
+        "rebuild": "python -m jmp_deploy build tiny",
+    }
+    artifact.write(folder, data, [artifact.PORTABLE, artifact.DEPLOYABLE, artifact.REFERENCE])
+    return folder, model
+
+
+def plant(
+    folder: Path,
+    block: int,
+    layer: str,
+    change: Callable[[np.ndarray], np.ndarray],
+    file: str = artifact.PORTABLE,
+) -> None:
+    """Changes the weight matrix of a linear layer ("proj", "fc1" or "fc2") in an artifact's model.
+
+    An untrained model's biases and norms are equal and share their names in the ONNX, so layers
+    are found by what stands before them.
+    """
+    proto = onnx.load_model(folder / file)
+    products = [
+        n
+        for n in proto.graph.node
+        if n.op_type == "MatMul" and any(w.name in n.input for w in proto.graph.initializer)
+    ]
+    assert len(products) == 24  # qkv, proj, fc1, fc2; the head is a Gemm
+    product = products[4 * block + ("qkv", "proj", "fc1", "fc2").index(layer)]
+    weight = next(w for w in proto.graph.initializer if w.name in product.input)
+    values = onnx.numpy_helper.to_array(weight)
+    weight.CopyFrom(onnx.numpy_helper.from_array(change(values.copy()), weight.name))
+    onnx.save_model(proto, folder / file)
+    data = artifact.read(folder)
+    names = sorted(data["files"])
+    artifact.write(folder, {k: v for k, v in data.items() if k != "format"}, names)

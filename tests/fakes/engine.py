@@ -1,0 +1,116 @@
+"""A machine for tests: a GPU, a TensorRT and a folder, made of host memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jmp_deploy.core import artifact as manifest
+from jmp_deploy.engine import api, runtime
+from jmp_deploy.engine.cuda import Cuda
+from tests.fakes.cuda import FakeCuda
+from tests.fakes.tensorrt import IMAGE, FakeTensorRT, answer, plan
+
+
+@dataclass
+class World:
+    """A machine: its GPU, its TensorRT, and a folder for artifacts."""
+
+    folder: Path
+    cuda: FakeCuda = field(default_factory=FakeCuda)
+    trt: FakeTensorRT = None  # type: ignore[assignment]
+
+    def artifact(self, content: bytes | None = None, **engine) -> Path:
+        """A folder with an engine and its manifest, made for this machine unless told otherwise."""
+        folder = self.folder / "artifact"
+        folder.mkdir(exist_ok=True)
+        (folder / manifest.ENGINE).write_bytes(plan() if content is None else content)
+        flavour = "rtx" if self.trt.__name__ == "tensorrt_rtx" else "tensorrt"
+        facts = {
+            "flavour": flavour,
+            "version": self.trt.__version__,
+            "targets": ["sm_86"],
+            "plugin": None,
+            **engine,
+        }
+        data = {
+            "model": {"output": "logits"},
+            "weights": {"kind": "file"},
+            "preprocess": {
+                **{"height": IMAGE[1], "width": IMAGE[2], "resize": IMAGE[1]},
+                **{"interpolation": "bicubic", "crop_mode": "center"},
+                **{"mean": [0.5] * 3, "std": [0.5] * 3},
+            },
+            "class_names": None,
+            "jmp": None,
+            "precision": "fp16",
+            "batch": [1, 4, 8],
+            "rebuild": "python -m jmp_deploy build deit_s",
+            "engine": facts,
+        }
+        manifest.write(folder, data, [manifest.ENGINE])
+        return folder
+
+    def device_array(self, values: np.ndarray) -> SimpleNamespace:
+        """An array of a library that knows `__cuda_array_interface__`."""
+        values = np.ascontiguousarray(values)
+        address = self.cuda.cudaMalloc(values.nbytes)[1]
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+        facts = {
+            "shape": values.shape,
+            "typestr": values.dtype.str,
+            "data": (address, False),
+            "version": 3,
+        }
+        return SimpleNamespace(__cuda_array_interface__=facts)
+
+    def read(self, array) -> np.ndarray:
+        facts = array.__cuda_array_interface__
+        size = int(np.prod(facts["shape"])) * np.dtype(facts["typestr"]).itemsize
+        raw = ctypes.string_at(facts["data"][0], size)
+        return np.frombuffer(raw, facts["typestr"]).reshape(facts["shape"])
+
+    def free(self, *arrays) -> None:
+        for array in arrays:
+            self.cuda.cudaFree(array.__cuda_array_interface__["data"][0])
+
+    def assert_clean(self) -> None:
+        gc.collect()
+        assert self.cuda.violations == []
+        assert self.cuda.leaks() == []
+
+
+@pytest.fixture
+def make_world(monkeypatch, tmp_path):
+    def make(flavour="tensorrt", version="10.13.0.35", **cuda) -> World:
+        world = World(tmp_path, FakeCuda(**cuda))
+        world.trt = FakeTensorRT(world.cuda, flavour, version)
+        monkeypatch.setattr(
+            runtime, "open_cuda", lambda device: Cuda(world.cuda.runtime, world.cuda.driver, device)
+        )
+        monkeypatch.setattr(api, "load", lambda name: world.trt)
+        monkeypatch.setenv("JMP_DEPLOY_CACHE", str(tmp_path / "cache"))
+        return world
+
+    return make
+
+
+@pytest.fixture
+def world(make_world):
+    world = make_world()
+    yield world
+    world.assert_clean()
+
+
+def images(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, *IMAGE)).astype(np.float32)
+
+
+def close_to(found: np.ndarray, given: np.ndarray) -> bool:
+    return found.dtype == np.float32 and np.allclose(found, answer(given), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,127 @@
+"""Models by name, weights from wherever, and checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from jmp_deploy.core.errors import ModelError, WeightsError
+from jmp_deploy.jmp import models
+
+
+@pytest.fixture(scope="module")
+def state():
+    return models.load_model("deit_t", "random", seed=3).model.state_dict()
+
+
+def test_every_short_name_is_a_timm_model():
+    import timm
+
+    for timm_name, _ in models.SHORT_NAMES.values():
+        assert timm.is_model(timm_name)
+
+
+def test_random_weights_are_reproducible_and_marked():
+    first, again, other = (models.load_model("deit_t", "random", seed=s) for s in (0, 0, 1))
+    assert first.origin == {"kind": "random", "seed": 0}
+    assert torch.equal(first.model.head.weight, again.model.head.weight)
+    assert not torch.equal(first.model.head.weight, other.model.head.weight)
+    assert first.class_names is not None and first.class_names[281].startswith("tabby")
+
+
+def test_auto_falls_back_to_random_and_says_so():
+    loaded = models.load_model("deit_t", "auto")
+    assert loaded.origin["kind"] == "random"
+    assert loaded.origin["fallback_for"] == "pretrained" and loaded.origin["reason"]
+
+
+def test_pretrained_does_not_fall_back():
+    with pytest.raises(WeightsError, match="no pretrained weights for deit_tiny"):
+        models.load_model("deit_t", "pretrained")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "nested.pth"])
+def test_weights_from_files(tmp_path, state, suffix):
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"model": state} if "nested" in suffix else state, path)
+    loaded = models.load_model("deit_t", str(path))
+    assert torch.equal(loaded.model.head.weight, state["head.weight"])
+    assert loaded.origin["kind"] == "file" and len(loaded.origin["sha256"]) == 64
+
+
+def test_a_checkpoint_with_another_number_of_classes(tmp_path, state):
+    few = {**state, "head.weight": state["head.weight"][:7], "head.bias": state["head.bias"][:7]}
+    save_file({k: v.contiguous() for k, v in few.items()}, tmp_path / "w.safetensors")
+    loaded = models.load_model("deit_t", str(tmp_path / "w.safetensors"))
+    assert loaded.model.num_classes == 7 and loaded.class_names is None
+
+
+def test_position_embeddings_are_resampled(tmp_path, state):
+    save_file(state, tmp_path / "w.safetensors")
+    loaded = models.load_model("deit_t", str(tmp_path / "w.safetensors"), img_size=160)
+    assert loaded.model.pos_embed.shape == (1, 101, 192)
+    assert loaded.preprocess.height == 160
+    assert torch.equal(loaded.model.pos_embed[:, 0], state["pos_embed"][:, 0])
+
+
+def test_keys_that_do_not_fit_are_named(tmp_path, state):
+    wrong = dict(state)
+    wrong["extra.weight"] = wrong.pop("blocks.0.attn.qkv.weight")
+    wrong["norm.weight"] = wrong["norm.weight"][:5].clone()
+    save_file(wrong, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError) as caught:
+        models.load_model("deit_t", str(tmp_path / "w.safetensors"))
+    message = caught.value.message
+    assert "1 missing keys (blocks.0.attn.qkv.weight)" in message
+    assert "1 unexpected keys (extra.weight)" in message
+    assert "1 keys of another shape (norm.weight [5] for [192])" in message
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "truncated", "text", "list", "object"])
+def test_files_that_are_no_checkpoints(tmp_path, state, kind, capsys):
+    path = tmp_path / ("w.safetensors" if kind in ("truncated", "text") else "w.pth")
+    if kind == "pickle":
+        torch.save({"model": Malicious()}, path)
+    elif kind == "truncated":
+        save_file(state, path)
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "text":
+        path.write_text("not weights")
+    elif kind == "list":
+        torch.save([1, 2], path)
+    else:
+        torch.save({"epoch": 3, "weight": torch.zeros(2)}, path)
+    with pytest.raises(WeightsError):
+        models.load_model("deit_t", str(path))
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_missing_weights_file():
+    with pytest.raises(WeightsError, match="no such weights file: nowhere"):
+        models.load_model("deit_t", "nowhere.pth")
+
+
+def test_unknown_models_get_near_matches():
+    with pytest.raises(ModelError, match="unknown model 'diet_s'") as caught:
+        models.load_model("diet_s")
+    assert "deit_s" in caught.value.hint
+
+
+def test_unsupported_models_are_refused_before_weights_are_fetched(monkeypatch):
+    monkeypatch.setattr(models, "_pretrained", lambda *a, **k: pytest.fail("fetched weights"))
+    with pytest.raises(ModelError, match="SwinTransformer cannot be patched"):
+        models.load_model("swin_tiny_patch4_window7_224")
+
+
+def test_image_size_that_does_not_fit():
+    with pytest.raises(ModelError, match="image size"):
+        models.load_model("resnet18", "random", img_size=100)
