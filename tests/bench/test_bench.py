@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jmp_deploy.bench import measure, stats
-from jmp_deploy.bench.bench import bench
+from jmp_deploy.bench import bench, measure, stats
 from jmp_deploy.bench.measure import Participant, Series, Settings, Times
 from jmp_deploy.cli import bench_view
 from jmp_deploy.cli.main import main

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jmp_deploy.bench.bench import bench
+from jmp_deploy.bench import bench
 from jmp_deploy.bench.engine import TimedCuda, TimedEngine
 from jmp_deploy.bench.measure import Settings
 from jmp_deploy.core import artifact as manifest

@@ -35,7 +35,7 @@ def gpu(monkeypatch, request):
     for module in (backends, device, rebuild):
         monkeypatch.setattr(module, "gpus", lambda: (HERE,))
     monkeypatch.setattr(backends, "installed", lambda flavour: True)
-    monkeypatch.setattr(rebuild.trt_api, "installed", lambda flavour: True)
+    monkeypatch.setattr(rebuild.api, "installed", lambda flavour: True)
 
 
 @pytest.fixture
