@@ -9,28 +9,37 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .core import artifact, interrupt
+from .core import artifact
+from .core.artifact import (
+    Artifact,
+    Check,
+    EngineOptions,
+    Granularity,
+    Jmp,
+    Macs,
+    Model,
+    Output,
+    Precision,
+    Strategy,
+)
 from .core.errors import ArtifactError, EngineError, ScheduleError
-from .core.files import atomic_path, make_writable_dir, sha256
+from .core.files import atomic_path, make_writable_dir
 from .core.images import find_images, load_batch, preprocess, sample_photos
-from .engine import builder as engines
+from .engine import builder
+from .engine.stage import Clock, make_engines
 from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
-from .quantize import int8 as build_int8
-from .quantize.int8 import Int8Options
 
 if TYPE_CHECKING:
     from .jmp.models import LoadedModel
     from .jmp.node import TokenReduce
+    from .quantize.int8 import Int8Options
 
 REFERENCE_IMAGES = 4
 
@@ -65,14 +74,14 @@ class BuildOptions:
     model: str
     out: Path
     weights: str = "auto"
-    precision: str = "fp16"
+    precision: Precision = "fp16"
     int8: Int8Options | None = None
     schedule: str = DEFAULT_SCHEDULE
     keep_rate: float | None = None
     blocks: tuple[int, ...] | None = None
     tau: float | None = None
-    granularity: str = "token"
-    strategy: str = "jmp"
+    granularity: Granularity = "token"
+    strategy: Strategy = "jmp"
     proportional: bool = True
     dense: bool = False
     img_size: int | None = None
@@ -89,14 +98,17 @@ def build(
     options: BuildOptions,
     *,
     on_stage: OnStage = lambda name: None,
-    on_progress: engines.Progress | None = None,
-) -> dict[str, Any]:
-    """Builds an artifact and returns its manifest.
+    on_progress: builder.Progress | None = None,
+) -> Artifact:
+    """Builds an artifact.
 
     Raises:
         JmpDeployError: with what went wrong; the target folder is as it was before. A check
             outside its tolerances is no error: the artifact is kept and `check.ok` is false.
     """
+    from .bench.int8 import settle
+    from .quantize.int8 import refuse_early
+
     least, best, most = options.batch
     if not 1 <= least <= best <= most:
         raise EngineError(
@@ -105,40 +117,25 @@ def build(
         )
     if (options.keep_rate is None) != (options.blocks is None):
         raise ScheduleError("--keep-rate and --blocks go together: --keep-rate 0.7 --blocks 3,6,9")
-    targets = engines.python_targets(options.targets)
-    choice = engines.choose(options.engine)
-    build_int8.refuse_early(options.int8, options.precision, options.rebuild)
+    engine_options = EngineOptions(builder.python_targets(options.targets), options.workspace_mb)
+    choice = builder.choose(options.engine)
+    refuse_early(options.int8, options.precision, options.rebuild)
     _refuse_odd_target(options.out)
     is_new = not options.out.exists()
     make_writable_dir(options.out)
-    clock = _Clock(on_stage)
+    clock = Clock(on_stage)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=options.out))
     try:
-        data, reductions = _portable(options, staging, clock, on_progress)
+        made, reductions = _portable(options, staging, clock, on_progress)
         # PyTorch's copy of the model is out of reach here; what it held goes back before a builder
         # on a device with little memory starts.
         gc.collect()
         _deployable(staging, clock, reductions)
-        data["engine"], data["no_engine"] = None, choice.reason
-        if choice.flavour:
-            spec = engines.EngineSpec(
-                batch=options.batch,
-                image=(3, *_image_size(data)),
-                targets=targets,
-                workspace_mb=options.workspace_mb,
-                precision=options.precision,
-            )
-            plugin = _plugin(clock) if reductions else (None, None)
-            make = partial(
-                _engine, options, staging, clock, choice, spec, len(reductions), plugin, on_progress
-            )
-            data["engine"], data["no_engine"] = make(), None
-            if options.precision == "int8":
-                twin = make(artifact.TWIN_DEPLOYABLE, artifact.TWIN_ENGINE, "twin engine")
-                build_int8.settle_engines(staging, data, twin, clock, options.int8)
-        data["stages"] = clock.stages
-        names = sorted(path.name for path in staging.iterdir() if path.name in _LISTED)
-        artifact.write(staging, data, names)
+        made = replace(made, engine_options=engine_options)
+        made = make_engines(
+            made, staging, options.out, choice, settle, clock=clock, on_progress=on_progress
+        )
+        replace(made, stages=tuple(clock.stages)).write()
         _move_into_place(staging, options.out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -147,16 +144,6 @@ def build(
     return artifact.read(options.out)
 
 
-_LISTED = (
-    artifact.PORTABLE,
-    artifact.DEPLOYABLE,
-    artifact.ENGINE,
-    artifact.REFERENCE,
-    artifact.CALIBRATION,
-    artifact.TWIN_DEPLOYABLE,
-    artifact.TWIN_ENGINE,
-    artifact.INT8_ENGINE,
-)
 _TWIN = "fp16.onnx"
 """The FP16 twin's portable form, while an INT8 artifact is made."""
 
@@ -164,16 +151,17 @@ _TWIN = "fp16.onnx"
 def _portable(
     options: BuildOptions,
     staging: Path,
-    clock: _Clock,
-    on_progress: engines.Progress | None,
-) -> tuple[dict[str, Any], list[TokenReduce]]:
+    clock: Clock,
+    on_progress: builder.Progress | None,
+) -> tuple[Artifact, list[TokenReduce]]:
     """Model to checked portable ONNX and reference.
 
     Returns:
-        The manifest's first part, and the reductions that the ONNX must have.
+        The artifact so far, and the reductions that the ONNX must have.
     """
     from .export import export, fp16
     from .jmp.models import load_model
+    from .quantize import int8
 
     with clock("weights"):
         loaded = load_model(
@@ -182,7 +170,7 @@ def _portable(
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
-    output = "logits" if loaded.model.num_classes > 0 else "features"
+    output: Output = "logits" if loaded.model.num_classes > 0 else "features"
     with clock("export"):
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
@@ -192,41 +180,37 @@ def _portable(
             fp16.to_fp16(fp32, portable)
             fp32.unlink()
     macs = _macs(loaded, jmp)
-    int8 = None
+    quantized = None
     if options.precision == "int8":
         fp16.to_fp16(fp32, staging / _TWIN)
-        asked = options.int8 or Int8Options()
-        int8 = build_int8.make(
-            asked, loaded, jmp, macs["model"], fp32, options.seed, clock, on_progress
+        asked = options.int8 or int8.Int8Options()
+        quantized = int8.make(
+            asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress
         )
     with clock("check"):
         check = _check(options, loaded, portable, output)
     patched = loaded.model.blocks.reductions if jmp else {}
     reductions = [patched[block].stored() for block in sorted(patched)]
-    data = {
-        "tools": artifact.tool_versions(),
-        "model": {
-            "name": loaded.name,
-            "asked_for": options.model,
-            "image_size": size[0],
-            "output": output,
-        },
-        "weights": loaded.origin,
-        "preprocess": asdict(loaded.preprocess),
-        "class_names": loaded.class_names,
-        "synsets": loaded.synsets,
-        "jmp": jmp,
-        "macs": macs,
-        "precision": options.precision,
-        "int8": int8,
-        "batch": list(options.batch),
-        "check": check,
-        "rebuild": options.rebuild,
-    }
-    return data, reductions
+    made = Artifact(
+        folder=staging,
+        tools=artifact.tool_versions(),
+        model=Model(loaded.name, size[0], output, asked_for=options.model),
+        weights=loaded.origin,
+        preprocess=loaded.preprocess,
+        class_names=loaded.class_names,
+        synsets=loaded.synsets,
+        jmp=jmp,
+        macs=macs,
+        precision=options.precision,
+        int8=quantized,
+        batch=options.batch,
+        check=check,
+        rebuild=options.rebuild,
+    )
+    return made, reductions
 
 
-def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
+def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
     from .jmp import schedule as schedules
     from .jmp.patch import model_shape, patch
 
@@ -248,33 +232,31 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> dict[str, Any]:
         granularity=options.granularity,
         proportional=options.proportional,
     )
-    return {
-        "schedule_name": schedule.name,
-        "schedule": [list(step) for step in schedule.steps],
-        "selection": schedule.selection,
-        "merge_weight": schedule.merge_weight,
-        "last_prefix_only": schedule.last_prefix_only,
-        "strategy": options.strategy,
-        "tau": tau,
-        "granularity": options.granularity,
-        "proportional": options.proportional,
-    }
+    return Jmp(
+        schedule_name=schedule.name,
+        schedule=schedule.steps,
+        selection=schedule.selection,
+        merge_weight=schedule.merge_weight,
+        last_prefix_only=schedule.last_prefix_only,
+        strategy=options.strategy,
+        tau=tau,
+        granularity=options.granularity,
+        proportional=options.proportional,
+    )
 
 
-def _macs(loaded: LoadedModel, jmp: dict[str, Any] | None) -> dict[str, int]:
+def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
     from .jmp import schedule as schedules
     from .jmp.patch import model_shape
 
     shape = model_shape(loaded.model)
     dense = schedules.macs(shape)
     if jmp is None:
-        return {"model": dense, "dense": dense}
-    return {"model": schedules.macs(shape, schedules.from_manifest(jmp)), "dense": dense}
+        return Macs(dense, dense)
+    return Macs(schedules.macs(shape, schedules.from_manifest(jmp)), dense)
 
 
-def _check(
-    options: BuildOptions, loaded: LoadedModel, portable: Path, output: str
-) -> dict[str, Any]:
+def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: str) -> Check:
     """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
     from .compare import compare
     from .engine.backends import onnxruntime_runner, quiet_polygraphy
@@ -288,20 +270,15 @@ def _check(
         names = [name for name, _ in photos]
         images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
     quiet_polygraphy()
-    runners = [
-        compare.torch_runner(loaded.model, output),
-        onnxruntime_runner(portable),
-    ]
-    pairs, times, outputs = compare.run_and_pair(
-        runners, images, options.batch, options.precision, near_ties=not options.dense
-    )
+    runners = [compare.torch_runner(loaded.model, output), onnxruntime_runner(portable)]
+    precisions: dict[str, str] = {runners[1].name: options.precision}
     twin = portable.parent / _TWIN
     if twin.is_file():
-        runners[1] = onnxruntime_runner(twin, "onnxruntime (FP16 twin)")
-        others, more_times, _ = compare.run_and_pair(
-            runners, images, options.batch, "fp16", near_ties=not options.dense
-        )
-        pairs, times = [*pairs, *others], {**times, **more_times}
+        runners.append(onnxruntime_runner(twin, "onnxruntime (FP16 twin)"))
+        precisions[runners[2].name] = "fp16"
+    pairs, times, outputs = compare.run_and_pair(
+        runners, images, options.batch, precisions, near_ties=not options.dense
+    )
     with (
         atomic_path(portable.parent / artifact.REFERENCE) as temporary,
         temporary.open("wb") as file,
@@ -312,15 +289,15 @@ def _check(
             output=outputs[output][:REFERENCE_IMAGES],
             names=np.array(names[:REFERENCE_IMAGES]),
         )
-    return {
-        "ok": all(pair.ok for pair in pairs),
-        "images": names,
-        "pairs": [vars(pair) for pair in pairs],
-        "runtime_ms": times,
-    }
+    return Check(
+        ok=all(pair.ok for pair in pairs),
+        images=tuple(names),
+        pairs=tuple(vars(pair) for pair in pairs),
+        runtime_ms=times,
+    )
 
 
-def _deployable(staging: Path, clock: _Clock, reductions: list[TokenReduce]) -> None:
+def _deployable(staging: Path, clock: Clock, reductions: list[TokenReduce]) -> None:
     from .export.fuse import to_deployable
 
     forms = {artifact.PORTABLE: artifact.DEPLOYABLE, _TWIN: artifact.TWIN_DEPLOYABLE}
@@ -329,58 +306,6 @@ def _deployable(staging: Path, clock: _Clock, reductions: list[TokenReduce]) -> 
             if (staging / portable).is_file():
                 to_deployable(staging / portable, staging / deployable, expected=reductions)
         (staging / _TWIN).unlink(missing_ok=True)
-
-
-def _engine(
-    options: BuildOptions,
-    staging: Path,
-    clock: _Clock,
-    choice: engines.Choice,
-    spec: engines.EngineSpec,
-    reductions: int,
-    plugin: tuple[Path | None, dict[str, Any] | None],
-    on_progress: engines.Progress | None,
-    model: str = artifact.DEPLOYABLE,
-    target: str = artifact.ENGINE,
-    stage: str = "engine",
-) -> dict[str, Any]:
-    """Builds one engine; returns the manifest's "engine"."""
-    assert choice.flavour is not None
-    cache = options.out / artifact.TIMING_CACHE
-    if cache.is_file() and stage == "engine":
-        shutil.copy2(cache, staging / artifact.TIMING_CACHE)
-    log = artifact.BUILD_LOG if target == artifact.ENGINE else artifact.TWIN_BUILD_LOG
-    with clock(stage):
-        facts = engines.build_engine(
-            staging / model,
-            staging / target,
-            choice.flavour,
-            spec,
-            plugin=plugin[0],
-            timing_cache=staging / artifact.TIMING_CACHE,
-            log=options.out / log,
-            on_progress=on_progress,
-        )
-    if facts["plugin_layers"] != reductions:
-        raise EngineError(
-            f"the engine has {facts['plugin_layers']} plugin layers, expected {reductions}"
-        )
-    return {"flavour": choice.flavour, "why": choice.reason, **facts, "plugin": plugin[1]}
-
-
-def _plugin(clock: _Clock) -> tuple[Path, dict[str, Any]]:
-    """The compiled plugin, and what the manifest says of it."""
-    from .plugin.library import plugin_info, plugin_library
-
-    with clock("plugin"):
-        library = plugin_library()
-    # The digest differs from compiler to compiler; what was compiled is what has to agree.
-    sources = plugin_info(library).get("sources")
-    return library, {"file": library.name, "sha256": sha256(library), "sources": sources}
-
-
-def _image_size(data: dict[str, Any]) -> tuple[int, int]:
-    return data["preprocess"]["height"], data["preprocess"]["width"]
 
 
 def _refuse_odd_target(out: Path) -> None:
@@ -392,7 +317,7 @@ def _move_into_place(staging: Path, out: Path) -> None:
     """Replaces the files of an artifact one by one, the manifest last."""
     made = {path.name for path in staging.iterdir()}
     (out / artifact.FILE).unlink(missing_ok=True)
-    for name in _LISTED:
+    for name in artifact.LISTED:
         if name not in made:
             (out / name).unlink(missing_ok=True)
     if artifact.TWIN_DEPLOYABLE not in made:
@@ -400,20 +325,3 @@ def _move_into_place(staging: Path, out: Path) -> None:
     for name in sorted(made - {artifact.FILE}):
         (staging / name).replace(out / name)
     (staging / artifact.FILE).replace(out / artifact.FILE)
-
-
-class _Clock:
-    """Announces each stage and keeps how long it took."""
-
-    def __init__(self, on_stage: OnStage) -> None:
-        self.on_stage = on_stage
-        self.stages: list[dict[str, Any]] = []
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        interrupt.check()
-        self.on_stage(name)
-        started = time.monotonic()
-        yield
-        interrupt.check()
-        self.stages.append({"name": name, "seconds": round(time.monotonic() - started, 2)})

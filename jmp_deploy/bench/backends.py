@@ -12,14 +12,15 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from ..core import artifact
+from ..core.artifact import PORTABLE, Artifact
 from ..core.errors import EngineError
 from ..engine.backends import INPUT
+from ..engine.fit import locate
 from .backend import Backend, noise
 from .measure import Times
 
 
-def open_backend(folder: Path, data: dict[str, Any], backend: str, *, threads: int) -> Backend:
+def open_backend(artifact: Artifact, backend: str, *, threads: int) -> Backend:
     """Opens an artifact with "onnxruntime", "engine" or "torch", its file checked beforehand.
 
     Raises:
@@ -27,26 +28,14 @@ def open_backend(folder: Path, data: dict[str, Any], backend: str, *, threads: i
         EngineError: it cannot be opened here.
     """
     if backend == "onnxruntime":
-        artifact.verify(folder, data, artifact.PORTABLE)
-        return OnnxRuntime(folder / artifact.PORTABLE, image_shape(data), threads)
+        return OnnxRuntime(artifact.verified(PORTABLE), artifact.image_shape, threads)
     if backend == "torch":
         from .torch_timed import TorchModel
 
-        return TorchModel(data, image_shape(data), threads)
-    artifact.verify(folder, data, artifact.ENGINE)
-    return open_engine(folder, data)
-
-
-def open_engine(folder: Path, data: dict[str, Any]) -> Backend:
-    """The one place that knows how an engine is run."""
+        return TorchModel(artifact, threads)
     from .engine import TimedEngine
 
-    return TimedEngine(folder, data)
-
-
-def image_shape(data: dict[str, Any]) -> tuple[int, int, int]:
-    """(channels, height, width) of an artifact's images."""
-    return 3, data["preprocess"]["height"], data["preprocess"]["width"]
+    return TimedEngine(locate(artifact.folder))
 
 
 class OnnxRuntime:

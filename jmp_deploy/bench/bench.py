@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import artifact
+from ..core.artifact import Artifact
 from ..core.device import gpus
 from ..core.errors import (
     ArtifactError,
@@ -37,7 +38,7 @@ SETTLE = 1 / 3
 
 INTERRUPTED = "interrupted"
 
-Opener = Callable[[Path, dict[str, Any], str], Backend]
+Opener = Callable[[Artifact, str], Backend]
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def bench(
     """
     threads = options.threads or cpu_count()
     folders = [options.folder, *([options.against] if options.against else [])]
-    datas = [artifact.read(folder) for folder in folders]
-    batches = choose_batches(folders, datas, options.batches)
-    chosen = choose_backends(folders, datas, options.backends)
+    artifacts = [artifact.read(folder) for folder in folders]
+    batches = choose_batches(artifacts, options.batches)
+    chosen = choose_backends(artifacts, options.backends)
     uses_gpu = "engine" in chosen or ("torch" in chosen and bool(gpus()))
     if opener is None:
         opener = _default_opener(threads)
@@ -108,13 +109,13 @@ def bench(
             for done, (backend, batch) in enumerate(work):
                 if backend not in libraries:
                     stack.close()  # one backend's memory and threads are not in another's way
-                    opened = _open(stack, folders, datas, backend, opener)
+                    opened = _open(stack, artifacts, backend, opener)
                     libraries[backend] = opened[0].library
 
                 def report(words: str, share: float, done: int = done, batch: int = batch) -> None:
                     on_progress(f"{words}, batch {batch}", (done + share) / len(work))
 
-                for item in _measure_group(folders, opened, work[done], options, monitor, report):
+                for item in _measure_group(artifacts, opened, work[done], options, monitor, report):
                     measured.append(item)
     except (KeyboardInterrupt, JmpDeployError) as error:
         if not measured:
@@ -122,12 +123,12 @@ def bench(
         stopped = error.message if isinstance(error, JmpDeployError) else INTERRUPTED
     everything = [series for series, _ in measured]
     rows = [_row(series, energy) for series, energy in measured]
-    ratios = _ratios(everything, datas) if options.against else []
+    ratios = _ratios(everything, artifacts) if options.against else []
     result = {
         "device": bench_words.device(chosen, threads, libraries),
         "complete": stopped is None,
         "stopped": stopped,
-        "artifacts": [bench_words.artifact(f, d) for f, d in zip(folders, datas, strict=True)],
+        "artifacts": [bench_words.artifact(item, chosen) for item in artifacts],
         "rows": rows,
         "ratios": ratios,
         "settings": {
@@ -137,34 +138,34 @@ def bench(
             "input": "seeded noise",
         },
         "telemetry": monitor.summary(),
-        "warnings": bench_words.warnings(busy, monitor.throttled(), rows, ratios, datas),
+        "warnings": bench_words.warnings(
+            busy, monitor.throttled(), rows, ratios, artifacts, chosen
+        ),
         "notes": bench_words.notes(chosen, uses_gpu, monitor.can_read_power(), rows),
     }
     return result, everything
 
 
-def choose_batches(
-    folders: Sequence[Path], datas: Sequence[dict[str, Any]], asked: Sequence[int]
-) -> tuple[int, ...]:
+def choose_batches(artifacts: Sequence[Artifact], asked: Sequence[int]) -> tuple[int, ...]:
     """The batch sizes to measure; each once, within every artifact's profile.
 
     Raises:
         ArtifactError: one is outside, with the range.
     """
-    least = max(data["batch"][0] for data in datas)
-    most = min(data["batch"][2] for data in datas)
+    least = max(item.batch[0] for item in artifacts)
+    most = min(item.batch[2] for item in artifacts)
     for batch in asked:
-        for folder, data in zip(folders, datas, strict=True):
-            low, _, high = data["batch"]
+        for item in artifacts:
+            low, _, high = item.batch
             if not low <= batch <= high:
                 raise ArtifactError(
-                    f"batch {batch} is outside the profile of {folder}: {low} to {high}",
-                    f"choose from that range, or build it again with --batch: {data['rebuild']}",
+                    f"batch {batch} is outside the profile of {item.folder}: {low} to {high}",
+                    f"choose from that range, or build it again with --batch: {item.rebuild}",
                 )
     if asked:
         return tuple(dict.fromkeys(asked))
     if least > most:
-        ranges = " and ".join("{0} to {2}".format(*data["batch"]) for data in datas)
+        ranges = " and ".join("{0} to {2}".format(*item.batch) for item in artifacts)
         raise ArtifactError(
             f"the artifacts have no batch size in common: {ranges}", "build them with one --batch"
         )
@@ -172,9 +173,7 @@ def choose_batches(
     return usual or tuple(dict.fromkeys((least, most)))
 
 
-def choose_backends(
-    folders: Sequence[Path], datas: Sequence[dict[str, Any]], asked: Sequence[str]
-) -> list[str]:
+def choose_backends(artifacts: Sequence[Artifact], asked: Sequence[str]) -> list[str]:
     """The backends to measure, each able to run every artifact."""
     chosen = []
     for name in asked:
@@ -182,11 +181,9 @@ def choose_backends(
             _require_torch()
             chosen.append(name)
             continue
-        picks = [pick_backend(f, d, name)[0] for f, d in zip(folders, datas, strict=True)]
+        picks = [pick_backend(item, name)[0] for item in artifacts]
         if len(set(picks)) > 1:  # one has an engine that runs here, the other none
-            picks = [
-                pick_backend(f, d, "onnxruntime")[0] for f, d in zip(folders, datas, strict=True)
-            ]
+            picks = [pick_backend(item, "onnxruntime")[0] for item in artifacts]
         chosen.append(picks[0])
     return list(dict.fromkeys(chosen))
 
@@ -201,28 +198,27 @@ def _require_torch() -> None:
 
 def _open(
     stack: ExitStack,
-    folders: Sequence[Path],
-    datas: Sequence[dict[str, Any]],
+    artifacts: Sequence[Artifact],
     backend: str,
     opener: Opener,
 ) -> list[Backend]:
     """Every artifact, opened until the stack is closed."""
     opened = []
-    for folder, data in zip(folders, datas, strict=True):
-        opened.append(opener(folder, data, backend))
+    for item in artifacts:
+        opened.append(opener(item, backend))
         stack.callback(opened[-1].close)
     return opened
 
 
 def _default_opener(threads: int) -> Opener:
-    def opener(folder: Path, data: dict[str, Any], backend: str) -> Backend:
-        return open_backend(folder, data, backend, threads=threads)
+    def opener(artifact: Artifact, backend: str) -> Backend:
+        return open_backend(artifact, backend, threads=threads)
 
     return opener
 
 
 def _measure_group(
-    folders: Sequence[Path],
+    artifacts: Sequence[Artifact],
     opened: Sequence[Backend],
     point: tuple[str, int],
     options: BenchOptions,
@@ -235,9 +231,9 @@ def _measure_group(
     """
     backend, batch = point
     participants = [
-        Participant(str(folder), backend, batch, item.prepare(batch, bool(graph)), graph)
+        Participant(str(ours.folder), backend, batch, item.prepare(batch, bool(graph)), graph)
         for graph in _graphs(opened, backend, options.cuda_graph)
-        for folder, item in zip(folders, opened, strict=True)
+        for ours, item in zip(artifacts, opened, strict=True)
     ]
     series, complete = measure(participants, options.settings, on_progress=on_progress)
     energies: list[telemetry.Energy | None] = []
@@ -304,10 +300,10 @@ def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
     return row
 
 
-def _ratios(everything: Sequence[Series], datas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _ratios(everything: Sequence[Series], artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
     """The second artifact over the first, for every backend, batch and way to launch."""
     ratios = []
-    promised = datas[0]["macs"]["model"] / datas[1]["macs"]["model"]
+    promised = artifacts[0].macs.model / artifacts[1].macs.model
 
     def key(series: Series) -> tuple[str, int, bool | None]:
         item = series.participant

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from ..core.errors import EngineError, install_command
 from ..engine.arrays import DeviceArray
 from ..engine.cuda import Cuda
+from ..engine.fit import EngineFile
 from ..engine.runtime import Engine
 from .backend import noise
 from .measure import Times
@@ -44,24 +44,20 @@ class TimedEngine:
     """An engine, opened once for each way to launch it that is asked for.
 
     Args:
-        path: an artifact's folder, or a plan.
-        data: the artifact's manifest.
-        use_manifest: False for a plan of ours without one.
+        file: the engine, and what is known of it.
         open_engine, cuda: in place of the real ones (tests).
     """
 
     def __init__(
         self,
-        path: Path,
-        data: dict[str, Any],
+        file: EngineFile,
         *,
-        use_manifest: bool = True,
         open_engine: Callable[..., Any] = Engine,
         cuda: TimedCuda | None = None,
     ) -> None:
-        engine = data["engine"]
-        self.library = f"{engine['builder']} {engine['version']}"
-        self.path, self.flavour, self.use_manifest = path, engine["flavour"], use_manifest
+        assert file.facts is not None
+        self.library = f"{file.facts.builder} {file.facts.version}"
+        self.file = file
         self._open, self._cuda = open_engine, cuda or _timed_cuda()
         self._engines: dict[bool, tuple[Any, int]] = {}
         self._releases = ExitStack()
@@ -126,16 +122,7 @@ class TimedEngine:
     def _engine(self, cuda_graph: bool) -> tuple[Any, int]:
         """An engine and its stream: with one for all batches it never waits for another."""
         if cuda_graph not in self._engines:
-            with warnings.catch_warnings():
-                if not self.use_manifest:  # a plan that we built a moment ago
-                    warnings.simplefilter("ignore", RuntimeWarning)
-                engine = self._open(
-                    self.path,
-                    use_manifest=self.use_manifest,
-                    cuda_graph=cuda_graph,
-                    check_finite=False,
-                    flavour=None if self.use_manifest else self.flavour,
-                )
+            engine = self._open(self.file, cuda_graph=cuda_graph, check_finite=False)
             self._releases.callback(engine.close)
             with self._cuda.current():
                 stream = self._cuda.stream_create()

@@ -7,114 +7,96 @@ it can be and withheld where it cannot.
 
 from __future__ import annotations
 
-import statistics
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from ..core import artifact, interrupt
-from ..core.files import sha256
+from ..core.artifact import Artifact, Speed
+from ..core.device import gpus
+from ..core.errors import JmpDeployError
+from ..engine.fit import EngineFile
+from ..engine.stage import Clock
+from . import stats
+from .measure import Participant, Settings, measure
 
 GAIN = 1.05
 """INT8 must be this much faster to replace FP16: less is within what clocks and other work on a
 GPU do to a measurement, and not worth any accuracy."""
-ROUNDS = 40
-WARM_UP = 10
-
-Run = Callable[[], float]
-"""One inference; returns its time in milliseconds."""
+SETTINGS = Settings(iterations=40, rounds=10, seconds=5.0)
 
 
-def measure(
-    runs: Mapping[str, Run], rounds: int = ROUNDS, warm_up: int = WARM_UP
-) -> dict[str, Any]:
-    """Times several engines in turns, so that clocks and temperature are the same for all.
+def settle(engines: Mapping[str, EngineFile], artifact: Artifact, clock: Clock) -> Speed:
+    """Decides which of two engines becomes `model.engine`: INT8 unless it is measured to be no
+    faster.
 
-    Returns:
-        {name: median of one inference in ms}
+    Args:
+        engines: "int8" and "fp16".
+        artifact: whose engines they are.
+        clock: announces the stage "timing".
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(warm_up + rounds):
-        interrupt.check()
-        for name, run in runs.items():
-            milliseconds = run()
-            if index >= warm_up:
-                times[name].append(milliseconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+    times, unknown = None, "no GPU is here to time INT8 against FP16"
+    if gpus():
+        try:
+            with clock("timing"):
+                times = time_engines(engines, (artifact.batch[1], *artifact.image_shape))
+        except JmpDeployError as error:
+            unknown = f"the engines do not run on this GPU: {error.message}"
+    force = artifact.int8 is not None and artifact.int8.force
+    return decide(times, unknown, force=force)
 
 
-def decide(times: Mapping[str, float] | None, unknown: str, *, force: bool) -> dict[str, Any]:
-    """Which engine becomes `model.engine`.
+def decide(times: Mapping[str, float] | None, unknown: str, *, force: bool) -> Speed:
+    """Which engine becomes `model.engine`, and why.
 
     Args:
         times: of `measure`, with "int8" and "fp16"; None where nothing could be measured.
         unknown: why not, in words.
         force: --force-int8.
-
-    Returns:
-        {"engine": "int8" | "fp16", "ratio": FP16's time over INT8's or None, "ms", "why"}
     """
     if times is None:
-        why = f"speed unknown: {unknown}"
-        return {"engine": "int8", "ratio": None, "ms": None, "why": why}
+        return Speed("int8", f"speed unknown: {unknown}")
     ratio = times["fp16"] / times["int8"]
     figures = (
         f"INT8 {times['int8']:.3f} ms, FP16 {times['fp16']:.3f} ms, {ratio:.2f}x in one run on "
         "this GPU"
     )
-    chosen = "int8" if ratio >= GAIN or force else "fp16"
     if ratio >= GAIN:
-        why = figures
-    elif force:
-        why = f"{figures}: less than {GAIN:.2f}x, kept by --force-int8"
-    else:
-        why = (
-            f"{figures}: less than {GAIN:.2f}x, so the FP16 engine is used (--force-int8 overrides)"
-        )
-    return {"engine": chosen, "ratio": ratio, "ms": dict(times), "why": why}
+        return Speed("int8", figures, ratio, dict(times))
+    slow = f"{figures}: less than {GAIN:.2f}x, "
+    if force:
+        return Speed("int8", f"{slow}kept by --force-int8", ratio, dict(times))
+    why = f"{slow}so the FP16 engine is used (--force-int8 overrides)"
+    return Speed("fp16", why, ratio, dict(times))
 
 
-def time_engines(
-    paths: Mapping[str, Path], facts: Mapping[str, dict[str, Any]], shape: tuple[int, ...]
-) -> dict[str, float]:
+def time_engines(engines: Mapping[str, EngineFile], shape: tuple[int, ...]) -> dict[str, float]:
     """Opens engines on the GPU that is here and times them on one batch that is already there.
 
     Untested: no GPU was at hand when this was written.
 
     Args:
-        paths: name -> engine.
-        facts: name -> the manifest's "engine" for it.
         shape: of the input, [B, 3, H, W].
 
     Raises:
         EngineError: an engine does not fit this GPU.
     """
-    from polygraphy.cuda import DeviceArray
+    from .engine import TimedEngine
 
-    from ..engine import backends
-
-    images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    batch = shape[0]
     with ExitStack() as stack:
-        # On the GPU once: copying a batch takes about as long as running it, and is the same for
-        # both.
-        on_gpu = stack.enter_context(DeviceArray(shape=shape, dtype=np.float32))
-        on_gpu.copy_from(images)
-        runs: dict[str, Run] = {}
-        for name, path in paths.items():
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent)))
-            (folder / artifact.ENGINE).hardlink_to(path)
-            entry = {"sha256": sha256(path), "bytes": path.stat().st_size}
-            data = {"files": {artifact.ENGINE: entry}, "engine": facts[name], "rebuild": ""}
-            runner = stack.enter_context(backends.open_runner(folder, data, "engine"))
-
-            def run(runner: Any = runner) -> float:
-                feed = {backends.INPUT: on_gpu}
-                runner.infer(feed, check_inputs=False, copy_outputs_to_host=False)
-                return 1000 * float(runner.last_inference_time())
-
-            runs[name] = run
-        return measure(runs)
+        participants = []
+        for name, engine in engines.items():
+            timed = TimedEngine(engine)
+            stack.callback(timed.close)
+            graph = timed.has_graphs
+            participants.append(
+                Participant(name, "engine", batch, timed.prepare(batch, graph), graph)
+            )
+        series, complete = measure(participants, SETTINGS)
+    if not complete:
+        raise KeyboardInterrupt
+    found = {}
+    for item in series:
+        times = stats.by_round(item, stats.compute)
+        assert times is not None  # engines tell what the GPU spends
+        found[item.participant.artifact] = stats.latency(times)["p50"]
+    return found

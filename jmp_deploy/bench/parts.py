@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.artifact import Artifact
 from ..jmp.schedule import ModelShape
 
 INPUT = "images"
@@ -37,7 +38,7 @@ class Parts:
 
 
 def export_parts(
-    data: dict[str, Any], folder: Path, *, on_part: Callable[[str], None] = lambda name: None
+    artifact: Artifact, folder: Path, *, on_part: Callable[[str], None] = lambda name: None
 ) -> Parts:
     """Exports the dense model of an artifact, and the halves of its blocks, at its precision.
 
@@ -49,7 +50,7 @@ def export_parts(
     from ..jmp.models import load_model
     from ..jmp.patch import model_shape
 
-    loaded = load_model(data["model"]["name"], "random", img_size=data["model"]["image_size"])
+    loaded = load_model(artifact.model.name, "random", img_size=artifact.model.image_size)
     model, shape = loaded.model, model_shape(loaded.model)
     width = int(model.embed_dim)
     size = (loaded.preprocess.height, loaded.preprocess.width)
@@ -61,7 +62,7 @@ def export_parts(
             export.export_onnx(model, raw, image_size=size)
         else:
             _export_chain(model, name, shape, width, raw)
-        files[name] = _at_precision(raw, folder / f"{name}.onnx", data["precision"])
+        files[name] = _at_precision(raw, folder / f"{name}.onnx", artifact.precision)
     return Parts(shape, width, (3, *size), files)
 
 

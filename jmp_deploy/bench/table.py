@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core import artifact
+from ..core.artifact import Artifact, Flavour, Jmp
 from ..core.errors import ArtifactError
 from ..jmp.latency import FORMAT, LatencyTable
 from ..jmp.schedule import ModelShape
@@ -83,21 +84,23 @@ def measure_table(
         JmpDeployError: as `bench`; a model that cannot be exported.
     """
     threads = options.threads or cpu_count()
-    data = artifact.read(options.folder)
-    batches = choose_batches([options.folder], [data], options.batches)
+    measured = artifact.read(options.folder)
+    batches = choose_batches([measured], options.batches)
     if options.backend == "torch":
         raise ArtifactError("a table is measured with engine or onnxruntime, not with torch")
-    (backend,) = choose_backends([options.folder], [data], (options.backend,))
+    (backend,) = choose_backends([measured], (options.backend,))
     with telemetry.Monitor(telemetry.open_sources(gpu=backend == "engine")) as monitor:
         busy = monitor.others()
         with tempfile.TemporaryDirectory(prefix="jmp-table-") as scratch:
             parts = bench_parts.export_parts(
-                data, Path(scratch), on_part=lambda name: on_progress(f"exporting {name}", 0.0)
+                measured, Path(scratch), on_part=lambda name: on_progress(f"exporting {name}", 0.0)
             )
-            opener = _opener(options.folder, data, backend, parts, threads)
-            table = fill(parts.shape, data, batches, opener, options, on_progress=on_progress)
+            opener = _opener(measured, backend, parts, threads)
+            table = fill(
+                parts.shape, measured.jmp, batches, opener, options, on_progress=on_progress
+            )
     table["device"] = bench_words.device([backend], threads, {backend: table.pop("library")})
-    table["backend"], table["precision"] = backend, data["precision"]
+    table["backend"], table["precision"] = backend, measured.precision
     table["telemetry"] = monitor.summary()
     if busy:
         table["warnings"].append(f"the machine was busy before we began: {', '.join(busy)}")
@@ -108,7 +111,7 @@ def measure_table(
 
 def fill(
     shape: ModelShape,
-    data: dict[str, Any],
+    jmp: Jmp | None,
     batches: Sequence[int],
     opener: Opener,
     options: TableOptions,
@@ -116,7 +119,7 @@ def fill(
     on_progress: OnProgress = lambda words, share: None,
 ) -> dict[str, Any]:
     """The table's rows, with whatever opens a part; see `measure_table`."""
-    counts = token_counts(shape, data, options.step)
+    counts = token_counts(shape, jmp, options.step)
     table: dict[str, Any] = {
         "format": FORMAT,
         "model": shape.name,
@@ -131,7 +134,7 @@ def fill(
         "settings": asdict(options.settings),
         "warnings": [],
     }
-    whole = [DENSE, *([ARTIFACT] if data["jmp"] else [])]
+    whole = [DENSE, *([ARTIFACT] if jmp else [])]
     units: list[list[Part]] = [[(name, None) for name in whole]]
     units += [[(ATTENTION, tokens), (MLP, tokens)] for tokens in counts]
     times: dict[tuple[int, Part], list[float]] = {}
@@ -147,11 +150,11 @@ def fill(
                         times.setdefault((batch, part), []).extend(values)
     median = {key: stats.latency(np.array(values))["p50"] for key, values in times.items()}
     for batch in batches:
-        _add_batch(table, shape, data, batch, counts, median)
+        _add_batch(table, shape, jmp, batch, counts, median)
     return table
 
 
-def token_counts(shape: ModelShape, data: dict[str, Any], step: int) -> list[int]:
+def token_counts(shape: ModelShape, jmp: Jmp | None, step: int) -> list[int]:
     """Token counts to measure, falling: all tokens, multiples of `step`, those of the artifact.
 
     Raises:
@@ -159,8 +162,8 @@ def token_counts(shape: ModelShape, data: dict[str, Any], step: int) -> list[int
     """
     full = shape.num_prefix + shape.num_patches
     counts = {full, *range(step, full, step)}
-    if data["jmp"]:
-        counts |= {shape.num_prefix + keep for _, keep in data["jmp"]["schedule"]}
+    if jmp:
+        counts |= {shape.num_prefix + keep for _, keep in jmp.schedule}
     found = sorted((n for n in counts if n > shape.num_prefix), reverse=True)
     if len(found) < 2:
         raise ArtifactError(
@@ -173,7 +176,7 @@ def token_counts(shape: ModelShape, data: dict[str, Any], step: int) -> list[int
 def _add_batch(
     table: dict[str, Any],
     shape: ModelShape,
-    data: dict[str, Any],
+    jmp: Jmp | None,
     batch: int,
     counts: Sequence[int],
     median: dict[tuple[int, Part], float],
@@ -195,7 +198,7 @@ def _add_batch(
     table["other_ms"][str(batch)] = max(other, 0.0)
     table["dense_ms"][str(batch)] = dense
     reduce_ms = 0.0
-    if data["jmp"]:
+    if jmp:
         sums = LatencyTable(
             device="",
             batch=batch,
@@ -203,12 +206,10 @@ def _add_batch(
             num_patches=shape.num_patches,
             other_ms=max(other, 0.0),
             rows={tokens: (*halves, 0.0) for tokens, halves in blocks.items()},
-            short_last_block=bool(data["jmp"].get("last_prefix_only")),
+            short_last_block=jmp.last_prefix_only,
         )
-        above = median[batch, (ARTIFACT, None)] - sums.latency(
-            _keeps(shape, data["jmp"]["schedule"])
-        )
-        reduce_ms = max(above, 0.0) / len(data["jmp"]["schedule"])
+        above = median[batch, (ARTIFACT, None)] - sums.latency(_keeps(shape, jmp.schedule))
+        reduce_ms = max(above, 0.0) / len(jmp.schedule)
     for tokens, (attention, mlp) in blocks.items():
         table["rows"].append(
             {
@@ -261,14 +262,14 @@ def _measure(opened: Sequence[Backend], batch: int, settings: Settings) -> list[
     return found
 
 
-def _opener(folder: Path, data: dict[str, Any], backend: str, parts: Parts, threads: int) -> Opener:
+def _opener(measured: Artifact, backend: str, parts: Parts, threads: int) -> Opener:
     if backend == "engine":
-        return _engine_opener(folder, data, parts)
+        return _engine_opener(measured, parts)
     sessions: dict[str, OnnxRuntime] = {}
 
     def opener(name: str, tokens: int | None) -> Backend:
         if name == ARTIFACT:
-            return open_backend(folder, data, backend, threads=threads)
+            return open_backend(measured, backend, threads=threads)
         if name not in sessions:
             sessions[name] = OnnxRuntime(parts.files[name], parts.image, threads)
         # One session serves all token counts: ONNX Runtime has no kernels for one shape alone.
@@ -277,16 +278,19 @@ def _opener(folder: Path, data: dict[str, Any], backend: str, parts: Parts, thre
     return opener
 
 
-def _engine_opener(folder: Path, data: dict[str, Any], parts: Parts) -> Opener:
+def _engine_opener(measured: Artifact, parts: Parts) -> Opener:
     """Builds an engine for every part and token count: shapes are static in a real engine too."""
     from ..engine.builder import EngineSpec, build_engine
+    from ..engine.fit import EngineFile
     from .engine import TimedEngine
 
-    flavour, built = data["engine"]["flavour"], set()
+    assert measured.engine is not None
+    flavour: Flavour = measured.engine.flavour
+    built: dict[Path, EngineFile] = {}
 
     def opener(name: str, tokens: int | None) -> Backend:
         if name == ARTIFACT:
-            return open_backend(folder, data, "engine", threads=1)
+            return open_backend(measured, "engine", threads=1)
         source = parts.files[name]
         plan = source.with_name(f"{name}.{tokens or 'whole'}.engine")
         if plan not in built:
@@ -294,14 +298,13 @@ def _engine_opener(folder: Path, data: dict[str, Any], parts: Parts) -> Opener:
             if tokens:
                 model = bench_parts.with_tokens(source, tokens, source.with_name("part.onnx"))
             spec = EngineSpec(
-                batch=(data["batch"][0], data["batch"][1], data["batch"][2]),
-                # the builder takes any shape of one "image"
-                image=(tokens, parts.width) if tokens else parts.image,  # type: ignore[arg-type]
-                precision=data["precision"],
+                batch=measured.batch,
+                image=(tokens, parts.width) if tokens else parts.image,
+                precision=measured.precision,
             )
             cache = source.with_name("timing.cache")
-            build_engine(model, plan, flavour, spec, timing_cache=cache)
-            built.add(plan)
-        return TimedEngine(plan, data, use_manifest=False)
+            facts = build_engine(model, plan, flavour, spec, timing_cache=cache)
+            built[plan] = EngineFile(plan, flavour, facts)
+        return TimedEngine(built[plan])
 
     return opener

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from ..core.artifact import Artifact, Weights
 from ..core.errors import GpuMemoryError
 from .backend import noise
 from .measure import Times
@@ -19,8 +21,7 @@ class TorchModel:
     """An artifact's model, patched as its manifest says.
 
     Args:
-        data: the manifest. FP16 models run in half precision on a GPU, in FP32 on a CPU.
-        shape: (channels, height, width) of an image.
+        artifact: FP16 models run in half precision on a GPU, in FP32 on a CPU.
         threads: on a CPU.
 
     Raises:
@@ -29,17 +30,17 @@ class TorchModel:
 
     has_graphs = False
 
-    def __init__(self, data: dict[str, Any], shape: tuple[int, ...], threads: int) -> None:
+    def __init__(self, artifact: Artifact, threads: int) -> None:
         import torch
 
         from ..jmp.restore import restore_model
 
-        self.model: Any = restore_model({**data, "weights": {"kind": "random", "seed": 0}})
-        self.shape = shape
+        self.model: Any = restore_model(replace(artifact, weights=Weights("random", seed=0)))
+        self.shape = artifact.image_shape
         self.on_gpu = torch.cuda.is_available()
         words = "FP32"
         if self.on_gpu:
-            half = data["precision"] == "fp16"
+            half = artifact.precision == "fp16"
             self.model = self.model.to("cuda", torch.float16 if half else torch.float32)
             words = "FP16" if half else words
         else:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ..core import artifact as manifest
+from ..core.artifact import Artifact
 from ..core.device import gpus
 from .host import cpu_name
 
@@ -14,16 +13,17 @@ UNSTEADY = 0.1
 """A 95 % interval wider than this share of its ratio is called unsteady."""
 
 
-def artifact(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+def artifact(measured: Artifact, chosen: Sequence[str]) -> dict[str, Any]:
     """What is measured, for the result."""
     return {
-        "path": str(folder),
-        "model": data["model"]["name"],
-        "image_size": data["model"]["image_size"],
-        "precision": data["precision"],
-        "jmp": data["jmp"]["schedule_name"] if data["jmp"] else None,
-        "gmacs": data["macs"]["model"] / 1e9,
-        "random_weights": manifest.is_random(data),
+        "path": str(measured.folder),
+        "model": measured.model.name,
+        "image_size": measured.model.image_size,
+        "precision": measured.precision,
+        "precision_of": {backend: measured.precision_of(backend) for backend in chosen},
+        "jmp": measured.jmp.schedule_name if measured.jmp else None,
+        "gmacs": measured.macs.model / 1e9,
+        "random_weights": measured.is_random,
     }
 
 
@@ -46,7 +46,8 @@ def warnings(
     throttled: Sequence[str],
     rows: Sequence[dict[str, Any]],
     ratios: Sequence[dict[str, Any]],
-    datas: Sequence[dict[str, Any]],
+    artifacts: Sequence[Artifact],
+    chosen: Sequence[str],
 ) -> list[str]:
     """What makes these figures less than they seem."""
     found = []
@@ -66,12 +67,16 @@ def warnings(
             found.append(
                 f"the ratio at batch {entry['batch']} is unsteady: {low:.2f} to {high:.2f}"
             )
-    if len(datas) == 2:
-        for name, values in (
-            ("model", [data["model"]["name"] for data in datas]),
-            ("image size", [data["model"]["image_size"] for data in datas]),
-            ("precision", [data["precision"] for data in datas]),
-        ):
+    if len(artifacts) == 2:
+        facts: list[tuple[str, list[Any]]] = [
+            ("model", [item.model.name for item in artifacts]),
+            ("image size", [item.model.image_size for item in artifacts]),
+        ]
+        facts += [
+            (f"precision ({backend})", [item.precision_of(backend) for item in artifacts])
+            for backend in chosen
+        ]
+        for name, values in facts:
             if values[0] != values[1]:
                 found.append(f"the artifacts differ in {name}: {values[0]} and {values[1]}")
     return found

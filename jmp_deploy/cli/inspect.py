@@ -36,10 +36,11 @@ def inspect_path(path: Path) -> dict[str, Any]:
         return result
     if path.suffix in (".engine", ".plan"):
         beside = path.parent / artifact.FILE
-        data = artifact.read(path.parent) if beside.is_file() else None
-        if data and path.name in data["files"]:
-            artifact.verify(path.parent, data, path.name)
-        return {"path": str(path), "kind": "engine", "engine": _engine(path, data), "missing": {}}
+        found = artifact.read(path.parent) if beside.is_file() else None
+        if found and path.name in found.files:
+            found.verify(path.name)
+        facts = found.engine if found else None
+        return {"path": str(path), "kind": "engine", "engine": _engine(path, facts), "missing": {}}
     raise ArtifactError(f"{path} is neither an artifact folder nor a .onnx, .engine or .plan file")
 
 
@@ -74,23 +75,23 @@ def onnx_facts(path: Path) -> dict[str, Any]:
 
 
 def _artifact(folder: Path) -> dict[str, Any]:
-    data = artifact.read(folder)
-    artifact.verify(folder, data)
+    found = artifact.read(folder)
+    found.verify()
     result: dict[str, Any] = {
         "path": str(folder),
         "kind": "artifact",
         "missing": {},
-        "manifest": {**data, "class_names": len(data["class_names"] or [])},
+        "manifest": {**found.to_json(), "class_names": len(found.class_names or ())},
     }
     model = folder / artifact.DEPLOYABLE
     result["onnx"] = _try(result, "onnx", lambda: onnx_facts(model))
     result["network"] = _try(result, "network", lambda: _network(model, result["onnx"]))
-    if data["engine"]:
-        plan = folder / artifact.ENGINE
-        result["engine"] = _try(result, "engine", lambda: _engine(plan, data))
+    if found.engine:
+        plan = found.path(artifact.ENGINE)
+        result["engine"] = _try(result, "engine", lambda: _engine(plan, found.engine))
     else:
         result["engine"] = None
-        result["missing"]["engine"] = data["no_engine"]
+        result["missing"]["engine"] = found.no_engine
     return result
 
 
@@ -109,12 +110,13 @@ def _network(model: Path, facts: dict[str, Any] | None) -> dict[str, Any]:
     return builder.parse_network(model, flavour, plugin=plugin)
 
 
-def _engine(path: Path, data: dict[str, Any] | None) -> dict[str, Any]:
-    flavour = (data or {}).get("engine", {}).get("flavour")
-    if flavour is None:
+def _engine(path: Path, facts: artifact.EngineFacts | None) -> dict[str, Any]:
+    if facts is None:
         flavour = next((f for f in builder.FLAVOURS if builder.installed(f)), "tensorrt")
+    else:
+        flavour = facts.flavour
     plugin = None
-    if gpus() and (data is None or data["engine"]["plugin"]):
+    if gpus() and (facts is None or facts.plugin):
         from ..plugin.library import plugin_library
 
         plugin = plugin_library()

@@ -89,7 +89,7 @@ def _build(options: argparse.Namespace) -> int:
     name = options.model.replace("/", "_") + ("-dense" if options.dense else "")
     out = options.out or Path("artifacts") / name
     with Stages(show.console(stderr=True)) as stages:
-        data = build(
+        made = build(
             BuildOptions(
                 model=options.model,
                 out=out,
@@ -123,8 +123,9 @@ def _build(options: argparse.Namespace) -> int:
             on_stage=stages.stage,
             on_progress=stages.progress,
         )
+    data = made.to_json()
     show.show(options, render.artifact(data, str(out)), data)
-    if not data["check"]["ok"]:
+    if not made.check.ok:
         return show.fail(
             "the portable model does not agree with PyTorch within tolerance; the artifact is kept",
             f"look closer with `python -m jmp_deploy compare {shlex.quote(str(out))}`",
@@ -173,18 +174,18 @@ def _warnings_as_lines() -> Iterator[None]:
 
 def _rebuild(folder: Path) -> None:
     """Makes the engine of an artifact anew where it does not fit."""
+    from ..bench.int8 import settle
     from ..core import artifact
-    from ..engine.rebuild import rebuild_engine, why_rebuild
+    from ..engine.stage import rebuild, why_rebuild
     from .progress import Stages
 
-    data = artifact.read(folder)
-    reason = why_rebuild(folder, data)
+    found = artifact.read(folder)
+    reason = why_rebuild(found)
     if reason is None:
         return
     print(f"the engine is made anew: {reason}", file=sys.stderr)
     with Stages(show.console(stderr=True)) as stages:
-        stages.stage("engine")
-        rebuild_engine(folder, data, on_progress=stages.progress)
+        rebuild(found, settle, on_stage=stages.stage, on_progress=stages.progress)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -223,8 +224,8 @@ def _report(options: argparse.Namespace) -> int:
     from ..core import artifact
     from . import compare_view, render
 
-    data = artifact.read(options.dir)
-    artifact.verify(options.dir, data)
+    found = artifact.read(options.dir)
+    found.verify()
     compared = None
     if options.compare:
         try:
@@ -234,6 +235,7 @@ def _report(options: argparse.Namespace) -> int:
             raise JmpDeployError(
                 f"{options.compare} is not a result of `compare --json`: {error}"
             ) from error
+    data = found.to_json()
     value = {"manifest": data, "compare": compared}
     table = compare_view.comparison(compared) if compared else None
     show.show(options, render.report(data, str(options.dir), compared, table), value)

@@ -8,14 +8,15 @@ whose tokens may change places in a near tie is judged by the cosine of its answ
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import artifact, interrupt
+from ..core import interrupt
+from ..core.artifact import PORTABLE, Artifact, Reference, read
 from ..core.errors import ArtifactError, ImageError, JmpDeployError
 from ..core.images import UNREADABLE_LIMIT, Preprocess, open_image, preprocess
 from ..engine.backends import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
@@ -72,49 +73,47 @@ def compare_artifact(
         JmpDeployError: fewer than two backends can run, or one that was asked for cannot; no image
             can be read.
     """
-    data = artifact.read(folder)
+    artifact = read(folder)
     quiet_polygraphy()
-    precision = data["precision"]
-    if precision not in TOLERANCES:
-        raise ArtifactError(f"no tolerances are known for precision {precision!r}")
-    photos, reference = _input(folder, data, images, limit)
-    chosen, skipped = _open(folder, data, backends, weights, reference)
+    precision = artifact.precision
+    photos, reference = _input(artifact, images, limit)
+    chosen, skipped = _open(artifact, backends, weights, reference)
     pairs, times, _ = run_and_pair(
         [backend.runner for backend in chosen],
         photos.images,
-        tuple(data["batch"]),
-        precision,
+        artifact.batch,
+        {backend.name: artifact.precision_of(backend.name) for backend in chosen},
         min_cosine=min_cosine,
         max_abs=max_abs,
-        near_ties=bool(data["jmp"]),
+        near_ties=artifact.jmp is not None,
     )
     usual = TOLERANCES[precision] if min_cosine is None else min_cosine
     tried = len(photos.names) + len(photos.unreadable)
     readable = len(photos.unreadable) <= UNREADABLE_LIMIT * tried
-    result = {
+    result: dict[str, Any] = {
         "ok": readable and all(pair.ok for pair in pairs),
         "precision": precision,
         "tolerance": {
             "cosine": usual,
-            "worst": TABLE[precision].worst if data["jmp"] and min_cosine is None else usual,
+            "worst": TABLE[precision].worst if artifact.jmp and min_cosine is None else usual,
             "max_abs": max_abs,
             "source": TABLE[precision].source if min_cosine is None else "--min-cosine",
         },
         "images": len(photos.names),
         "unreadable": [{"image": path, "reason": why} for path, why in photos.unreadable],
-        "random_weights": artifact.is_random(data),
+        "random_weights": artifact.is_random,
         "backends": [backend.name for backend in chosen],
         "skipped": skipped,
         "pairs": [_as_dict(pair, photos.names) for pair in pairs],
         "runtime_ms": times,
     }
     result["reductions"], result["reductions_skipped"] = _reductions(
-        folder, data, chosen, photos.images
+        artifact, chosen, photos.images
     )
     result["debug"], result["debug_skipped"] = None, "not asked for (--debug)"
     if debug:
         result["debug"], result["debug_skipped"] = _debug(
-            folder, data, chosen, pairs, photos.images, result["tolerance"]["cosine"]
+            artifact, chosen, pairs, photos.images, min_cosine
         )
     return result
 
@@ -123,7 +122,7 @@ def run_and_pair(
     runners: Sequence[Any],
     images: NDArray[np.float32],
     profile: tuple[int, ...],
-    precision: str,
+    precisions: Mapping[str, str],
     *,
     min_cosine: float | None = None,
     max_abs: float | None = None,
@@ -134,7 +133,8 @@ def run_and_pair(
     Args:
         runners, images: Polygraphy's runners, and [B, 3, H, W].
         profile: (min, opt, max) batch.
-        precision, min_cosine, max_abs, near_ties: as for `compare_measures.measure`.
+        precisions: by runner's name, what it computes with.
+        min_cosine, max_abs, near_ties: as for `compare_measures.measure`.
 
     Returns:
         The pairs; per runner the time of one image in ms (whole batches, first one included: an
@@ -156,7 +156,7 @@ def run_and_pair(
             output,
             ours,
             outputs[runner.name][output],
-            precision,
+            precisions[runner.name],
             min_cosine=min_cosine,
             max_abs=max_abs,
             near_ties=near_ties,
@@ -169,17 +169,6 @@ def run_and_pair(
         for name, iterations in by_name.items()
     }
     return pairs, times, outputs[first]
-
-
-def load_reference(path: Path) -> dict[str, Any]:
-    """Reads reference.npz: {"images": [B, 3, H, W], "output": [B, D], "names": [...]}."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in ("images", "output", "names")}
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}", "build the artifact again") from (
-            error
-        )
 
 
 def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
@@ -218,28 +207,26 @@ def torch_runner(model: Any, output: str, name: str = "torch") -> Any:
 
 
 def _input(
-    folder: Path, data: dict[str, Any], images: Sequence[Path], limit: int
-) -> tuple[Photos, dict[str, Any] | None]:
+    artifact: Artifact, images: Sequence[Path], limit: int
+) -> tuple[Photos, Reference | None]:
     """What the backends see, and the reference where that is its images."""
     if images:
-        return load_photos(images, Preprocess.from_dict(data["preprocess"]), limit), None
-    artifact.verify(folder, data, artifact.REFERENCE)
-    reference = load_reference(folder / artifact.REFERENCE)
-    return Photos(reference["images"], tuple(map(str, reference["names"]))), reference
+        return load_photos(images, artifact.preprocess, limit), None
+    reference = artifact.reference()
+    return Photos(reference.images, tuple(map(str, reference.names))), reference
 
 
 def _open(
-    folder: Path,
-    data: dict[str, Any],
+    artifact: Artifact,
     wanted: Sequence[str] | None,
     weights: str | None,
-    reference: dict[str, Any] | None,
+    reference: Reference | None,
 ) -> tuple[list[Backend], dict[str, str]]:
     """The backends that can run, and why the others cannot."""
     chosen, skipped = [], {}
     for name in wanted or BACKENDS:
         try:
-            chosen.append(_backend(name, folder, data, weights, reference))
+            chosen.append(_backend(name, artifact, weights, reference))
         except JmpDeployError as error:
             if wanted:
                 raise
@@ -255,19 +242,18 @@ def _open(
 
 def _backend(
     name: str,
-    folder: Path,
-    data: dict[str, Any],
+    artifact: Artifact,
     weights: str | None,
-    reference: dict[str, Any] | None,
+    reference: Reference | None,
 ) -> Backend:
     if name != "torch":
-        pick_backend(folder, data, name)
-        return Backend(name, open_runner(folder, data, name))
-    output = data["model"]["output"]
+        pick_backend(artifact, name)
+        return Backend(name, open_runner(artifact, name))
+    output = artifact.model.output
     try:
         from ..jmp.restore import restore_model
 
-        model = restore_model(data, weights)
+        model = restore_model(artifact, weights)
         return Backend(name, torch_runner(model, output), model)
     except (ImportError, JmpDeployError) as error:
         if reference is None or weights is not None:
@@ -280,8 +266,7 @@ def _backend(
 
 
 def _reductions(
-    folder: Path,
-    data: dict[str, Any],
+    artifact: Artifact,
     chosen: Sequence[Backend],
     images: NDArray[np.float32],
 ) -> tuple[dict[str, Any] | None, str | None]:
@@ -290,7 +275,7 @@ def _reductions(
     The portable model runs a second time for it, with its choices as further outputs: what is
     compared above is the file as it is deployed.
     """
-    if not data["jmp"]:
+    if artifact.jmp is None:
         return None, "the model is dense"
     torch_model = next((b.model for b in chosen if b.model is not None), None)
     if torch_model is None or not any(b.name == "onnxruntime" for b in chosen):
@@ -306,21 +291,20 @@ def _reductions(
     from .trace import trace_onnx, trace_torch
 
     try:
-        proto = onnx.load_model(folder / artifact.PORTABLE)
-        theirs = trace_onnx(proto, images, data["batch"])
-        report = reductions.report(trace_torch(torch_model, images), theirs, data["precision"])
+        proto = onnx.load_model(artifact.path(PORTABLE))
+        theirs = trace_onnx(proto, images, artifact.batch)
+        report = reductions.report(trace_torch(torch_model, images), theirs, artifact.precision)
     except JmpDeployError as error:
         return None, error.message
     return report, None
 
 
 def _debug(
-    folder: Path,
-    data: dict[str, Any],
+    artifact: Artifact,
     chosen: Sequence[Backend],
     pairs: Sequence[Pair],
     images: NDArray[np.float32],
-    tolerance: float,
+    min_cosine: float | None,
 ) -> tuple[list[dict[str, Any]] | None, str | None]:
     """(conclusions, None), or (None, why there are none): the pairs outside, else the first."""
     from .debug import examine
@@ -329,9 +313,7 @@ def _debug(
     wanted = dict.fromkeys((pair.a, pair.b) for pair in outside)
     by_name = {backend.name: backend for backend in chosen}
     try:
-        found = [
-            examine(folder, data, by_name[a], by_name[b], images, tolerance) for a, b in wanted
-        ]
+        found = [examine(artifact, by_name[a], by_name[b], images, min_cosine) for a, b in wanted]
     except ModuleNotFoundError as error:
         return None, f"blocks cannot be looked at without {error.name}"
     except JmpDeployError as error:
@@ -344,9 +326,9 @@ def _as_dict(pair: Pair, names: Sequence[str]) -> dict[str, Any]:
     return {**vars(pair), "problems": list(pair.problems), "worst_image": worst}
 
 
-def _stored_runner(reference: dict[str, Any], output: str) -> Any:
+def _stored_runner(reference: Reference, output: str) -> Any:
     """Plays back PyTorch's stored outputs for the reference images, in their order."""
-    stored, position = reference["output"], 0
+    stored, position = reference.output, 0
 
     def replay(images: NDArray[np.float32]) -> NDArray[np.float32]:
         nonlocal position

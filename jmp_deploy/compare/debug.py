@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import artifact
+from ..core.artifact import DEPLOYABLE, ENGINE, PORTABLE, TWIN_DEPLOYABLE, Artifact
 from ..core.errors import ArtifactError, EngineError
-from ..engine.backends import infer, open_runner
+from ..engine.backends import engine_runner, infer
 from .alone import PARTS, by_itself, limit_of, own_error
-from .measures import TINY, cosines, relative
+from .measures import TINY, TOLERANCES, cosines, relative
 from .reductions import owners
 from .trace import (
     Backend,
@@ -50,18 +51,17 @@ STANDS_OUT = 10.0
 
 
 def examine(
-    folder: Path,
-    data: dict[str, Any],
+    artifact: Artifact,
     a: Backend,
     b: Backend,
     images: NDArray[np.float32],
-    tolerance: float,
+    min_cosine: float | None = None,
 ) -> dict[str, Any]:
     """Looks at the blocks of two backends of an artifact; `conclusion` has the answer's keys.
 
     Args:
         images: [B, 3, H, W], of which the first few are used.
-        tolerance: smallest cosine.
+        min_cosine: smallest cosine; None takes that of what b computes with.
 
     Raises:
         ArtifactError: the blocks of one of them cannot be seen.
@@ -70,21 +70,22 @@ def examine(
     import onnx
 
     def portable() -> onnx.ModelProto:
-        artifact.verify(folder, data, artifact.PORTABLE)
-        return onnx.load_model(folder / artifact.PORTABLE)
+        return onnx.load_model(artifact.verified(PORTABLE))
 
     def trace(backend: Backend) -> Trace:
         if backend.model is not None:
             return trace_torch(backend.model, some, blocks=True, name=backend.name)
         if backend.name == "onnxruntime":
-            return trace_onnx(portable(), some, data["batch"], blocks=True)
+            return trace_onnx(portable(), some, artifact.batch, blocks=True)
         if backend.name == "engine":
-            return trace_engine(folder, data, some)
+            return trace_engine(artifact, some)
         raise ArtifactError(
             f"{backend.name} holds outputs only, nothing of the blocks",
             "compare where PyTorch is installed, or with --backends onnxruntime,engine",
         )
 
+    precision = artifact.precision_of(b.name)
+    tolerance = TOLERANCES[precision] if min_cosine is None else min_cosine
     some = images[:IMAGES]
     traces = trace(a), trace(b)
     way = along_the_way(*traces, tolerance)
@@ -93,8 +94,8 @@ def examine(
         (t for t, backend in zip(traces, (a, b), strict=True) if backend.model is not None), None
     )
     if source is not None and "onnxruntime" in (a.name, b.name):
-        alone = by_itself(portable(), source, data["precision"], tolerance)
-    return conclusion(a.name, b.name, tolerance, data["precision"], way, alone)
+        alone = by_itself(portable(), source, artifact.precision, tolerance)
+    return conclusion(a.name, b.name, tolerance, precision, way, alone)
 
 
 def along_the_way(a: Trace, b: Trace, tolerance: float) -> list[dict[str, Any]]:
@@ -179,7 +180,7 @@ def conclusion(
     }
 
 
-def trace_engine(folder: Path, data: dict[str, Any], images: NDArray[np.float32]) -> Trace:
+def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
     """Builds the engine anew with every block's output marked, and runs it.
 
     Marked tensors keep TensorRT from fusing across them, so this engine may round otherwise than
@@ -191,37 +192,28 @@ def trace_engine(folder: Path, data: dict[str, Any], images: NDArray[np.float32]
     """
     import onnx
 
-    from ..engine import builder as engines
+    from ..engine import builder
+    from ..engine.fit import EngineFile
+    from ..engine.stage import find_plugin
 
-    facts = data["engine"]
-    if not facts:
+    facts = artifact.engine
+    if facts is None:
         raise EngineError("the artifact has no engine")
-    artifact.verify(folder, data, artifact.DEPLOYABLE)
-    proto = onnx.load_model(folder / artifact.DEPLOYABLE)
+    twin = artifact.precision == "int8" and facts.precision == "fp16"
+    proto = onnx.load_model(artifact.verified(TWIN_DEPLOYABLE if twin else DEPLOYABLE))
     places = block_tensors(proto)
     names = [places[0].entry, *(place.out for place in places)]
-    spec = engines.EngineSpec(
-        batch=tuple(data["batch"]),
-        image=(3, data["preprocess"]["height"], data["preprocess"]["width"]),
-        targets=tuple(facts["targets"]) if facts["flavour"] == "rtx" else (),
-        precision=data["precision"],
-    )
+    targets = facts.targets if facts.flavour == "rtx" else ()
+    options = replace(artifact.engine_options, targets=targets)
+    spec = builder.EngineSpec(artifact.batch, artifact.image_shape, options, facts.precision)
     with tempfile.TemporaryDirectory(prefix="jmp-debug-") as name:
-        temporary = Path(name)
-        model = temporary / artifact.DEPLOYABLE
+        model, plan = Path(name) / DEPLOYABLE, Path(name) / ENGINE
         onnx.save_model(mark(proto, names), model)
-        plugin = None
-        if data["jmp"]:
-            from ..plugin.library import plugin_library
-
-            plugin = plugin_library()
-        built = engines.build_engine(
-            model, temporary / artifact.ENGINE, facts["flavour"], spec, plugin=plugin
-        )
-        rest = {key: value for key, value in data.items() if key not in ("format", "files")}
-        artifact.write(temporary, {**rest, "engine": {**facts, **built}}, [artifact.ENGINE])
-        with open_runner(temporary, artifact.read(temporary), "engine") as runner:
-            values = infer(runner, images, tuple(data["batch"]))
+        plugin = find_plugin() if artifact.jmp else (None, None)
+        built = builder.build_engine(model, plan, facts.flavour, spec, plugin=plugin[0])
+        built = replace(built, plugin=plugin[1])
+        with engine_runner(EngineFile(plan, facts.flavour, built)) as runner:
+            values = infer(runner, images, artifact.batch)
     wide = {name: np.asarray(values[name]).astype(np.float32) for name in names}
     return Trace(
         backend="engine",

@@ -70,6 +70,7 @@ class Pair:
     """How far output `output` of backend b is from that of a, over all images.
 
     Attributes:
+        precision: what b computes with, whose tolerances hold.
         cosine, cosine_mean, cosine_median: smallest over the images, and their mean and median.
         max_abs, mean_abs: of the differences' magnitudes.
         max_rel: max_abs over a's largest magnitude.
@@ -84,6 +85,7 @@ class Pair:
     a: str
     b: str
     output: str
+    precision: str
     cosine: float
     cosine_mean: float
     max_abs: float
@@ -122,12 +124,14 @@ def measure(
     """
     x, y = (np.asarray(value, dtype=np.float64) for value in (ours, theirs))
     if x.shape != y.shape:
-        return _hopeless(a, b, output, f"{a} gives {list(x.shape)}, {b} gives {list(y.shape)}")
+        return _hopeless(
+            a, b, output, precision, f"{a} gives {list(x.shape)}, {b} gives {list(y.shape)}"
+        )
     x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
     broken = {name: _not_finite(v) for name, v in ((a, x), (b, y)) if not np.isfinite(v).all()}
     if broken:
         words = [_say_not_finite(name, output, counts) for name, counts in broken.items()]
-        return _hopeless(a, b, output, *words, not_finite=broken)
+        return _hopeless(a, b, output, precision, *words, not_finite=broken)
     cosine = cosines(x, y)
     difference = np.abs(x - y)
     largest = float(difference.max())
@@ -145,6 +149,7 @@ def measure(
         a=a,
         b=b,
         output=output,
+        precision=precision,
         cosine=float(cosine.min()),
         cosine_mean=float(cosine.mean()),
         cosine_median=median,
@@ -203,7 +208,6 @@ def _say_not_finite(backend: str, output: str, counts: dict[str, Any]) -> str:
     return f"{output} of {backend} holds {what}, in {len(counts['images'])} images"
 
 
-def _hopeless(a: str, b: str, output: str, *problems: str, **more: Any) -> Pair:
-    return Pair(
-        a, b, output, 0.0, 0.0, math.inf, math.inf, None, ok=False, problems=problems, **more
-    )
+def _hopeless(a: str, b: str, output: str, precision: str, *problems: str, **more: Any) -> Pair:
+    figures = (0.0, 0.0, math.inf, math.inf, None)
+    return Pair(a, b, output, precision, *figures, ok=False, problems=problems, **more)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+CROP_MODES = ("center", "squash")
+MAX_SIDE = 1 << 14
 UNREADABLE_LIMIT = 0.01
 """Share of unreadable images above which a command has failed: what is left is another data set."""
 
@@ -47,6 +50,15 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def __post_init__(self) -> None:
+        sizes = (self.height, self.width, self.resize)
+        if not all(1 <= size <= MAX_SIDE for size in sizes):
+            raise ValueError(f"images of {sizes} pixels")
+        if self.interpolation not in FILTERS or self.crop_mode not in CROP_MODES:
+            raise ValueError(f"{self.interpolation!r} with crop mode {self.crop_mode!r} is unknown")
+        if not all(0 < value < float("inf") for value in self.std):
+            raise ValueError(f"a standard deviation of {self.std}")
+
     @classmethod
     def from_timm(cls, config: dict[str, Any]) -> Preprocess:
         """From `timm.data.resolve_model_data_config`.
@@ -57,7 +69,7 @@ class Preprocess:
         channels, height, width = config["input_size"]
         mode = config.get("crop_mode") or "center"
         interpolation = config.get("interpolation") or "bicubic"
-        if channels != 3 or mode not in ("center", "squash") or height != width:
+        if channels != 3 or mode not in CROP_MODES or height != width:
             raise ModelError(
                 f"cannot reproduce the model's preprocessing: input {channels}x{height}x{width}, "
                 f"crop mode {mode!r}",
@@ -75,11 +87,6 @@ class Preprocess:
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
         )
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        """From a manifest's JSON."""
-        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 def open_image(path: Path | str) -> Image.Image:

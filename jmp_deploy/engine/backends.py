@@ -1,9 +1,9 @@
-"""Runs what was built, through Polygraphy's runners: the engine on a GPU, the portable model on
+"""Runs what was built behind Polygraphy's interface: the engine on a GPU, the portable model on
 ONNX Runtime. Needs neither PyTorch nor timm nor ONNX tools."""
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import artifact
+from ..core.artifact import ENGINE, PORTABLE, Artifact
 from ..core.device import gpus
 from ..core.errors import EngineError, MissingPackageError, install_command
-from . import api, fit
 from .api import MODULES, installed
+from .fit import EngineFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,15 +23,11 @@ if TYPE_CHECKING:
 INPUT = "images"
 
 
-def pick_backend(
-    folder: Path, data: dict[str, Any], wanted: str = "auto", *, through: str = "polygraphy"
-) -> tuple[str, str]:
+def pick_backend(artifact: Artifact, wanted: str = "auto") -> tuple[str, str]:
     """Chooses what runs an artifact here: the engine where possible, else ONNX Runtime.
 
     Args:
         wanted: "auto", "engine" or "onnxruntime".
-        through: the package that runs the engine: "polygraphy" for `open_runner`, "cuda.bindings"
-            for `runtime.Engine`.
 
     Returns:
         (backend, reason).
@@ -39,10 +35,7 @@ def pick_backend(
     Raises:
         EngineError: the one asked for, or all of them, cannot run here.
     """
-    obstacles = {
-        "engine": _engine_obstacle(folder, data, through),
-        "onnxruntime": _onnx_obstacle(folder),
-    }
+    obstacles = {"engine": _engine_obstacle(artifact), "onnxruntime": _onnx_obstacle(artifact)}
     if wanted != "auto":
         if obstacles[wanted]:
             raise EngineError(f"{wanted}: {obstacles[wanted]}")
@@ -52,13 +45,13 @@ def pick_backend(
     if not obstacles["onnxruntime"]:
         return "onnxruntime", f"no engine: {obstacles['engine']}"
     raise EngineError(
-        f"nothing here can run {folder}: engine: {obstacles['engine']}; "
+        f"nothing here can run {artifact.folder}: engine: {obstacles['engine']}; "
         f"onnxruntime: {obstacles['onnxruntime']}",
-        f"run it where a GPU is, or build it again: {data['rebuild']}",
+        f"run it where a GPU is, or build it again: {artifact.rebuild}",
     )
 
 
-def open_runner(folder: Path, data: dict[str, Any], backend: str) -> Any:
+def open_runner(artifact: Artifact, backend: str) -> Any:
     """A Polygraphy runner (a context manager with `infer`), its file checked beforehand.
 
     Raises:
@@ -67,10 +60,8 @@ def open_runner(folder: Path, data: dict[str, Any], backend: str) -> Any:
     """
     quiet_polygraphy()
     if backend == "onnxruntime":
-        artifact.verify(folder, data, artifact.PORTABLE)
-        return onnxruntime_runner(folder / artifact.PORTABLE)
-    artifact.verify(folder, data, artifact.ENGINE)
-    return _engine_runner(folder / artifact.ENGINE, data)
+        return onnxruntime_runner(artifact.verified(PORTABLE))
+    return engine_runner(artifact.path(ENGINE))
 
 
 def onnxruntime_runner(model: Path, name: str = "onnxruntime") -> Any:
@@ -139,17 +130,16 @@ def quiet_polygraphy() -> None:
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
 
 
-def _engine_obstacle(folder: Path, data: dict[str, Any], through: str) -> str | None:
-    engine = data.get("engine")
-    if not engine:
+def _engine_obstacle(artifact: Artifact) -> str | None:
+    engine = artifact.engine
+    if engine is None:
         return "none was built"
-    if not (folder / artifact.ENGINE).is_file():
-        return f"{artifact.ENGINE} is missing"
+    if not artifact.path(ENGINE).is_file():
+        return f"{ENGINE} is missing"
     if not gpus():
         return "no GPU is here"
-    module = MODULES[engine["flavour"]]
-    if not installed(engine["flavour"]) or not _has(through):
-        return f"it needs {module} and {through}"
+    if not installed(engine.flavour) or not _has("cuda.bindings"):
+        return f"it needs {MODULES[engine.flavour]} and cuda-bindings"
     return None
 
 
@@ -160,49 +150,45 @@ def _has(package: str) -> bool:
         return False
 
 
-def _onnx_obstacle(folder: Path) -> str | None:
-    if not (folder / artifact.PORTABLE).is_file():
-        return f"{artifact.PORTABLE} is missing"
+def _onnx_obstacle(artifact: Artifact) -> str | None:
+    if not artifact.path(PORTABLE).is_file():
+        return f"{PORTABLE} is missing"
     for package in ("onnxruntime", "polygraphy"):
         if find_spec(package) is None:
             return f"{package} is not installed ({install_command('runtime')})"
     return None
 
 
-def _engine_runner(path: Path, data: dict[str, Any]) -> Any:
-    """A runner of an engine; whether it fits is asked before it is opened."""
-    engine = data["engine"]
-    flavour = engine["flavour"]
-    if flavour == "rtx":
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
-        from polygraphy import config
+def engine_runner(path: Path | EngineFile) -> Any:
+    """A Polygraphy runner of an engine: `Engine` itself, so that what is compared and validated is
+    what users run. (Polygraphy's own runner lets a plan run code of the host, and finds no CUDA
+    runtime in the wheels of CUDA 13.)
 
-        config.USE_TENSORRT_RTX = True  # in case polygraphy was imported before
-    trt = api.load(flavour)
-    library = None
-    if engine["plugin"]:
-        from ..plugin.library import load_plugin, plugin_info, plugin_library
+    Args:
+        path: as `Engine` takes it.
+    """
+    from polygraphy.backend.base import BaseRunner
+    from polygraphy.common import TensorMetadata
 
-        library = plugin_library()
-    found = fit.mismatches(
-        engine,
-        version=trt.__version__,
-        gpu=gpus()[0].name,
-        capability=gpus()[0].compute_capability,
-        plugin=plugin_info(library) if library else None,
-    )
-    fit.require_fit(fit.EngineFile(path, data, flavour), found)
-    from polygraphy.backend.common import bytes_from_path
-    from polygraphy.backend.trt import TrtRunner, engine_from_bytes
-    from polygraphy.exception import PolygraphyException
+    from .runtime import Engine
 
-    if library:
-        load_plugin(trt, library)
+    class EngineRunner(BaseRunner):  # type: ignore[misc]
+        def activate_impl(self) -> None:
+            self.engine = Engine(path, check_finite=False)
 
-    def deserialize() -> Any:
-        try:
-            return engine_from_bytes(bytes_from_path(str(path)))
-        except PolygraphyException as error:
-            raise EngineError(f"{MODULES[flavour]} cannot open {path}: {error}") from error
+        def deactivate_impl(self) -> None:
+            self.engine.close()
 
-    return TrtRunner(deserialize, name="engine")
+        def get_input_metadata_impl(self) -> Any:
+            metadata = TensorMetadata()
+            for tensor in self.engine.inputs:
+                metadata.add(tensor.name, tensor.dtype, (-1, *tensor.shape))
+            return metadata
+
+        def infer_impl(self, feed_dict: dict[str, Any]) -> dict[str, Any]:
+            started = time.perf_counter()
+            outputs = self.engine.infer(feed_dict)
+            self.inference_time = time.perf_counter() - started
+            return outputs
+
+    return EngineRunner(name="engine")

@@ -1,6 +1,6 @@
 """Deployable ONNX -> engine, with TensorRT or TensorRT-RTX.
 
-The builder runs in a process of its own (`engine_worker.py`), for three reasons: what PyTorch
+The builder runs in a process of its own (`worker.py`), for three reasons: what PyTorch
 holds in memory is given back before a Jetson starts to build; a builder that aborts or is killed
 ends in an error message, not in a dead process; and TensorRT-RTX's ONNX parser looks for
 "libtensorrt_rtx.so" by a name that its wheel lacks and ends the whole process if it finds none, so
@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from ..core.artifact import EngineFacts, EngineOptions, Flavour, Precision
 from ..core.device import gpus
 from ..core.errors import EngineError, install_command
 from ..core.files import atomic_path
@@ -38,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 class Choice:
     """A builder and why it was picked; `flavour` is None where none can work here."""
 
-    flavour: str | None
+    flavour: Flavour | None
     reason: str
 
 
@@ -48,18 +49,15 @@ class EngineSpec:
 
     Attributes:
         batch: (min, opt, max) images; the three of the optimization profile.
-        image: (channels, height, width) of one image.
-        targets: GPU architectures such as "sm_86" for TensorRT-RTX's ahead-of-time build; empty:
-            the GPU at hand, or without one every architecture that TensorRT-RTX knows.
-        workspace_mb: limit of the builder's scratch memory in MiB, or None for its default.
+        image: shape of one input: (channels, height, width).
+        options: targets and limits.
         precision: of the model; FP32 leaves Turing out of the default targets.
     """
 
     batch: tuple[int, int, int]
-    image: tuple[int, int, int]
-    targets: tuple[str, ...] = ()
-    workspace_mb: int | None = None
-    precision: str = "fp16"
+    image: tuple[int, ...]
+    options: EngineOptions = field(default_factory=EngineOptions)
+    precision: Precision = "fp16"
 
 
 def choose(preference: str = "auto") -> Choice:
@@ -74,7 +72,7 @@ def choose(preference: str = "auto") -> Choice:
     if preference != "auto":
         if obstacle := verdicts[preference]:
             raise EngineError(f"cannot build with {preference}: {obstacle[0]}", obstacle[1])
-        return Choice(preference, "asked for")
+        return Choice(cast("Flavour", preference), "asked for")
     if verdicts["tensorrt"] is None:
         return Choice("tensorrt", f"TensorRT is installed and {gpus()[0].name} is here")
     if verdicts["rtx"] is None:
@@ -86,14 +84,14 @@ def choose(preference: str = "auto") -> Choice:
 def build_engine(
     model: Path,
     target: Path,
-    flavour: str,
+    flavour: Flavour,
     spec: EngineSpec,
     *,
     plugin: Path | None = None,
     timing_cache: Path | None = None,
     log: Path | None = None,
     on_progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> EngineFacts:
     """Builds an engine from a deployable model and writes it to `target`, whole or not at all.
 
     Args:
@@ -106,13 +104,14 @@ def build_engine(
         log: file for the builder's messages, kept when the build fails too.
 
     Returns:
-        Facts for the manifest: builder version, seconds, bytes, layers of the network.
+        What was built; why this builder, and which plugin, is the caller's to say.
 
     Raises:
         EngineError: the parser refused the model, or the build failed; with the builder's words.
     """
+    options = spec.options
     with atomic_path(target) as temporary:
-        return _try_again(
+        made = _try_again(
             {
                 "action": "build",
                 "flavour": flavour,
@@ -121,16 +120,18 @@ def build_engine(
                 "plugin": str(plugin) if plugin else None,
                 "batch": spec.batch,
                 "image": spec.image,
-                "targets": [_capability(name) for name in spec.targets],
+                "targets": [_capability(name) for name in options.targets],
                 "precision": spec.precision,
-                "use_gpu": flavour == "rtx" and not spec.targets and bool(gpus()),
-                "workspace_mb": spec.workspace_mb,
+                "use_gpu": flavour == "rtx" and not options.targets and bool(gpus()),
+                "workspace_mb": options.workspace_mb,
                 # Without a GPU nothing is timed; a cache would only fill the log with errors.
                 "timing_cache": str(timing_cache) if timing_cache and gpus() else None,
             },
             log=log,
             on_progress=on_progress,
         )
+    made["targets"] = tuple(made["targets"])
+    return EngineFacts(flavour=flavour, precision=spec.precision, **made)
 
 
 def parse_network(model: Path, flavour: str, *, plugin: Path | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import artifact
+from ..core.artifact import EngineFacts, PluginFile
 from ..core.errors import ArtifactError, EngineError
 from .api import FLAVOURS, MODULES, TITLES, installed
 
@@ -23,28 +24,30 @@ class EngineFile:
 
     Attributes:
         path: the plan.
-        data: its manifest, or None where it is not asked.
         flavour: "tensorrt" or "rtx".
+        facts: what its builder said of it, or None where nobody is asked.
+        rebuild: the command that makes its artifact anew, if it belongs to one.
     """
 
     path: Path
-    data: dict[str, Any] | None
     flavour: str
+    facts: EngineFacts | None = None
+    rebuild: str | None = None
 
     @property
     def has_plugin(self) -> bool | None:
         """Whether it holds our plugin; None where that is not known."""
-        return None if self.data is None else bool(self.data["engine"]["plugin"])
+        return None if self.facts is None else self.facts.plugin is not None
 
     @property
     def how_to_rebuild(self) -> str:
         """For the hint of an error."""
-        if self.data is None:
+        if self.rebuild is None:
             return "an engine fits one TensorRT version and GPU architecture: build it again here"
         folder = shlex.quote(str(self.path.parent))
         return (
             f"make the engine anew with `python -m jmp_deploy run {folder} IMAGE --rebuild`, or "
-            f"everything with `{self.data['rebuild']}`"
+            f"everything with `{self.rebuild}`"
         )
 
 
@@ -78,7 +81,7 @@ def locate(path: Path, *, use_manifest: bool = True, flavour: str | None = None)
         if not plan.is_file():
             raise ArtifactError(f"no such engine: {plan}")
         chosen = flavour or next((name for name in FLAVOURS if installed(name)), FLAVOURS[0])
-        return EngineFile(plan, None, chosen)
+        return EngineFile(plan, chosen)
     if not plan.is_file() and not plan.parent.is_dir():
         raise ArtifactError(f"no such engine: {plan}")
     if not (plan.parent / artifact.FILE).is_file():
@@ -87,18 +90,17 @@ def locate(path: Path, *, use_manifest: bool = True, flavour: str | None = None)
             "GPU and plugin that it needs",
             "run it from the artifact's folder, or without the check: --no-manifest",
         )
-    data = artifact.read(plan.parent)
-    if not data.get("engine"):
+    found = artifact.read(plan.parent)
+    if found.engine is None:
         raise ArtifactError(
-            f"{plan.parent} has no engine: {data.get('no_engine')}",
-            f"build it again: {data['rebuild']}",
+            f"{plan.parent} has no engine: {found.no_engine}", f"build it again: {found.rebuild}"
         )
-    artifact.verify(plan.parent, data, plan.name)
-    return EngineFile(plan, data, data["engine"]["flavour"])
+    found.verify(plan.name)
+    return EngineFile(plan, found.engine.flavour, found.engine, found.rebuild)
 
 
 def mismatches(
-    engine: dict[str, Any],
+    engine: EngineFacts,
     *,
     version: str | None,
     gpu: str,
@@ -108,25 +110,24 @@ def mismatches(
     """What of an engine does not fit.
 
     Args:
-        engine: the manifest's section of that name.
         version: of the flavour that is here; None where it is not installed.
         gpu, capability: name of the GPU and its compute capability.
         plugin: `plugin.plugin_info` of the library that would be loaded; not looked at where the
             engine has none.
     """
     found = []
-    title = TITLES[engine["flavour"]]
+    title = TITLES[engine.flavour]
     if version is None:
-        missing = f"no {MODULES[engine['flavour']]}"
-        found.append(Mismatch(f"{title} version", engine["version"], missing))
-    elif version != engine["version"]:
-        found.append(Mismatch(f"{title} version", engine["version"], version))
+        missing = f"no {MODULES[engine.flavour]}"
+        found.append(Mismatch(f"{title} version", engine.version, missing))
+    elif version != engine.version:
+        found.append(Mismatch(f"{title} version", engine.version, version))
     here = "sm_{}{}".format(*capability)
-    if engine["targets"] and here not in engine["targets"]:
-        targets = " or ".join(engine["targets"])
+    if engine.targets and here not in engine.targets:
+        targets = " or ".join(engine.targets)
         found.append(Mismatch("compute capability", targets, f"{here} ({gpu})"))
-    if engine["plugin"] and plugin is not None and not _same_plugin(engine["plugin"], plugin):
-        expected, ours = engine["plugin"]["sha256"][:12], plugin["sha256"][:12]
+    if engine.plugin and plugin is not None and not _same_plugin(engine.plugin, plugin):
+        expected, ours = engine.plugin.sha256[:12], plugin["sha256"][:12]
         found.append(Mismatch("plugin", f"sha256 {expected}...", f"{ours}... ({plugin['path']})"))
     return found
 
@@ -140,10 +141,9 @@ def require_fit(file: EngineFile, found: Sequence[Mismatch]) -> None:
         )
 
 
-def _same_plugin(expected: dict[str, Any], found: dict[str, Any]) -> bool:
+def _same_plugin(expected: PluginFile, found: dict[str, Any]) -> bool:
     """The same library, or one that another compiler made of the same sources: an engine that
     was built ahead of time meets a plugin that was compiled on the device."""
-    if expected["sha256"] == found["sha256"]:
+    if expected.sha256 == found["sha256"]:
         return True
-    sources = expected.get("sources")
-    return sources is not None and sources == found.get("sources")
+    return expected.sources is not None and expected.sources == found.get("sources")

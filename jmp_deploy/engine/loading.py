@@ -82,7 +82,7 @@ class LoadedEngine:
         trt = self._trt = api.load(file.flavour)
         self.captures_itself = api.captures_itself(trt)
         library = _find_plugin(file, plugin)
-        if file.data is not None:
+        if file.facts is not None:
             fit.require_fit(file, self._mismatches(library))
         if library is not None:
             from ..plugin.library import load_plugin
@@ -103,9 +103,9 @@ class LoadedEngine:
     def _mismatches(self, library: Path | None) -> list[Mismatch]:
         from ..plugin.library import plugin_info
 
-        assert self._file.data is not None
+        assert self._file.facts is not None
         return fit.mismatches(
-            self._file.data["engine"],
+            self._file.facts,
             version=self._trt.__version__,
             gpu=self._cuda.device_name(),
             capability=self._cuda.compute_capability(),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import artifact
+from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, EngineError, ImageError, NonFiniteError
 from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
 from ..core.stats import softmax
@@ -86,8 +87,8 @@ def predict(
         EngineError: nothing can run it here.
     """
     options = options or Options()
-    data = artifact.read(path) if options.use_manifest else None
-    if data and artifact.is_random(data) and not options.allow_random:
+    found = artifact.read(path) if options.use_manifest else None
+    if found and found.is_random and not options.allow_random:
         raise ArtifactError(
             f"{path} has random weights: its answers mean nothing",
             "build it with real weights (--weights FILE), or pass --allow-random",
@@ -95,8 +96,8 @@ def predict(
     paths = find_images(images)
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    with _open(path, data, options) as (run, spec, output, backend, reason):
-        names = data.get("class_names") if data else None
+    with _open(path, found, options) as (run, spec, output, backend, reason):
+        names = found.class_names if found else None
         for start in range(0, len(paths), CHUNK):
             piece, batch = _decode(paths[start : start + CHUNK], spec, skipped)
             for image, row in zip(piece, _run_finite(run, batch, piece), strict=True):
@@ -108,27 +109,27 @@ def predict(
 
 @contextmanager
 def _open(
-    path: Path, data: dict[str, Any] | None, options: Options
+    path: Path, found: Artifact | None, options: Options
 ) -> Iterator[tuple[Run, Preprocess, str, str, str]]:
     """(images to outputs, preprocessing, output's name, backend, reason)."""
-    if data is None:
+    if found is None:
         with Engine(
             path, use_manifest=False, cuda_graph=options.cuda_graph, max_batch=options.batch
         ) as engine:
             spec, output = _assumed(engine), engine.outputs[0].name
             yield _of_engine(engine, output), spec, output, "engine", "without a manifest"
         return
-    spec, output = Preprocess.from_dict(data["preprocess"]), data["model"]["output"]
-    chosen, reason = backends.pick_backend(path, data, options.backend, through="cuda.bindings")
+    spec, output = found.preprocess, found.model.output
+    chosen, reason = backends.pick_backend(found, options.backend)
     if chosen == "engine":
         with Engine(path, cuda_graph=options.cuda_graph, max_batch=options.batch) as engine:
             yield _of_engine(engine, output), spec, output, chosen, reason
         return
-    least, best, most = data["batch"]
+    least, best, most = found.batch
     most = min(most, options.batch or most)
     if most < least:
         raise EngineError(f"--batch {most} is below the model's {least}")
-    with backends.open_runner(path, data, chosen) as runner:
+    with backends.open_runner(found, chosen) as runner:
         yield (
             lambda batch: backends.infer(runner, batch, (least, min(best, most), most))[output],
             spec,
@@ -191,7 +192,7 @@ def _run_finite(run: Run, batch: NDArray[np.float32], paths: Sequence[Path]) -> 
     return values
 
 
-def _answer(row: Any, output: str, names: list[str] | None, topk: int) -> dict[str, Any]:
+def _answer(row: Any, output: str, names: Sequence[str] | None, topk: int) -> dict[str, Any]:
     if output == "features":
         return {"features": [float(value) for value in row]}
     wide = np.asarray(row, dtype=np.float64)

@@ -42,7 +42,8 @@ class Engine:
     """A built engine, ready to run.
 
     Args:
-        path: an artifact's folder, or a plan with its manifest beside it.
+        path: an artifact's folder, a plan with its manifest beside it, or a plan of which the
+            facts are known.
         use_manifest: False runs any plan, unchecked, with a warning.
         cuda_graph: replay each batch size as one CUDA graph, captured when it is first used.
         contexts: lanes, for as many calls at once.
@@ -66,7 +67,7 @@ class Engine:
 
     def __init__(
         self,
-        path: Path | str,
+        path: Path | str | fit.EngineFile,
         *,
         use_manifest: bool = True,
         cuda_graph: bool = True,
@@ -83,8 +84,11 @@ class Engine:
         self._free = threading.Condition()
         self._is_closed = False
         self._releases = ExitStack()
-        file = fit.locate(Path(path), use_manifest=use_manifest, flavour=flavour)
-        if file.data is None:
+        if isinstance(path, fit.EngineFile):
+            file = path
+        else:
+            file = fit.locate(Path(path), use_manifest=use_manifest, flavour=flavour)
+        if file.facts is None:
             warnings.warn(
                 f"{file.path} is run without a manifest: nothing says whether it fits this machine",
                 RuntimeWarning,

@@ -9,11 +9,12 @@ import socket
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ..core.artifact import Weights
 from ..core.errors import ModelError, WeightsError
 from ..core.images import Preprocess
 
@@ -53,8 +54,7 @@ class LoadedModel:
     Attributes:
         model: timm VisionTransformer, float32, on the CPU.
         name: timm name.
-        origin: where the weights come from, for the manifest: {"kind": "pretrained" | "file" |
-            "random", ...}.
+        origin: where the weights come from, for the manifest.
         preprocess: what its images have to look like.
         class_names: one per output, or None where unknown.
         synsets: WordNet ids such as n01440764, one per output, or None where unknown.
@@ -62,10 +62,10 @@ class LoadedModel:
 
     model: nn.Module
     name: str
-    origin: dict[str, Any]
+    origin: Weights
     preprocess: Preprocess
-    class_names: list[str] | None
-    synsets: list[str] | None = None
+    class_names: tuple[str, ...] | None
+    synsets: tuple[str, ...] | None = None
 
 
 def resolve_name(name: str) -> tuple[str, int | None]:
@@ -151,17 +151,17 @@ def _create(timm_name: str, size: int | None, **options: Any) -> nn.Module:
         raise ModelError(f"{timm_name} cannot be made with image size {size}: {error}") from error
 
 
-def _random(timm_name: str, size: int | None, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+def _random(timm_name: str, size: int | None, seed: int) -> tuple[nn.Module, Weights]:
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _create(timm_name, size), {"kind": "random", "seed": seed}
+        return _create(timm_name, size), Weights("random", seed=seed)
 
 
 def _pretrained(
     timm_name: str, size: int | None, *, fall_back: bool, seed: int
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, Weights]:
     import huggingface_hub
 
     # Errors of the hub, of HTTP and of the file system, and timm's for a model without weights.
@@ -172,7 +172,7 @@ def _pretrained(
     except trouble as error:
         if fall_back:
             model, origin = _random(timm_name, size, seed)
-            return model, {**origin, "fallback_for": "pretrained", "reason": _why(error)}
+            return model, replace(origin, fallback_for="pretrained", reason=_why(error))
         raise WeightsError(
             f"no pretrained weights for {timm_name}: {_why(error)}",
             "pass --weights FILE.safetensors, connect to the hub, or use --weights random "
@@ -180,10 +180,10 @@ def _pretrained(
         ) from error
     config = model.pretrained_cfg
     source = config.get("hf_hub_id") or config.get("url") or "timm"
-    return model, {"kind": "pretrained", "source": source, "tag": config.get("tag", "")}
+    return model, Weights("pretrained", source=source, tag=config.get("tag", ""))
 
 
-def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module, Weights]:
     state = _read_checkpoint(path)
     options: dict[str, Any] = {}
     head = state.get("head.weight")
@@ -217,7 +217,7 @@ def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module,
         )
     model.load_state_dict(state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return model, {"kind": "file", "path": str(path.resolve()), "sha256": digest}
+    return model, Weights("file", path=str(path.resolve()), sha256=digest)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -277,14 +277,15 @@ def _preprocess(model: nn.Module) -> Preprocess:
     return Preprocess.from_timm({**config, "input_size": (config["input_size"][0], *size)})
 
 
-def _classes(model: nn.Module) -> tuple[list[str] | None, list[str] | None]:
+def _classes(model: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
     """Names and synsets of the classes; a model with 1000 is taken for one of ImageNet-1k."""
     if model.num_classes != 1000:
         return None, None
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
-    return [info.index_to_description(index) for index in range(1000)], list(info.label_names())
+    names = tuple(info.index_to_description(index) for index in range(1000))
+    return names, tuple(info.label_names())
 
 
 @contextmanager

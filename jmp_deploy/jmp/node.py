@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import struct
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from ..core.artifact import Granularity, Selection
 from ..core.errors import GraphError
 from ..export import body as node_body
 
@@ -35,9 +36,10 @@ OPSET = 20
 It has Gelu and LayerNormalization as single ops; opset 23 would bring Attention, which
 TensorRT-RTX builds in FP16 and refuses in FP32."""
 
-GRANULARITIES = ("token", "sample")
+# Their order is the node's: an ONNX file holds the position.
+GRANULARITIES = get_args(Granularity)
 IMPORTANCES = ("class", "received")
-SELECTIONS = ("importance", "distinct")
+SELECTIONS = get_args(Selection)
 QKV_PARTS = (3, 2)
 """How many parts of H*d columns the portable body takes QKV to have: queries, keys and values, or
 no values."""

@@ -24,8 +24,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from ..core.artifact import Jmp, Selection
 from ..core.errors import ScheduleError
 from .node import SELECTIONS
 
@@ -89,7 +89,7 @@ class Schedule:
     name: str
     steps: tuple[tuple[int, int], ...]
     last_prefix_only: bool = False
-    selection: str = "importance"
+    selection: Selection = "importance"
     tau: float = 0.7
     merge_weight: float = 1.0
 
@@ -181,15 +181,15 @@ def load(path: Path, shape: ModelShape) -> Schedule:
     return found
 
 
-def from_manifest(jmp: dict[str, Any]) -> Schedule:
-    """The schedule that an artifact was built with, from the entry `jmp` of its manifest."""
+def from_manifest(jmp: Jmp) -> Schedule:
+    """The schedule that an artifact was built with."""
     return Schedule(
-        name=jmp["schedule_name"],
-        steps=tuple((block, keep) for block, keep in jmp["schedule"]),
-        last_prefix_only=jmp["last_prefix_only"],
-        selection=jmp["selection"],
-        tau=jmp["tau"],
-        merge_weight=jmp["merge_weight"],
+        name=jmp.schedule_name,
+        steps=jmp.schedule,
+        last_prefix_only=jmp.last_prefix_only,
+        selection=jmp.selection,
+        tau=jmp.tau,
+        merge_weight=jmp.merge_weight,
     )
 
 

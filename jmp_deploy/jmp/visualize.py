@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,8 +236,8 @@ def _load_artifact(
     from ..core import artifact
     from .restore import restore_model
 
-    data = artifact.read(folder)
-    if not data["jmp"]:
+    found = artifact.read(folder)
+    if found.jmp is None:
         raise ArtifactError(
             f"{folder} was built without JMP: there is nothing to draw",
             "name an artifact with JMP, or a model",
@@ -246,17 +246,15 @@ def _load_artifact(
     if any(getattr(options, name) is not None for name in given):
         raise ScheduleError(
             "an artifact has its own schedule, tau, granularity and image size",
-            f"leave those out, or name the model: visualize {data['model']['name']} ...",
+            f"leave those out, or name the model: visualize {found.model.name} ...",
         )
-    model = restore_model(data, options.weights)
-    jmp = data["jmp"]
     about = {
-        "model": data["model"]["name"],
-        "schedule": jmp["schedule_name"],
-        "tau": jmp["tau"],
-        "weights": data["weights"],
+        "model": found.model.name,
+        "schedule": found.jmp.schedule_name,
+        "tau": found.jmp.tau,
+        "weights": asdict(found.weights),
     }
-    return model, Preprocess.from_dict(data["preprocess"]), about
+    return restore_model(found, options.weights), found.preprocess, about
 
 
 def _load_model(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[str, Any]]:
@@ -277,7 +275,7 @@ def _load_model(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[
         "model": loaded.name,
         "schedule": resolved.name,
         "tau": tau,
-        "weights": loaded.origin,
+        "weights": asdict(loaded.origin),
     }
     return loaded.model, loaded.preprocess, about
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import artifact, interrupt
-from ..core.errors import CalibrationError, JmpDeployError
+from ..core.artifact import Int8, Jmp
+from ..core.errors import CalibrationError
 from . import cache as calibration_cache
 from . import images as calibration
 from . import recipes
@@ -23,8 +24,6 @@ OnProgress = Callable[[str, int, int], None]
 """(phase, done, total)"""
 Clock = Callable[[str], AbstractContextManager[None]]
 """A stage of the build, by its name."""
-Timer = Callable[[], dict[str, float]]
-"""Times of "int8" and "fp16" in ms."""
 
 SENSITIVITY_IMAGES = 64
 FACTOR_IMAGES = 32
@@ -63,19 +62,19 @@ class Quantized:
     sensitivity: dict[str, Any] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def to_manifest(self) -> dict[str, Any]:
+    def to_manifest(self) -> Int8:
         """The manifest's "int8"."""
         made = self.calibration
-        return {
-            "method": made.method,
-            "images": made.images,
-            "recipe": self.recipe,
-            "from_cache": self.cache,
-            "keep_fp16": made.keep_fp16,
-            "equalized": sorted(made.equalization),
-            "sensitivity": self.sensitivity,
+        return Int8(
+            method=made.method,
+            images=made.images,
+            recipe=self.recipe,
+            from_cache=self.cache,
+            keep_fp16=made.keep_fp16,
+            equalized=tuple(sorted(made.equalization)),
+            sensitivity=self.sensitivity,
             **self.facts,
-        }
+        )
 
 
 def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> None:
@@ -125,17 +124,17 @@ def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> N
 def make(
     options: Int8Options,
     loaded: LoadedModel,
-    jmp: Mapping[str, Any] | None,
+    jmp: Jmp | None,
     macs: int,
     fp32: Path,
     seed: int,
     clock: Clock,
     on_progress: OnProgress | None,
-) -> dict[str, Any]:
+) -> Int8:
     """Portable FP32 -> portable INT8 and calibration cache, beside it; `fp32` is used up.
 
     Args:
-        jmp: the manifest's "jmp".
+        jmp: the reductions.
         macs: of the whole model per image.
         seed: of the draw of images.
         clock: announces stages.
@@ -150,14 +149,14 @@ def make(
         quantize(result, fp32, fp32.parent / artifact.PORTABLE, macs=macs)
         calibration_cache.write(fp32.parent / artifact.CALIBRATION, result.calibration)
         fp32.unlink()
-    return result.to_manifest()
+    return replace(result.to_manifest(), force=options.force)
 
 
 def calibrate(
     options: Int8Options,
     loaded: LoadedModel,
     fp32: Path,
-    jmp: Mapping[str, Any] | None,
+    jmp: Jmp | None,
     *,
     seed: int = 0,
     on_progress: OnProgress = lambda phase, done, total: None,
@@ -167,7 +166,7 @@ def calibrate(
     Args:
         loaded: the model that `fp32` was exported from.
         fp32: portable FP32 ONNX. Rewritten where outlier channels are equalised.
-        jmp: the manifest's "jmp".
+        jmp: the reductions.
         seed: of the draw of images.
 
     Raises:
@@ -184,7 +183,7 @@ def calibrate(
         image_size=spec.height,
         weights=calibration_cache.weights_digest(loaded.model),
         preprocess=asdict(spec),
-        jmp=jmp,
+        jmp=jmp.to_json() if jmp else None,
         layers=found,
     )
     images = None
@@ -332,54 +331,3 @@ def _phase(on_progress: OnProgress, phase: str) -> Callable[[int, int], None]:
         on_progress(phase, done, total)
 
     return report
-
-
-def settle_engines(
-    staging: Path,
-    data: dict[str, Any],
-    twin: dict[str, Any],
-    clock: Clock,
-    options: Int8Options | None = None,
-    timer: Timer | None = None,
-) -> None:
-    """Decides which of two engines becomes `model.engine`, and writes down why.
-
-    Args:
-        staging: holds the INT8 engine as `model.engine` and the twin under its own name.
-        data: the manifest so far, its "engine" the INT8 one's; changed in place.
-        twin: what would be the manifest's "engine" for FP16.
-        timer: times both engines; None picks the GPU that is here, if any.
-    """
-    from ..bench.int8 import decide
-
-    engines = {"int8": data["engine"], "fp16": twin}
-    timer = timer or _gpu_timer(staging, data, engines)
-    times, unknown = None, "no GPU is here to time INT8 against FP16"
-    if timer is not None:
-        try:
-            with clock("timing"):
-                times = timer()
-        except JmpDeployError as error:
-            unknown = f"the engines do not run on this GPU: {error.message}"
-    decision = decide(times, unknown, force=options is not None and options.force)
-    if decision["engine"] == "fp16":
-        (staging / artifact.ENGINE).replace(staging / artifact.INT8_ENGINE)
-        (staging / artifact.TWIN_ENGINE).replace(staging / artifact.ENGINE)
-    data["engine"] = {**engines[decision["engine"]], "precision": decision["engine"]}
-    data["int8"]["speed"] = decision
-    data["int8"]["engine_bytes"] = {name: facts["bytes"] for name, facts in engines.items()}
-
-
-def _gpu_timer(
-    staging: Path, data: dict[str, Any], engines: Mapping[str, dict[str, Any]]
-) -> Timer | None:
-    from ..core.device import gpus
-
-    if not gpus():
-        return None
-    from ..bench.int8 import time_engines
-
-    size = data["preprocess"]["height"], data["preprocess"]["width"]
-    shape = (data["batch"][1], 3, *size)
-    paths = {"int8": staging / artifact.ENGINE, "fp16": staging / artifact.TWIN_ENGINE}
-    return lambda: time_engines(paths, engines, shape)

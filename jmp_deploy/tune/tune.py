@@ -98,9 +98,9 @@ def tune(
     loaded = load_model(
         options.model, options.weights, img_size=options.img_size, seed=options.seed
     )
-    if "fallback_for" in loaded.origin:
+    if loaded.origin.fallback_for:
         raise WeightsError(
-            f"no weights to tune with: {loaded.origin['reason']}",
+            f"no weights to tune with: {loaded.origin.reason}",
             "pass --weights FILE.safetensors (with --weights random the result means nothing)",
         )
     shape = model_shape(loaded.model)
@@ -247,7 +247,7 @@ def _warnings(loaded: LoadedModel, dense: Any, pixels: NDArray[np.float32]) -> l
     from torch.nn.functional import cosine_similarity
 
     found = []
-    if loaded.origin["kind"] == "random":
+    if loaded.origin.kind == "random":
         found.append("random weights: this schedule means nothing for a trained model")
     different = len({image.tobytes() for image in pixels})
     if different < len(pixels):

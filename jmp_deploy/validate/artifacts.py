@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import artifact
+from ..core.artifact import ENGINE, PORTABLE, Artifact, read
 from ..core.device import gpus
 from ..core.errors import ArtifactError, EngineError
-from ..core.images import Preprocess
 from ..engine.backends import infer, pick_backend
 
 if TYPE_CHECKING:
@@ -29,33 +28,28 @@ class Subject:
 
     Attributes:
         name: MODEL for the one that is validated, DENSE for what it is compared with.
-        folder, data: the artifact and its manifest.
+        artifact: which one.
         backend: "engine" or "onnxruntime", once chosen.
         runner: an active Polygraphy runner, once opened.
     """
 
     name: str
-    folder: Path
-    data: dict[str, Any]
+    artifact: Artifact
     backend: str = ""
     runner: Any = field(default=None, repr=False)
 
+    @property
     def output(self) -> str:
         """ "logits" or "features"."""
-        return str(self.data["model"]["output"])
-
-    def preprocess(self) -> Preprocess:
-        """How it wants its images."""
-        return Preprocess.from_dict(self.data["preprocess"])
+        return self.artifact.model.output
 
     def file_sha256(self) -> str:
         """Hash of the file that runs, by the manifest; whether it is true is seen on opening."""
-        name = artifact.ENGINE if self.backend == "engine" else artifact.PORTABLE
-        return str(self.data["files"][name]["sha256"])
+        return self.artifact.files[ENGINE if self.backend == "engine" else PORTABLE].sha256
 
     def answer(self, images: NDArray[Any]) -> NDArray[Any]:
         """[b, 3, H, W] float32 -> [b, classes or channels]."""
-        return np.asarray(infer(self.runner, images, tuple(self.data["batch"]))[self.output()])
+        return np.asarray(infer(self.runner, images, self.artifact.batch)[self.output])
 
 
 def load_subjects(folder: Path, against: Path | None, allow_random: bool) -> list[Subject]:
@@ -65,36 +59,35 @@ def load_subjects(folder: Path, against: Path | None, allow_random: bool) -> lis
         ArtifactError: broken artifacts, random weights, or two that answer different questions.
     """
     named = [(MODEL, folder)] + ([(DENSE, against)] if against else [])
-    subjects = [Subject(name, path, artifact.read(path)) for name, path in named]
+    subjects = [Subject(name, read(path)) for name, path in named]
     for subject in subjects:
-        if artifact.is_random(subject.data) and not allow_random:
+        if subject.artifact.is_random and not allow_random:
             raise ArtifactError(
-                f"{subject.folder} has random weights: its accuracy means nothing",
+                f"{subject.artifact.folder} has random weights: its accuracy means nothing",
                 "build it with real weights (--weights FILE), or pass --allow-random",
             )
     if against:
-        _refuse_unlike(*subjects)
+        _refuse_unlike(*(subject.artifact for subject in subjects))
     return subjects
 
 
 def notes_on(subjects: Sequence[Subject]) -> list[str]:
     """What a reader of the figures has to know."""
     notes = [
-        f"{subject.folder} has RANDOM WEIGHTS: its accuracy means nothing"
+        f"{subject.artifact.folder} has RANDOM WEIGHTS: its accuracy means nothing"
         for subject in subjects
-        if artifact.is_random(subject.data)
+        if subject.artifact.is_random
     ]
     if len(subjects) < 2:
         return notes
-    model, dense = subjects
-    if dense.data.get("jmp"):
+    model, dense = (subject.artifact for subject in subjects)
+    if dense.jmp:
         notes.append(f"{dense.folder} is not dense: it has JMP in it too")
-    if _origin(model.data) != _origin(dense.data):
+    if model.weights.identity != dense.weights.identity:
         notes.append("the two artifacts were built from different weights")
-    if model.data["precision"] != dense.data["precision"]:
-        notes.append(
-            f"{model.data['precision'].upper()} is compared with {dense.data['precision'].upper()}"
-        )
+    ours, theirs = (subject.artifact.precision_of(subject.backend) for subject in subjects)
+    if ours != theirs:
+        notes.append(f"{ours.upper()} is compared with {theirs.upper()}")
     return notes
 
 
@@ -105,16 +98,17 @@ def pick_backends(subjects: Sequence[Subject], wanted: str) -> str:
         EngineError: none can run all of them here.
     """
     model = subjects[0]
-    chosen, reason = pick_backend(model.folder, model.data, wanted)
+    chosen, reason = pick_backend(model.artifact, wanted)
     for subject in subjects[1:]:
         try:
-            pick_backend(subject.folder, subject.data, chosen)
+            pick_backend(subject.artifact, chosen)
         except EngineError as error:
+            folder = subject.artifact.folder
             if wanted != "auto" or chosen == "onnxruntime":
-                raise EngineError(f"{subject.folder}: {error.message}", error.hint) from error
-            chosen, reason = "onnxruntime", f"{subject.folder} has no engine that runs here"
-            pick_backend(model.folder, model.data, chosen)
-            pick_backend(subject.folder, subject.data, chosen)
+                raise EngineError(f"{folder}: {error.message}", error.hint) from error
+            chosen, reason = "onnxruntime", f"{folder} has no engine that runs here"
+            pick_backend(model.artifact, chosen)
+            pick_backend(subject.artifact, chosen)
     for subject in subjects:
         subject.backend = chosen
     return reason
@@ -127,22 +121,17 @@ def device_name(backend: str) -> str:
     return f"CPU ({platform.machine()}, {len(os.sched_getaffinity(0))} threads)"
 
 
-def _refuse_unlike(model: Subject, dense: Subject) -> None:
+def _refuse_unlike(model: Artifact, dense: Artifact) -> None:
     pairs = [
-        ("model", model.data["model"]["name"], dense.data["model"]["name"]),
-        ("output", model.output(), dense.output()),
-        ("preprocessing", model.preprocess(), dense.preprocess()),
+        ("model", model.model.name, dense.model.name),
+        ("output", model.model.output, dense.model.output),
+        ("preprocessing", model.preprocess, dense.preprocess),
     ]
     for what, ours, theirs in pairs:
         if ours != theirs:
             raise ArtifactError(
                 f"{dense.folder} is no baseline of {model.folder}: its {what} is {theirs}, "
                 f"expected {ours}",
-                f"build one with `python -m jmp_deploy build {model.data['model']['name']} "
+                f"build one with `python -m jmp_deploy build {model.model.name} "
                 "--dense`, with the same weights and image size",
             )
-
-
-def _origin(data: dict[str, Any]) -> dict[str, Any]:
-    """Where weights come from, as far as it says which they are."""
-    return {key: data["weights"].get(key) for key in ("kind", "sha256", "source", "tag", "seed")}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.artifact import Artifact
 from ..core.errors import ImageError
 from ..core.images import SUFFIXES
 
@@ -86,17 +87,9 @@ class ClassOrder:
     synsets: Sequence[str] | None = None
 
     @classmethod
-    def of(cls, data: dict[str, Any], count: int) -> ClassOrder:
-        """From a manifest; timm fills in the synsets of an older one where it is installed."""
-        synsets = data.get("synsets")
-        if synsets is None and count == 1000 and data.get("class_names"):
-            try:
-                from timm.data import ImageNetInfo
-
-                synsets = ImageNetInfo("imagenet-1k").label_names()
-            except ImportError:
-                synsets = None
-        return cls(count, data.get("class_names"), synsets)
+    def of(cls, artifact: Artifact, count: int) -> ClassOrder:
+        """From an artifact."""
+        return cls(count, artifact.class_names, artifact.synsets)
 
 
 def for_classifier(root: Path, table: Path | None, order: ClassOrder) -> Dataset:

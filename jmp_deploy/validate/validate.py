@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..compare.compare import load_reference
-from ..core import artifact, interrupt
+from ..core import interrupt
 from ..core.errors import ArtifactError, CheckError, ImageError, NonFiniteError
 from ..core.images import UNREADABLE_LIMIT
 from ..engine.backends import open_runner
@@ -99,7 +98,7 @@ def validate(
     subjects = load_subjects(options.folder, options.against, options.allow_random)
     data = _datasets(options, subjects)
     reason = pick_backends(subjects, options.backend)
-    size = options.batch or int(subjects[0].data["batch"][1])
+    size = options.batch or subjects[0].artifact.batch[1]
     kind = validate_probe.pick_kind(options.probe) if data.train else None
     identity = {
         "version": __version__,
@@ -117,7 +116,7 @@ def validate(
     run = _Run(state, workers, on_progress)
     with ExitStack() as stack:
         for subject in subjects:
-            runner = open_runner(subject.folder, subject.data, subject.backend)
+            runner = open_runner(subject.artifact, subject.backend)
             subject.runner = stack.enter_context(runner)
         try:
             if data.train:  # without --against, the artifact itself is dense: see `_datasets`
@@ -145,15 +144,12 @@ class _Data:
 
 
 def _datasets(options: ValidateOptions, subjects: Sequence[Subject]) -> _Data:
-    model = subjects[0]
-    if model.output() == "logits":
-        path = model.folder / artifact.REFERENCE
-        artifact.verify(model.folder, model.data, artifact.REFERENCE)
-        count = int(load_reference(path)["output"].shape[1])
-        order = ClassOrder.of(model.data, count)
+    model = subjects[0].artifact
+    if model.model.output == "logits":
+        order = ClassOrder.of(model, int(model.reference().output.shape[1]))
         val = for_classifier(options.data, options.labels, order)
         return _Data(val.first(options.limit), None)
-    if len(subjects) < 2 and model.data.get("jmp"):
+    if len(subjects) < 2 and model.jmp:
         raise ArtifactError(
             f"{model.folder} has no classifier head: it is judged by a probe on the features of "
             "the dense model, and no dense artifact was named",
@@ -237,7 +233,7 @@ class _Run:
         self.on_progress(name, done, total)
         todo = groups[len(kept.done) :]
         paths = [[data.root / data.samples[i].path for i in group] for group in todo]
-        with closing(batches(paths, subjects[0].preprocess(), self.workers)) as loaded:
+        with closing(batches(paths, subjects[0].artifact.preprocess, self.workers)) as loaded:
             for group in todo:
                 interrupt.check()
                 started = time.perf_counter()
@@ -264,13 +260,14 @@ class _Run:
         self.clock.add(subject.name, time.perf_counter() - started, len(images))
         bad = [path for path, row in zip(names, values, strict=True) if not np.isfinite(row).all()]
         if bad:
+            folder = subject.artifact.folder
             more = f" and {len(bad) - NAMED} more of this batch" if len(bad) > NAMED else ""
             raise NonFiniteError(
-                f"the {subject.output()} of {subject.folder} ({subject.backend}) are not finite "
+                f"the {subject.output} of {folder} ({subject.backend}) are not finite "
                 f"for {', '.join(bad[:NAMED])}{more}",
-                f"run `python -m jmp_deploy compare {subject.folder}` to see which backend fails",
+                f"run `python -m jmp_deploy compare {folder}` to see which backend fails",
             )
-        return top_classes(values) if subject.output() == "logits" else values.astype(np.float32)
+        return top_classes(values) if subject.output == "logits" else values.astype(np.float32)
 
 
 def _result(
@@ -313,8 +310,8 @@ def _result(
         **score(rows),
         "artifact": str(options.folder),
         "against": str(options.against) if options.against else None,
-        "model": model.data["model"]["name"],
-        "precision": model.data["precision"],
+        "model": model.artifact.model.name,
+        "precision": model.artifact.precision_of(model.backend),
         "data": str(options.data),
         "images": len(data.val.samples),
         "labels": data.val.rule,

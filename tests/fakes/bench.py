@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from jmp_deploy.bench.host import Reading
 from jmp_deploy.bench.measure import Settings, Times
-from jmp_deploy.core import artifact as manifest
+from jmp_deploy.core.artifact import Macs
+from tests.fakes.artifacts import FILE_WEIGHTS, RANDOM_WEIGHTS, write_artifact
 
 QUICK = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
 
@@ -51,22 +51,16 @@ class FakeSource:
         return self._others
 
 
-def artifact(folder: Path, *, batch=(1, 8, 32), kind="random", macs=4.0, **changes) -> Path:
+def artifact(folder: Path, *, kind="random", macs=4.0, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    data = {
-        "format": manifest.FORMAT,
-        "model": {"name": "deit_small_patch16_224", "image_size": 8, "output": "logits"},
-        "weights": {"kind": kind, "seed": 0, "path": "w", "sha256": "0"},
-        "preprocess": {"height": 8, "width": 8},
-        "precision": "fp16",
-        "batch": list(batch),
-        "files": {},
-        "rebuild": "python -m jmp_deploy build deit_s",
-        "jmp": None,
-        "macs": {"model": int(macs * 1e9), "dense": int(4e9)},
-        "engine": None,
-        **changes,
-    }
-    (folder / "manifest.json").write_text(json.dumps(data))
     (folder / "model.onnx").touch()
+    write_artifact(
+        folder,
+        **{
+            "weights": RANDOM_WEIGHTS if kind == "random" else FILE_WEIGHTS,
+            "batch": (1, 8, 32),
+            "macs": Macs(int(macs * 1e9), int(4e9)),
+            **changes,
+        },
+    )
     return folder

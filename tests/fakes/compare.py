@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import onnx
 import torch
 
 from jmp_deploy.core import artifact
-from jmp_deploy.core.images import Preprocess
+from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.export.export import export_onnx
 from jmp_deploy.export.fp16 import to_fp16
 from jmp_deploy.export.fuse import to_deployable
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
+from tests.fakes.artifacts import write_artifact
 from tests.fakes.models import tiny_vit
 
 IMAGES = np.random.default_rng(7).normal(size=(4, 3, 32, 32)).astype(np.float32)
@@ -38,7 +38,7 @@ def artifact_of(
     if steps is not None:
         resolved = schedule.parse(steps, model_shape(model))
         patch(model, resolved, tau=tau)
-        jmp = {"schedule": [list(step) for step in resolved.steps], "tau": tau}
+        jmp = Jmp("list", resolved.steps, tau)
     portable = folder / artifact.PORTABLE
     full = portable if precision == "fp32" else folder / "fp32.onnx"
     export_onnx(model, full, image_size=(32, 32))
@@ -51,19 +51,7 @@ def artifact_of(
         stored = model(torch.from_numpy(IMAGES)).numpy()
     names = np.array([f"r{index}" for index in range(len(IMAGES))])
     np.savez(folder / artifact.REFERENCE, images=IMAGES, output=stored, names=names)
-    spec = Preprocess(32, 32, 32, "bicubic", "center", (0.5,) * 3, (0.5,) * 3)
-    data = {
-        "model": {"name": "tiny", "image_size": 32, "output": output},
-        "weights": {"kind": "file", "path": "w", "sha256": "0"},
-        "preprocess": asdict(spec),
-        "precision": precision,
-        "batch": [1, 4, 8],
-        "jmp": jmp,
-        "engine": None,
-        "no_engine": "none was asked for",
-        "rebuild": "python -m jmp_deploy build tiny",
-    }
-    artifact.write(folder, data, [artifact.PORTABLE, artifact.DEPLOYABLE, artifact.REFERENCE])
+    write_artifact(folder, side=32, name="tiny", output=output, precision=precision, jmp=jmp)
     return folder, model
 
 
@@ -91,6 +79,4 @@ def plant(
     values = onnx.numpy_helper.to_array(weight)
     weight.CopyFrom(onnx.numpy_helper.from_array(change(values.copy()), weight.name))
     onnx.save_model(proto, folder / file)
-    data = artifact.read(folder)
-    names = sorted(data["files"])
-    artifact.write(folder, {k: v for k, v in data.items() if k != "format"}, names)
+    artifact.read(folder).write()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jmp_deploy.core import artifact as manifest
+from jmp_deploy.core.artifact import EngineFacts
 from jmp_deploy.engine import api, runtime
 from jmp_deploy.engine.cuda import Cuda
+from tests.fakes.artifacts import write_artifact
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.tensorrt import IMAGE, FakeTensorRT, answer, plan
 
@@ -26,35 +29,14 @@ class World:
     cuda: FakeCuda = field(default_factory=FakeCuda)
     trt: FakeTensorRT = None  # type: ignore[assignment]
 
-    def artifact(self, content: bytes | None = None, **engine) -> Path:
+    def artifact(self, content: bytes | None = None, **engine: Any) -> Path:
         """A folder with an engine and its manifest, made for this machine unless told otherwise."""
         folder = self.folder / "artifact"
         folder.mkdir(exist_ok=True)
         (folder / manifest.ENGINE).write_bytes(plan() if content is None else content)
         flavour = "rtx" if self.trt.__name__ == "tensorrt_rtx" else "tensorrt"
-        facts = {
-            "flavour": flavour,
-            "version": self.trt.__version__,
-            "targets": ["sm_86"],
-            "plugin": None,
-            **engine,
-        }
-        data = {
-            "model": {"output": "logits"},
-            "weights": {"kind": "file"},
-            "preprocess": {
-                **{"height": IMAGE[1], "width": IMAGE[2], "resize": IMAGE[1]},
-                **{"interpolation": "bicubic", "crop_mode": "center"},
-                **{"mean": [0.5] * 3, "std": [0.5] * 3},
-            },
-            "class_names": None,
-            "jmp": None,
-            "precision": "fp16",
-            "batch": [1, 4, 8],
-            "rebuild": "python -m jmp_deploy build deit_s",
-            "engine": facts,
-        }
-        manifest.write(folder, data, [manifest.ENGINE])
+        facts = EngineFacts(flavour, self.trt.__version__, ("sm_86",), "fp16")
+        write_artifact(folder, side=IMAGE[1], engine=replace(facts, **engine))
         return folder
 
     def device_array(self, values: np.ndarray) -> SimpleNamespace:

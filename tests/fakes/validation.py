@@ -15,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from jmp_deploy.core import artifact
+from tests.fakes import artifacts
+from tests.fakes.artifacts import JMP
 
 SIDE = 8
 PIXELS = 3 * SIDE * SIDE
@@ -59,26 +61,8 @@ def write_artifact(folder: Path, matrix: np.ndarray, **changes: Any) -> Path:
         output=np.zeros((2, matrix.shape[1]), np.float32),
         names=np.array(["a", "b"]),
     )
-    data = {
-        "model": {"name": "linear", "image_size": SIDE, "output": output},
-        "weights": {"kind": "file", "path": "w.safetensors", "sha256": "0" * 64},
-        "preprocess": {
-            "height": SIDE,
-            "width": SIDE,
-            "resize": SIDE,
-            "interpolation": "bicubic",
-            "crop_mode": "center",
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.25, 0.25, 0.25],
-        },
-        "class_names": None,
-        "jmp": {"schedule": [[1, 2]]},
-        "precision": "fp32",
-        "batch": [1, 4, 16],
-        "engine": None,
-        "rebuild": "python -m jmp_deploy build linear",
-    }
-    artifact.write(folder, {**data, **changes}, [artifact.PORTABLE, artifact.REFERENCE])
+    base = {"name": "linear", "jmp": JMP, "precision": "fp32", "batch": (1, 4, 16)}
+    artifacts.write_artifact(folder, side=SIDE, output=output, **{**base, **changes})
     return folder
 
 

@@ -1,0 +1,227 @@
+"""The engine stage: deployable ONNX -> the engines of an artifact.
+
+One stage for `build`, for `run --rebuild` and for both engines of an INT8 artifact. Its options
+stand in the manifest, so that an engine is made anew as it was made before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ..core import artifact as files
+from ..core import interrupt
+from ..core.artifact import Artifact, EngineFacts, PluginFile, Precision, Speed, Stage
+from ..core.device import gpus
+from ..core.errors import ArtifactError, EngineError, JmpDeployError
+from ..core.files import make_writable_dir, sha256
+from . import api, builder, fit
+from .fit import EngineFile
+
+Settle = Callable[[Mapping[str, EngineFile], Artifact, "Clock"], Speed]
+"""Decides between the engines "int8" and "fp16" (`bench.int8.settle`)."""
+
+
+class Clock:
+    """Announces each stage of a build and keeps how long it took."""
+
+    def __init__(self, on_stage: Callable[[str], None] = lambda name: None) -> None:
+        self.on_stage = on_stage
+        self.stages: list[Stage] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        interrupt.check()
+        self.on_stage(name)
+        started = time.monotonic()
+        yield
+        interrupt.check()
+        self.stages.append(Stage(name, round(time.monotonic() - started, 2)))
+
+
+def make_engines(
+    artifact: Artifact,
+    staging: Path,
+    out: Path,
+    choice: builder.Choice,
+    settle: Settle,
+    *,
+    clock: Clock,
+    on_progress: builder.Progress | None = None,
+) -> Artifact:
+    """Builds the engines of an artifact from its deployable models and says which one is its own.
+
+    Args:
+        artifact: its folder holds the deployable models.
+        staging: where the engines are written.
+        out: where the artifact will lie: the timing cache of before is there, and logs go there,
+            which are of use where the build fails too.
+        choice: the builder.
+        settle: which of an INT8 artifact's two engines becomes `model.engine`.
+
+    Raises:
+        EngineError: the parser refused a model, the build failed, or a plugin layer is missing.
+    """
+    if choice.flavour is None:
+        return replace(artifact, engine=None, no_engine=choice.reason)
+    cache = staging / files.TIMING_CACHE
+    if (out / files.TIMING_CACHE).is_file():
+        shutil.copy2(out / files.TIMING_CACHE, cache)
+    plugin = None
+    if artifact.jmp:
+        with clock("plugin"):
+            plugin = find_plugin()
+    jobs: list[tuple[Precision, str, str, str, str]]
+    jobs = [(artifact.precision, files.DEPLOYABLE, files.ENGINE, files.BUILD_LOG, "engine")]
+    if artifact.precision == "int8":
+        twin = (files.TWIN_DEPLOYABLE, files.TWIN_ENGINE, files.TWIN_BUILD_LOG, "twin engine")
+        jobs.append(("fp16", *twin))
+    made: dict[str, EngineFacts] = {}
+    for precision, model, target, log, stage in jobs:
+        spec = builder.EngineSpec(
+            artifact.batch, artifact.image_shape, artifact.engine_options, precision
+        )
+        with clock(stage):
+            facts = builder.build_engine(
+                artifact.path(model),
+                staging / target,
+                choice.flavour,
+                spec,
+                plugin=plugin[0] if plugin else None,
+                timing_cache=cache,
+                log=out / log,
+                on_progress=on_progress,
+            )
+        expected = len(artifact.jmp.schedule) if artifact.jmp else 0
+        if facts.plugin_layers != expected:
+            raise EngineError(
+                f"the engine has {facts.plugin_layers} plugin layers, expected {expected}"
+            )
+        made[precision] = replace(facts, why=choice.reason, plugin=plugin[1] if plugin else None)
+    if artifact.precision != "int8":
+        return replace(artifact, engine=made[artifact.precision], no_engine=None)
+    return _settled(artifact, staging, made, settle, clock)
+
+
+def why_rebuild(artifact: Artifact) -> str | None:
+    """Why the engine of an artifact cannot run here, as far as can be told without opening it;
+    None where nothing speaks against it."""
+    engine = artifact.engine
+    if engine is None:
+        return f"none was built: {artifact.no_engine}"
+    try:
+        artifact.verify(files.ENGINE)
+    except ArtifactError as error:
+        return error.message
+    version = None
+    if api.installed(engine.flavour):
+        version = str(api.load(engine.flavour).__version__)
+    plugin = None
+    if engine.plugin:
+        from ..plugin.library import plugin_info, plugin_library
+
+        try:
+            plugin = plugin_info(plugin_library(build=False))
+        except JmpDeployError:
+            plugin = None  # not built here yet: what it will be is not known
+    here = gpus()[0] if gpus() else None
+    found = fit.mismatches(
+        # without a GPU nothing is known of the one that it will run on
+        engine if here else replace(engine, targets=()),
+        version=version,
+        gpu=here.name if here else "",
+        capability=here.compute_capability if here else (0, 0),
+        plugin=plugin,
+    )
+    return "; ".join(map(str, found)) or None
+
+
+def rebuild(
+    artifact: Artifact,
+    settle: Settle,
+    *,
+    on_stage: Callable[[str], None] = lambda name: None,
+    on_progress: builder.Progress | None = None,
+) -> Artifact:
+    """Builds an artifact's engines again for the machine that is here, and puts them and the new
+    manifest in place of the old ones.
+
+    Needs what built them minus PyTorch: a TensorRT, Polygraphy, and the plugin. The ONNX, the
+    schedule and the weights stay what they are, so the result of the check stays true.
+
+    Raises:
+        ArtifactError: another file of the artifact is missing or altered.
+        EngineError: no builder can work here, or the build failed. The artifact is as before.
+    """
+    engines = (files.ENGINE, files.TWIN_ENGINE, files.INT8_ENGINE)
+    others = [name for name in artifact.files if name not in engines]
+    models = [files.DEPLOYABLE]
+    if artifact.precision == "int8":
+        models.append(files.TWIN_DEPLOYABLE)
+    for name in models:
+        if name not in others:
+            raise ArtifactError(
+                f"{artifact.folder} was built without {name}", f"build it again: {artifact.rebuild}"
+            )
+    artifact.verify(*others)
+    choice = builder.choose("auto")
+    if choice.flavour is None:
+        raise EngineError(f"no builder can work here: {choice.reason}")
+    folder = artifact.folder
+    make_writable_dir(folder)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
+    try:
+        clock = Clock(on_stage)
+        made = make_engines(
+            artifact, staging, folder, choice, settle, clock=clock, on_progress=on_progress
+        )
+        names = [path.name for path in staging.iterdir()]
+        # The engines are there for a moment without their manifest's blessing: that is noticed,
+        # and mended by another run of this.
+        for name in engines:
+            if name not in names:
+                (folder / name).unlink(missing_ok=True)
+        for name in names:
+            (staging / name).replace(folder / name)
+        return made.write()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _settled(
+    artifact: Artifact,
+    staging: Path,
+    made: Mapping[str, EngineFacts],
+    settle: Settle,
+    clock: Clock,
+) -> Artifact:
+    """The artifact with one of its two engines as `model.engine`, and why."""
+    assert artifact.int8 is not None
+    places = {"int8": staging / files.ENGINE, "fp16": staging / files.TWIN_ENGINE}
+    engines = {name: EngineFile(places[name], facts.flavour, facts) for name, facts in made.items()}
+    speed = settle(engines, artifact, clock)
+    if speed.engine == "fp16":
+        places["int8"].replace(staging / files.INT8_ENGINE)
+        places["fp16"].replace(staging / files.ENGINE)
+    sizes = {name: facts.bytes for name, facts in made.items()}
+    return replace(
+        artifact,
+        engine=made[speed.engine],
+        no_engine=None,
+        int8=replace(artifact.int8, speed=speed, engine_bytes=sizes),
+    )
+
+
+def find_plugin() -> tuple[Path, PluginFile]:
+    """The compiled plugin, and what the manifest says of it."""
+    from ..plugin.library import plugin_info, plugin_library
+
+    library = plugin_library()
+    # The digest differs from compiler to compiler; what was compiled is what has to agree.
+    sources = plugin_info(library).get("sources")
+    return library, PluginFile(library.name, sha256(library), sources)
