@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jmp_deploy.bench import bench, measure, stats
 from jmp_deploy.bench.measure import Participant, Series, Settings, Times
 from jmp_deploy.cli import bench_view
 from jmp_deploy.cli.main import main
+from jmp_deploy.core.artifact import read
 from jmp_deploy.core.errors import ArtifactError, EngineError
 from tests.fakes.bench import QUICK, FakeBackend, FakeSource, artifact
 
@@ -296,12 +298,12 @@ def test_error_at_a_later_batch_keeps_what_was_measured(runnable, tmp_path, monk
 
     monkeypatch.setattr(bench, "open_backend", lambda *_, **__: Full(1.0))
     out = tmp_path / "r.json"
-    assert main.main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 2
+    assert main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 2
     result = json.loads(out.read_text())
     assert not result["complete"] and [row["batch"] for row in result["rows"]] == [1]
     assert "out of GPU memory" in result["stopped"]
     assert "out of GPU memory" in capsys.readouterr().err
-    assert main.main(["bench", str(runnable[0]), "-b", "4"]) == 2  # nothing to keep
+    assert main(["bench", str(runnable[0]), "-b", "4"]) == 2  # nothing to keep
 
 
 def test_batches_are_those_of_both_profiles(tmp_path):
@@ -309,15 +311,15 @@ def test_batches_are_those_of_both_profiles(tmp_path):
         artifact(tmp_path / "w", batch=(1, 8, 64)),
         artifact(tmp_path / "n", batch=(4, 8, 16)),
     )
-    datas = [json.loads((folder / "manifest.json").read_text()) for folder in (wide, narrow)]
-    assert bench.choose_batches([wide], datas[:1], ()) == (1, 8, 32)
-    assert bench.choose_batches([wide, narrow], datas, ()) == (8,)
-    assert bench.choose_batches([wide], datas[:1], (64, 2, 64)) == (64, 2)
+    both = [read(folder) for folder in (wide, narrow)]
+    assert bench.choose_batches(both[:1], ()) == (1, 8, 32)
+    assert bench.choose_batches(both, ()) == (8,)
+    assert bench.choose_batches(both[:1], (64, 2, 64)) == (64, 2)
     with pytest.raises(ArtifactError, match=r"batch 2 is outside the profile of .*n: 4 to 16"):
-        bench.choose_batches([wide, narrow], datas, (8, 2))
-    datas[1]["batch"] = [100, 100, 100]
+        bench.choose_batches(both, (8, 2))
+    both[1] = replace(both[1], batch=(100, 100, 100))
     with pytest.raises(ArtifactError, match="no batch size in common: 1 to 64 and 100 to 100"):
-        bench.choose_batches([wide, narrow], datas, ())
+        bench.choose_batches(both, ())
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -327,7 +329,6 @@ def test_batches_are_those_of_both_profiles(tmp_path):
 def runnable(tmp_path):
     """Two artifacts whose model is one pooling, for ONNX Runtime itself."""
     onnx = pytest.importorskip("onnx")
-    from jmp_deploy.core.files import sha256
 
     text = """
     <ir_version: 8, opset_import: ["": 17]>
@@ -341,12 +342,7 @@ def runnable(tmp_path):
     for name in ("dense", "jmp"):
         folder = artifact(tmp_path / name, batch=(1, 2, 4))
         onnx.save(onnx.parser.parse_model(text), folder / "model.onnx")
-        size = (folder / "model.onnx").stat().st_size
-        entry = {"sha256": sha256(folder / "model.onnx"), "bytes": size}
-        artifact_files = {"model.onnx": entry}
-        data = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps({**data, "files": artifact_files}))
-        onnx.save(onnx.parser.parse_model(text), folder / "model.onnx")
+        read(folder).write()
         folders.append(folder)
     return folders
 
@@ -356,7 +352,7 @@ def test_bench_measures_onnx_runtime_on_a_cpu(runnable, tmp_path, capsys):
     out = tmp_path / "bench.json"
     command = ["bench", str(dense), "--against", str(jmp), "-b", "1,4", "--threads", "1"]
     command += ["--num-warm-iter", "3", "--num-bench-iter", "20", "--seconds", "0.2"]
-    assert main.main([*command, "--times", str(tmp_path / "t.json"), "--json", str(out)]) == 0
+    assert main([*command, "--times", str(tmp_path / "t.json"), "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert "CPU" in result["device"] and "ONNX Runtime" in result["device"]
     assert "1 thread" in result["device"] and result["settings"]["threads"] == 1
@@ -381,7 +377,7 @@ def test_bench_measures_onnx_runtime_on_a_cpu(runnable, tmp_path, capsys):
 
 
 def test_batch_outside_the_profile_is_refused_with_the_range(runnable, capsys):
-    assert main.main(["bench", str(runnable[0]), "-b", "1,8"]) == 2
+    assert main(["bench", str(runnable[0]), "-b", "1,8"]) == 2
     error = capsys.readouterr().err
     assert "batch 8 is outside the profile" in error and "1 to 4" in error
 
@@ -391,12 +387,12 @@ def test_batch_outside_the_profile_is_refused_with_the_range(runnable, capsys):
     [["-b", "0"], ["-b", "x"], ["--backend", "tpu"], ["--seconds", "0"], ["--threads", "-1"]],
 )
 def test_wrong_words_are_refused(runnable, arguments, capsys):
-    assert main.main(["bench", str(runnable[0]), *arguments]) == 2
+    assert main(["bench", str(runnable[0]), *arguments]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_engine_without_a_gpu_is_refused_with_the_reason(runnable, capsys):
-    assert main.main(["bench", str(runnable[0]), "--backend", "engine"]) == 2
+    assert main(["bench", str(runnable[0]), "--backend", "engine"]) == 2
     assert "none was built" in capsys.readouterr().err
 
 
@@ -406,7 +402,7 @@ def test_interrupted_command_writes_what_it_has_and_says_so(
     left = iter([FakeBackend(1.0, stop_at=4)])
     monkeypatch.setattr(bench, "open_backend", lambda *_, **__: next(left))
     out = tmp_path / "r.json"
-    assert main.main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 130
+    assert main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 130
     result = json.loads(out.read_text())
     assert result["complete"] is False and [row["batch"] for row in result["rows"]] == [1]
     assert "INCOMPLETE" in capsys.readouterr().out
@@ -415,7 +411,7 @@ def test_interrupted_command_writes_what_it_has_and_says_so(
 def test_interrupted_before_anything_writes_nothing(runnable, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "open_backend", lambda *_, **__: FakeBackend(1.0, stop_at=1))
     out = tmp_path / "r.json"
-    assert main.main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 130
+    assert main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 130
     assert not out.exists() and "nothing was measured" in capsys.readouterr().err
 
 
@@ -424,7 +420,7 @@ def test_plot_without_matplotlib_is_refused_before_measuring(
 ):
     monkeypatch.setattr(bench_view, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "open_backend", lambda *_, **__: pytest.fail("measured"))
-    assert main.main(["bench", str(runnable[0]), "--plot", str(tmp_path / "p.png")]) == 2
+    assert main(["bench", str(runnable[0]), "--plot", str(tmp_path / "p.png")]) == 2
     assert "[plot]" in capsys.readouterr().err
 
 
@@ -452,10 +448,8 @@ def test_pytorch_is_measured_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(restore, "restore_model", lambda data: tiny_vit(depth=2))
-    folder = artifact(tmp_path / "a", preprocess={"height": 32, "width": 32})
-    model = torch_timed.TorchModel(
-        json.loads((folder / "manifest.json").read_text()), (3, 32, 32), 1
-    )
+    folder = artifact(tmp_path / "a", side=32)
+    model = torch_timed.TorchModel(read(folder), 1)
     times = model.prepare(2, False)()
     assert times.total > 0 and times.compute is None and "FP32" in model.library
     model.close()
@@ -471,8 +465,8 @@ def test_pytorch_is_measured_too(tmp_path, monkeypatch):
         "0.1",
     ]
     monkeypatch.setattr(bench, "open_backend", lambda *_, **__: FakeBackend(2.0))
-    assert main.main([*command, "--seconds", "0.1", "--json", str(out)]) == 0
+    assert main([*command, "--seconds", "0.1", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [row["backend"] for row in result["rows"]] == ["torch", "onnxruntime"]
     assert any("PyTorch, ONNX Runtime" in words for words in result["notes"])
-    assert main.main([*command[:4], "--backend", "torch", "--table", str(out)]) == 2
+    assert main([*command[:4], "--backend", "torch", "--table", str(out)]) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +13,12 @@ from jmp_deploy.bench import bench
 from jmp_deploy.bench.engine import TimedCuda, TimedEngine
 from jmp_deploy.bench.measure import Settings
 from jmp_deploy.core import artifact as manifest
+from jmp_deploy.core.artifact import Artifact, EngineFacts
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.engine import api, runtime
 from jmp_deploy.engine.cuda import Cuda
+from jmp_deploy.engine.fit import EngineFile, locate
+from tests.fakes.artifacts import write_artifact
 from tests.fakes.cuda import FakeCuda, Status
 from tests.fakes.tensorrt import CLASSES, IMAGE, FakeTensorRT, plan
 
@@ -50,40 +52,23 @@ def world(monkeypatch, tmp_path):
     assert violations == [] and cuda.leaks() == []
 
 
-def artifact(world, name: str = "a", **engine) -> tuple[Path, dict]:
+def artifact(world, name: str = "a", **engine) -> Artifact:
     folder = world.folder / name
     folder.mkdir()
     (folder / manifest.ENGINE).write_bytes(plan())
-    facts = {
-        "flavour": "tensorrt",
-        "builder": "TensorRT",
-        "version": world.trt.__version__,
-        "targets": ["sm_86"],
-        "plugin": None,
-    }
-    data = {
-        "model": {"name": "m", "image_size": 4, "output": "logits"},
-        "weights": {"kind": "random", "seed": 0},
-        "preprocess": {"height": 4, "width": 4},
-        "precision": "fp16",
-        "batch": [1, 4, 8],
-        "macs": {"model": 10**9, "dense": 10**9},
-        "jmp": None,
-        "rebuild": "python -m jmp_deploy build deit_s",
-        "engine": {**facts, **engine},
-    }
-    manifest.write(folder, data, [manifest.ENGINE])
-    return folder, manifest.read(folder)
+    version = world.trt.__version__
+    facts = EngineFacts("tensorrt", version, ("sm_86",), "fp16", builder="TensorRT")
+    return write_artifact(folder, side=4, engine=replace(facts, **engine))
 
 
-def timed(world, folder: Path, data: dict, **options) -> TimedEngine:
+def timed(world, made: Artifact) -> TimedEngine:
     cuda = TimedCuda(world.cuda.runtime, world.cuda.driver)
-    return TimedEngine(folder, data, cuda=cuda, **options)
+    return TimedEngine(locate(made.folder), cuda=cuda)
 
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_copies_and_computation_are_timed_apart(world, graph):
-    backend = timed(world, *artifact(world))
+    backend = timed(world, artifact(world))
     infer = backend.prepare(4, graph)
     for _ in range(4):
         times = infer()
@@ -97,7 +82,7 @@ def test_copies_and_computation_are_timed_apart(world, graph):
 
 def test_both_ways_and_several_batches_live_side_by_side(world):
     world.several = True
-    backend = timed(world, *artifact(world))
+    backend = timed(world, artifact(world))
     infers = [backend.prepare(batch, graph) for batch in (1, 8) for graph in (False, True)]
     for _ in range(3):
         for infer in infers:
@@ -106,7 +91,7 @@ def test_both_ways_and_several_batches_live_side_by_side(world):
 
 
 def test_what_is_timed_is_the_inference_of_every_image(world, monkeypatch):
-    backend = timed(world, *artifact(world))
+    backend = timed(world, artifact(world))
     seen = []
     original = backend._pair
 
@@ -128,19 +113,17 @@ def test_what_is_timed_is_the_inference_of_every_image(world, monkeypatch):
 
 
 def test_an_engine_of_another_version_is_refused_and_leaves_nothing(world):
-    folder, data = artifact(world, version="10.3.0")
-    backend = timed(world, folder, data)
+    backend = timed(world, artifact(world, version="10.3.0"))
     with pytest.raises(EngineError, match=r"10\.3\.0"):
         backend.prepare(1, False)
     backend.close()
 
 
-def test_a_plan_of_ours_needs_no_manifest_and_no_warning(world, recwarn, monkeypatch):
-    _, data = artifact(world)
-    monkeypatch.setattr("jmp_deploy.plugin.library.plugin_library", lambda **_: None)
+def test_a_plan_of_ours_needs_no_manifest_and_no_warning(world, recwarn):
     path = world.folder / "chain.engine"
     path.write_bytes(plan())
-    backend = timed(world, path, data, use_manifest=False)
+    cuda = TimedCuda(world.cuda.runtime, world.cuda.driver)
+    backend = TimedEngine(EngineFile(path, "tensorrt", artifact(world).engine), cuda=cuda)
     assert backend.prepare(2, False)().compute == 1.0
     assert not [w for w in recwarn if "manifest" in str(w.message)]
     backend.close()
@@ -148,14 +131,13 @@ def test_a_plan_of_ours_needs_no_manifest_and_no_warning(world, recwarn, monkeyp
 
 def test_bench_of_two_engines(world, monkeypatch):
     world.several = True
-    dense, _ = artifact(world, "dense")
-    jmp, _ = artifact(world, "jmp")
+    dense, jmp = artifact(world, "dense"), artifact(world, "jmp")
     monkeypatch.setattr(bench, "pick_backend", lambda *_: ("engine", ""))
     quick = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
-    asked = bench.BenchOptions(folder=dense, against=jmp, batches=(2,), settings=quick)
-    result, _ = bench.bench(
-        asked, opener=lambda folder, data, _: timed(world, folder, data), sources=[]
+    asked = bench.BenchOptions(
+        folder=dense.folder, against=jmp.folder, batches=(2,), settings=quick
     )
+    result, _ = bench.bench(asked, opener=lambda made, _: timed(world, made), sources=[])
     assert [row["cuda_graph"] for row in result["rows"]] == [False, False, True, True]
     for row in result["rows"]:
         assert row["gpu_ms"]["p50"] == 1.0 and row["gpu_throughput"] == 2000
@@ -170,10 +152,10 @@ def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monk
 
     world.several = True
     world.cuda.runtime.cudaStreamBeginCapture = refuse
-    folder, _ = artifact(world)
+    folder = artifact(world).folder
     monkeypatch.setattr(bench, "pick_backend", lambda *_: ("engine", ""))
     quick = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
-    options = {"opener": lambda folder, data, _: timed(world, folder, data), "sources": []}
+    options = {"opener": lambda made, _: timed(world, made), "sources": []}
     asked = bench.BenchOptions(folder=folder, batches=(2,), settings=quick)
     result, _ = bench.bench(asked, **options)
     assert [row["cuda_graph"] for row in result["rows"]] == [False]

@@ -11,9 +11,11 @@ import pytest
 
 from jmp_deploy.bench import table as bench_table
 from jmp_deploy.cli.main import main
+from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.core.errors import ArtifactError
 from jmp_deploy.jmp import latency
 from jmp_deploy.jmp.schedule import ModelShape
+from tests.fakes.artifacts import RANDOM_WEIGHTS
 from tests.fakes.bench import FakeBackend, artifact
 
 
@@ -70,18 +72,18 @@ class Device:
         return Part(ms)
 
 
-JMP = {"schedule": [[1, 11], [3, 6]], "last_prefix_only": False, "schedule_name": "list"}
+JMP = Jmp("list", ((1, 11), (3, 6)), tau=0.7)
 FAST = replace(bench_table.SETTINGS, visit_seconds=0.0)
 
 
-def table_of(device, data, step=4, batches=(1, 8)):
+def table_of(device, jmp, step=4, batches=(1, 8)):
     options = bench_table.TableOptions(Path(), step=step, settings=FAST)
-    return bench_table.fill(shape(), data, batches, device, options)
+    return bench_table.fill(shape(), jmp, batches, device, options)
 
 
 def test_table_adds_up_to_what_was_measured_and_tune_reads_it(tmp_path):
     device = Device(keeps=(16, 11, 11, 6, 6, 6))
-    table = table_of(device, {"jmp": JMP})
+    table = table_of(device, JMP)
     path = tmp_path / "table.json"
     path.write_text(json.dumps(table))
     for batch in (1, 8):
@@ -96,23 +98,23 @@ def test_table_adds_up_to_what_was_measured_and_tune_reads_it(tmp_path):
 
 def test_table_goes_to_and_fro_over_the_token_counts():
     device = Device()
-    table_of(device, {"jmp": None}, step=8, batches=(1,))
+    table_of(device, None, step=8, batches=(1,))
     sweeps = [list(group) for group in np.array_split(device.log, bench_table.SWEEPS)]
     assert sweeps[0] == [None, 17, 17, 16, 16, 8, 8] and sweeps[1] == sweeps[0][::-1]
 
 
 def test_table_has_the_token_counts_of_the_artifact():
-    counts = bench_table.token_counts(shape(), {"jmp": JMP}, 8)
+    counts = bench_table.token_counts(shape(), JMP, 8)
     assert counts == [17, 16, 12, 8, 7]
-    assert bench_table.token_counts(shape(), {"jmp": None}, 8) == [17, 16, 8]
+    assert bench_table.token_counts(shape(), None, 8) == [17, 16, 8]
     with pytest.raises(ArtifactError, match="leaves one row"):
-        bench_table.token_counts(shape(), {"jmp": None}, 100)
+        bench_table.token_counts(shape(), None, 100)
 
 
 def test_table_says_where_the_parts_take_longer_than_the_whole():
     device = Device()
     device.other = -2.0
-    table = table_of(device, {"jmp": None}, batches=(1,))
+    table = table_of(device, None, batches=(1,))
     assert table["other_ms"] == {"1": 0.0}
     assert "took 2.000 ms longer than the dense model" in table["warnings"][0]
 
@@ -125,12 +127,11 @@ def test_table_of_a_real_model(tmp_path, monkeypatch, capsys):
     from tests.fakes.models import tiny_vit
 
     spec = Preprocess(32, 32, 32, "bicubic", "center", (0.5,) * 3, (0.5,) * 3)
-    origin = {"kind": "random", "seed": 0}
-    loaded = models.LoadedModel(tiny_vit(depth=2), "tiny", origin, spec, None)
+    loaded = models.LoadedModel(tiny_vit(depth=2), "tiny", RANDOM_WEIGHTS, spec, None)
     monkeypatch.setattr(models, "load_model", lambda *_, **__: loaded)
-    folder = artifact(tmp_path / "a", preprocess={"height": 32, "width": 32})
+    folder = artifact(tmp_path / "a", side=32)
     out = tmp_path / "table.json"
-    assert main.main(["bench", str(folder), "-b", "2", "--table", str(out), "--threads", "1"]) == 0
+    assert main(["bench", str(folder), "-b", "2", "--table", str(out), "--threads", "1"]) == 0
     table = json.loads(out.read_text())
     assert {row["tokens"] for row in table["rows"]} == {17, 16, 8}
     assert all(row["attn_ms"] > 0 and row["mlp_ms"] > 0 for row in table["rows"])
@@ -140,5 +141,5 @@ def test_table_of_a_real_model(tmp_path, monkeypatch, capsys):
 
 def test_table_of_two_artifacts_is_refused(tmp_path, capsys):
     command = ["bench", str(tmp_path), "--against", str(tmp_path)]
-    assert main.main([*command, "--table", str(tmp_path / "t.json")]) == 2
+    assert main([*command, "--table", str(tmp_path / "t.json")]) == 2
     assert "--table measures one artifact" in capsys.readouterr().err

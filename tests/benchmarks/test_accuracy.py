@@ -20,6 +20,7 @@ from jmp_deploy.jmp.models import LoadedModel
 from jmp_deploy.jmp.patch import model_shape
 from jmp_deploy.jmp.reduction import make_plan, token_reduce
 from jmp_deploy.jmp.schedule import improved, macs, parse
+from tests.fakes.artifacts import RANDOM_WEIGHTS
 from tests.fakes.models import attributes, inputs, tiny_vit
 
 
@@ -32,7 +33,7 @@ def tensors(attrs, batch=4, patches=12):
 def loaded():
     model = tiny_vit()
     spec = Preprocess(32, 32, 32, "bicubic", "center", (0.5,) * 3, (0.5,) * 3)
-    return LoadedModel(model, "tiny", {"kind": "random", "seed": 0}, spec, None)
+    return LoadedModel(model, "tiny", RANDOM_WEIGHTS, spec, None)
 
 
 @pytest.fixture(scope="module")

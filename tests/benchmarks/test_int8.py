@@ -14,6 +14,7 @@ from jmp_deploy.core.images import Preprocess
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.models import LoadedModel
 from jmp_deploy.quantize import int8 as build_int8
+from tests.fakes.artifacts import RANDOM_WEIGHTS
 from tests.fakes.models import tiny_vit
 
 pytest.importorskip("sklearn")
@@ -26,7 +27,7 @@ def command(tmp_path, monkeypatch):
     model = tiny_vit(depth=3)
 
     def load(name, weights="auto", **options):
-        return LoadedModel(copy.deepcopy(model), name, {"kind": "random", "seed": 0}, SPEC, None)
+        return LoadedModel(copy.deepcopy(model), name, RANDOM_WEIGHTS, SPEC, None)
 
     monkeypatch.setattr(models, "load_model", load)
     random = np.random.default_rng(0)

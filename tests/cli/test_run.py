@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from PIL import Image
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact, device
+from jmp_deploy.core.artifact import EngineFacts
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
-from jmp_deploy.core.images import Preprocess, load_batch
-from jmp_deploy.engine import api, backends, rebuild
+from jmp_deploy.core.images import load_batch
+from jmp_deploy.engine import api, backends, builder, stage
 from jmp_deploy.engine.api import installed
 from tests.fakes.engine import World, make_world, world  # noqa: F401
 from tests.fakes.tensorrt import answer, plan
@@ -32,10 +34,10 @@ HERE = Gpu("Fake GPU", (8, 6), 1 << 30)
 def gpu(monkeypatch, request):
     if "real_machine" in request.keywords:
         return
-    for module in (backends, device, rebuild):
+    for module in (backends, device, stage):
         monkeypatch.setattr(module, "gpus", lambda: (HERE,))
     monkeypatch.setattr(backends, "installed", lambda flavour: True)
-    monkeypatch.setattr(rebuild.api, "installed", lambda flavour: True)
+    monkeypatch.setattr(api, "installed", lambda flavour: True)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_the_engine_answers_what_its_function_says(world, pictures, tmp_path, ca
     folder, out = world.artifact(), tmp_path / "out.json"
     code, shown, _ = run(capsys, folder, pictures, "--json", out)
     assert code == 0 and "run with engine (Fake GPU is here)" in shown
-    spec = Preprocess.from_dict(artifact.read(folder)["preprocess"])
+    spec = artifact.read(folder).preprocess
     paths = sorted(pictures.glob("*.png"))
     expected = answer(load_batch(paths, spec))
     records = json.loads(out.read_text())
@@ -148,28 +150,24 @@ def test_rebuild_makes_the_engine_anew_only_where_it_does_not_fit(
 ):
     folder = world.artifact(version="10.3.0.26", plugin_layers=0)
     (folder / artifact.DEPLOYABLE).write_bytes(b"onnx")
-    data = artifact.read(folder)
-    artifact.write(folder, data, [artifact.ENGINE, artifact.DEPLOYABLE])
+    old = artifact.read(folder).write()
     built = []
 
     def build_engine(model, target, flavour, spec, **options):
         built.append((flavour, spec.batch, spec.image, options["plugin"]))
         target.write_bytes(plan(scratch=500))
-        facts = {"builder": "tensorrt", "version": world.trt.__version__, "targets": ["sm_86"]}
-        return {**facts, "plugin_layers": 0}
+        return EngineFacts(flavour, world.trt.__version__, ("sm_86",), spec.precision)
 
-    monkeypatch.setattr(rebuild.engines, "build_engine", build_engine)
-    choice = rebuild.engines.Choice("tensorrt", "it is here")
-    monkeypatch.setattr(rebuild.engines, "choose", lambda wanted: choice)
+    monkeypatch.setattr(builder, "build_engine", build_engine)
+    choice = builder.Choice("tensorrt", "it is here")
+    monkeypatch.setattr(builder, "choose", lambda wanted: choice)
     code, _, err = run(capsys, folder, pictures, "--rebuild")
     assert code == 0 and built == [("tensorrt", (1, 4, 8), (3, 4, 4), None)]
     assert "made anew: TensorRT version: expected 10.3.0.26, found 10.13.0.35" in err
     new = artifact.read(folder)
-    artifact.verify(folder, new)
-    assert new["engine"]["version"] == "10.13.0.35"
-    assert {key: new[key] for key in ("batch", "rebuild", "preprocess")} == {
-        key: data[key] for key in ("batch", "rebuild", "preprocess")
-    }
+    new.verify()
+    assert new.engine.version == "10.13.0.35"
+    assert replace(new, engine=old.engine, files=old.files) == old
     code, _, err = run(capsys, folder, pictures, "--rebuild")
     assert code == 0 and len(built) == 1 and "anew" not in err
     (folder / artifact.ENGINE).write_bytes(b"damaged")
@@ -183,15 +181,15 @@ def test_rebuild_makes_the_engine_anew_only_where_it_does_not_fit(
 def test_a_rebuild_that_fails_leaves_everything_as_it_was(world, pictures, monkeypatch, capsys):
     folder = world.artifact(version="10.3.0.26")
     (folder / artifact.DEPLOYABLE).write_bytes(b"onnx")
-    artifact.write(folder, artifact.read(folder), [artifact.ENGINE, artifact.DEPLOYABLE])
+    artifact.read(folder).write()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def fail(*arguments, **options):
         raise EngineError("the builder is out of memory")
 
-    monkeypatch.setattr(rebuild.engines, "build_engine", fail)
-    choice = rebuild.engines.Choice("tensorrt", "it is here")
-    monkeypatch.setattr(rebuild.engines, "choose", lambda wanted: choice)
+    monkeypatch.setattr(builder, "build_engine", fail)
+    choice = builder.Choice("tensorrt", "it is here")
+    monkeypatch.setattr(builder, "choose", lambda wanted: choice)
     code, _, err = run(capsys, folder, pictures, "--rebuild")
     assert code == 2 and "the builder is out of memory" in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -204,15 +202,14 @@ def test_tensorrt_rtx_really_rebuilds(built, tmp_path, photos, capsys, monkeypat
     monkeypatch.undo()  # the real machine
     folder = tmp_path / "copy"
     shutil.copytree(built, folder)
-    assert rebuild.why_rebuild(folder, artifact.read(folder)) is None
+    assert stage.why_rebuild(artifact.read(folder)) is None
     (folder / artifact.ENGINE).write_bytes(b"damaged")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         code, _, err = run(capsys, folder, photos[0], "--rebuild")
     assert code == 0 and "made anew" in err
-    data = artifact.read(folder)
-    artifact.verify(folder, data)
-    old = artifact.read(built)
-    assert data["engine"]["plugin_layers"] == old["engine"]["plugin_layers"] > 0
-    assert data["engine"]["targets"] == old["engine"]["targets"]
-    assert rebuild.why_rebuild(folder, data) is None
+    new, old = artifact.read(folder), artifact.read(built)
+    new.verify()
+    assert new.engine.plugin_layers == old.engine.plugin_layers > 0
+    assert new.engine.targets == old.engine.targets
+    assert stage.why_rebuild(new) is None

@@ -12,7 +12,6 @@ from PIL import Image
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import compare, measures
-from jmp_deploy.core import artifact
 from tests.fakes.compare import artifact_of, plant
 
 
@@ -222,10 +221,3 @@ def test_stored_outputs_have_no_tokens_and_no_blocks(tiny, tmp_path, monkeypatch
     assert result["reductions"] is None and "stored outputs" in result["reductions_skipped"]
     assert result["debug"] is None and "holds outputs only" in result["debug_skipped"]
     assert "no look at the blocks" in capsys.readouterr().out
-
-
-def test_an_unknown_precision(tiny, tmp_path, capsys, monkeypatch):
-    data = artifact.read(tiny[0])
-    monkeypatch.setattr(artifact, "read", lambda folder: {**data, "precision": "fp4"})
-    assert main(["compare", str(tiny[0])]) == 2
-    assert "precision 'fp4'" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,8 +15,9 @@ from jmp_deploy.cli.main import main
 from jmp_deploy.compare import debug, trace
 from jmp_deploy.compare.trace import Backend, block_tensors, trace_onnx, trace_torch
 from jmp_deploy.core import artifact
+from jmp_deploy.core.artifact import EngineFacts, EngineOptions, PluginFile
 from jmp_deploy.core.errors import GraphError
-from jmp_deploy.engine import backends, builder
+from jmp_deploy.engine import backends, builder, stage
 from jmp_deploy.export.export import add_bodies
 from jmp_deploy.plugin import library as plugin
 from tests.fakes.compare import IMAGES, artifact_of, plant
@@ -28,6 +30,8 @@ FORMS = {
     "no class token": {"class_token": False, "global_pool": "avg"},
     "registers, QK norm, no classes": {"reg_tokens": 4, "qk_norm": True, "num_classes": 0},
 }
+
+PLUGIN = PluginFile("library.so", "0" * 64)
 
 
 @pytest.fixture(scope="module", params=list(FORMS))
@@ -113,7 +117,7 @@ def test_the_order_of_the_backends_does_not_hide_the_fault(half, tmp_path):
     source, model = half
     folder = broken_copy(source, tmp_path / "a", 1, "fc2", lambda w: w * 3)
     a, b = Backend("onnxruntime", None), Backend("torch", None, model)
-    found = debug.examine(folder, artifact.read(folder), a, b, IMAGES, 0.999)
+    found = debug.examine(artifact.read(folder), a, b, IMAGES, 0.999)
     assert found["cause"] == "blocks.1" and found["a"] == "onnxruntime"
 
 
@@ -135,20 +139,18 @@ def test_the_engine_is_built_anew_with_its_blocks_marked(half, tmp_path, monkeyp
     """The builder and the runner are stood in for by ONNX Runtime; the graph is the real one."""
     source, model = half
     folder = broken_copy(source, tmp_path / "a", 4, "fc1", lambda w: -w, file=artifact.DEPLOYABLE)
-    data = artifact.read(folder)
-    facts = {"flavour": "rtx", "version": "1", "builder": "x", "targets": ["sm_86"], "plugin": None}
-    data["engine"] = facts
+    facts = EngineFacts("rtx", "1", ("sm_86",), "fp16")
+    made = replace(artifact.read(folder), engine=facts)
     asked = []
 
     def build_engine(onnx_file, target, flavour, spec, *, plugin=None):
         asked.append((flavour, spec, plugin))
         shutil.copy2(onnx_file, target)
-        return {"version": "2"}
+        return replace(facts, version="2")
 
-    def open_runner(where, marked, backend):
-        artifact.verify(where, marked, artifact.ENGINE)
-        assert backend == "engine" and marked["engine"]["version"] == "2"
-        proto = onnx.load_model(where / artifact.ENGINE)
+    def engine_runner(marked):
+        assert marked.facts.version == "2" and marked.facts.plugin == PLUGIN
+        proto = onnx.load_model(marked.path)
         for node in proto.graph.node:
             kept = [a for a in node.attribute if not a.name.startswith("plugin_")]
             if node.domain == "jmp_deploy":
@@ -158,16 +160,18 @@ def test_the_engine_is_built_anew_with_its_blocks_marked(half, tmp_path, monkeyp
         return trace.session_runner(proto, "engine")
 
     monkeypatch.setattr(builder, "build_engine", build_engine)
-    monkeypatch.setattr(debug, "open_runner", open_runner)
-    monkeypatch.setattr(plugin, "plugin_library", lambda: "library.so")
+    monkeypatch.setattr(debug, "engine_runner", engine_runner)
+    monkeypatch.setattr(stage, "find_plugin", lambda: ("library.so", PLUGIN))
     for a in (Backend("torch", None, model), Backend("onnxruntime", None)):
-        found = debug.examine(folder, data, a, Backend("engine", None), IMAGES, 0.999)
+        found = debug.examine(made, a, Backend("engine", None), IMAGES, 0.999)
         assert found["first"] == "blocks.4" and found["alone"] is None
         assert "not of engine" in found["verdict"]
         assert all(row["matched"] is None for row in found["stages"])
     flavour, spec, library = asked[0]
     assert (flavour, library) == ("rtx", "library.so")
-    assert spec.batch == (1, 4, 8) and spec.targets == ("sm_86",) and spec.image == (3, 32, 32)
+    assert (
+        spec.batch == (1, 4, 8) and spec.options.targets == ("sm_86",) and spec.image == (3, 32, 32)
+    )
 
 
 @pytest.mark.skipif(not builder.installed("rtx"), reason="TensorRT-RTX not installed")
@@ -176,12 +180,12 @@ def test_a_real_builder_takes_the_marked_model(half, tmp_path):
     proto = onnx.load_model(folder / artifact.DEPLOYABLE)
     names = [place.out for place in block_tensors(proto)]
     onnx.save_model(trace.mark(proto, names), tmp_path / "marked.onnx")
-    spec = builder.EngineSpec(batch=PROFILE, image=(3, 32, 32), targets=("sm_86",))
+    spec = builder.EngineSpec(PROFILE, (3, 32, 32), EngineOptions(("sm_86",)))
     library = plugin.plugin_library()
     target = tmp_path / "e"
     facts = builder.build_engine(tmp_path / "marked.onnx", target, "rtx", spec, plugin=library)
     reductions = [n for n in proto.graph.node if n.domain == "jmp_deploy"]
-    assert facts["plugin_layers"] == len(reductions) > 0 and target.stat().st_size > 0
+    assert facts.plugin_layers == len(reductions) > 0 and target.stat().st_size > 0
 
 
 def test_marking_keeps_the_names_of_the_blocks_in_the_deployable_model(half):

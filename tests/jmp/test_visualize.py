@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from jmp_deploy.cli.main import main
-from jmp_deploy.core import artifact as manifest
+from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.core.images import Preprocess
 from jmp_deploy.jmp import draw, models, schedule, visualize_page
 from jmp_deploy.jmp.patch import model_shape, patch
 from jmp_deploy.jmp.visualize import GONE, KEPT, MERGED, PRUNED, Picture, picture, trace
+from tests.fakes.artifacts import RANDOM_WEIGHTS, write_artifact
 from tests.fakes.models import tiny_vit
 
 STEPS = "1:11,2:7,4:3"
@@ -156,7 +157,7 @@ def test_page_is_self_contained_and_escapes_names(pictures):
 
 
 def run(capsys, *arguments: object) -> tuple[int, str]:
-    code = main.main([str(argument) for argument in arguments])
+    code = main([str(argument) for argument in arguments])
     return code, capsys.readouterr().err
 
 
@@ -229,24 +230,14 @@ def test_bad_input_is_one_error(
     assert not list(tmp_path.glob("**/*.png"))
 
 
-def artifact(folder: Path, jmp: dict | None) -> Path:
-    data = {
-        "format": manifest.FORMAT,
-        "model": {"name": "tiny", "image_size": 32},
-        "weights": {"kind": "random", "seed": 0},
-        "preprocess": asdict(SPEC),
-        "jmp": jmp,
-    }
-    rest = {key: {} for key in ("precision", "batch", "files", "rebuild")}
-    (folder / "manifest.json").write_text(json.dumps({**data, **rest}))
+def artifact(folder: Path, jmp: Jmp | None) -> Path:
+    write_artifact(folder, name="tiny", weights=RANDOM_WEIGHTS, preprocess=SPEC, jmp=jmp)
     return folder
 
 
 def test_artifact_is_drawn_as_it_was_built(small_model, monkeypatch, photos, tmp_path, capsys):
     monkeypatch.setattr("jmp_deploy.jmp.restore.load_model", models.load_model)
-    jmp = {"schedule_name": "list", "schedule": [[2, 9], [3, 5]], "strategy": "prune", "tau": 2.0}
-    jmp |= {"selection": "importance", "last_prefix_only": False, "merge_weight": 1.0}
-    folder = artifact(tmp_path, {**jmp, "granularity": "token", "proportional": True})
+    folder = artifact(tmp_path, Jmp("list", ((2, 9), (3, 5)), 2.0, strategy="prune"))
     report = tmp_path / "report.json"
     arguments = ("visualize", folder, photos[0], "-o", tmp_path / "a.html", "--json", report)
     assert run(capsys, *arguments)[0] == 0

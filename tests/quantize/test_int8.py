@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import sys
@@ -21,6 +20,7 @@ from jmp_deploy.core.device import gpus
 from jmp_deploy.core.errors import CalibrationError, EngineError
 from jmp_deploy.core.images import Preprocess
 from jmp_deploy.engine import backends, builder
+from jmp_deploy.engine.stage import Clock
 from jmp_deploy.export import fp16
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.models import LoadedModel
@@ -28,6 +28,7 @@ from jmp_deploy.pipeline import BuildOptions
 from jmp_deploy.quantize import int8 as build_int8
 from jmp_deploy.quantize import ranges, recipes
 from jmp_deploy.quantize.int8 import Int8Options
+from tests.fakes.artifacts import RANDOM_WEIGHTS, make_artifact
 from tests.fakes.models import tiny_vit
 
 needs_rtx = pytest.mark.skipif(not builder.installed("rtx"), reason="TensorRT-RTX not installed")
@@ -41,7 +42,7 @@ def use_tiny(patcher):
     model = tiny_vit(depth=3)
 
     def load(name, weights="auto", **options):
-        return LoadedModel(copy.deepcopy(model), name, {"kind": "random", "seed": 0}, SPEC, None)
+        return LoadedModel(copy.deepcopy(model), name, RANDOM_WEIGHTS, SPEC, None)
 
     patcher.setattr(models, "load_model", load)
     return model
@@ -65,22 +66,23 @@ def dense(tmp_path_factory):
 
 def build(out, *, engine="none", precision="int8", schedule="0:12,1:7", dense=False, **int8):
     settings = {"calib": "sample", "images": 16, **int8}
-    return pipeline.build(
+    made = pipeline.build(
         BuildOptions(
             model="tiny",
             out=out,
             precision=precision,
             schedule=schedule,
             dense=dense,
-            engine=builder,
+            engine=engine,
             int8=Int8Options(**settings) if precision == "int8" else None,
         )
     )
+    made.verify()
+    return made.to_json()
 
 
 def test_the_artifact_is_whole_and_a_cache_rebuilds_it_bit_for_bit(tiny, tmp_path):
     data = build(tmp_path / "a")
-    artifact.verify(tmp_path / "a", data)
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         "model.onnx",
         "model.trt.onnx",
@@ -156,58 +158,25 @@ def test_both_engines_are_built_and_speed_is_not_claimed(tiny, tmp_path):
     assert left == {"model.onnx", "model.trt.onnx", "reference.npz", "manifest.json"}
 
 
-@pytest.fixture
-def staging(tmp_path):
-    (tmp_path / artifact.ENGINE).write_text("int8")
-    (tmp_path / artifact.TWIN_ENGINE).write_text("fp16")
-    return tmp_path
-
-
-def settle(staging, timer, **options):
-    data = {"engine": {"bytes": 4, "version": "1"}, "int8": {}, "batch": [1, 8, 32]}
-    data["preprocess"] = {"height": 32, "width": 32}
-    twin = {"bytes": 5, "version": "1"}
-    clock = lambda name: contextlib.nullcontext()  # noqa: E731
-    build_int8.settle_engines(staging, data, twin, clock, Int8Options(**options), timer)
-    return data
-
-
 @pytest.mark.parametrize(
     ("milliseconds", "force", "wins"),
     [(2.0, False, "fp16"), (1.0, False, "fp16"), (0.96, False, "fp16"), (0.95, False, "int8"),
      (2.0, True, "int8")],
 )  # fmt: skip
-def test_the_faster_engine_is_the_artifacts(staging, milliseconds, force, wins):
-    data = settle(staging, lambda: {"int8": milliseconds, "fp16": 1.0}, force=force)
-    assert (staging / "model.engine").read_text() == wins
-    assert data["engine"]["precision"] == data["int8"]["speed"]["engine"] == wins
-    assert data["engine"]["bytes"] == {"int8": 4, "fp16": 5}[wins]
-    other = {"int8": "model.fp16.engine", "fp16": "model.int8.engine"}[wins]
-    assert (staging / other).read_text() == {"int8": "fp16", "fp16": "int8"}[wins]
-    assert f"{1 / milliseconds:.2f}x" in data["int8"]["speed"]["why"]
+def test_int8_has_to_be_faster(milliseconds, force, wins):
+    speed = int8_speed.decide({"int8": milliseconds, "fp16": 1.0}, "", force=force)
+    assert speed.engine == wins and f"{1 / milliseconds:.2f}x" in speed.why
 
 
-def test_engines_that_do_not_run_here_leave_speed_unknown(staging):
-    def timer():
+def test_engines_that_do_not_run_here_leave_speed_unknown(tmp_path, monkeypatch):
+    def refuse(*_):
         raise EngineError("built for sm_86")
 
-    data = settle(staging, timer)
-    assert data["int8"]["speed"]["why"] == (
-        "speed unknown: the engines do not run on this GPU: built for sm_86"
-    )
-    assert (staging / "model.engine").read_text() == "int8"
-
-
-def test_engines_are_timed_in_turns_and_by_their_medians():
-    calls = []
-
-    def run(name, times):
-        pending = iter(times)
-        return lambda: calls.append(name) or next(pending)
-
-    runs = {"int8": run("a", [9, 1, 2, 90]), "fp16": run("b", [9, 3, 5, 4])}
-    assert int8_speed.measure(runs, rounds=3, warm_up=1) == {"int8": 2, "fp16": 4}
-    assert calls == ["a", "b"] * 4
+    monkeypatch.setattr(int8_speed, "gpus", lambda: ("a GPU",))
+    monkeypatch.setattr(int8_speed, "time_engines", refuse)
+    speed = int8_speed.settle({}, make_artifact(tmp_path), Clock())
+    assert speed.why == "speed unknown: the engines do not run on this GPU: built for sm_86"
+    assert speed.engine == "int8" and speed.ratio is None
 
 
 def test_layers_that_cost_too_much_stay_in_fp16_and_in_the_cache(tiny, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jmp_deploy.core import artifact
-from jmp_deploy.core.images import Preprocess, load_batch
+from jmp_deploy.core.images import load_batch
 from jmp_deploy.engine.runtime import Engine
 from tests.fakes.engine import make_world, world  # noqa: F401
 from tests.fakes.tensorrt import IMAGE, answer
@@ -32,7 +32,7 @@ def test_numpy(world, tmp_path, capsys):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     folder = world.artifact()
     load("run_numpy.py").main([str(folder), str(tmp_path / "a.png")])
-    spec = Preprocess.from_dict(artifact.read(folder)["preprocess"])
+    spec = artifact.read(folder).preprocess
     best = answer(load_batch([tmp_path / "a.png"], spec))[0].argmax()
     assert capsys.readouterr().out == f"{tmp_path / 'a.png'} {best}\n"
 

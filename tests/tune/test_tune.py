@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from jmp_deploy.cli.main import main
+from jmp_deploy.core.artifact import Weights
 from jmp_deploy.core.errors import ImageError, ScheduleError, WeightsError
 from jmp_deploy.core.images import Preprocess
 from jmp_deploy.jmp import latency, models, schedule
@@ -20,6 +21,7 @@ from jmp_deploy.tune import search
 from jmp_deploy.tune.measure import Evaluator, pairs
 from jmp_deploy.tune.tune import TuneOptions, tune
 from jmp_deploy.tune.tune import tune as tuning
+from tests.fakes.artifacts import FILE_WEIGHTS
 from tests.fakes.models import tiny_vit
 from tests.jmp.test_schedule import DEIT_S
 
@@ -213,9 +215,9 @@ def small_model(monkeypatch):
 
     def load(name, weights="auto", **options):
         model = tiny_vit(num_classes=0 if name == "features" else 10)
-        origin = {"kind": "file", "path": "tiny", "sha256": "0" * 64}
+        origin = FILE_WEIGHTS
         if weights == "fallback":
-            origin = {"kind": "random", "seed": 0, "fallback_for": "pretrained", "reason": "no hub"}
+            origin = Weights("random", seed=0, fallback_for="pretrained", reason="no hub")
         return models.LoadedModel(model, "tiny", origin, SPEC, None)
 
     monkeypatch.setattr(models, "load_model", load)

@@ -33,15 +33,6 @@ def test_any_subset_of_imagenets_synsets_is_recognised(tmp_path):
     assert labels(data) == {SYNSETS[5]: 5, SYNSETS[999]: 999, SYNSETS[134]: 134}
 
 
-def test_an_older_manifest_gets_its_synsets_from_timm():
-    order = ClassOrder.of({"class_names": ["x"] * 1000}, 1000)
-    assert list(order.synsets) == list(SYNSETS)
-    assert ClassOrder.of({"class_names": None}, 1000).synsets is None
-    assert ClassOrder.of({"class_names": None, "synsets": ["n00000001"]}, 1).synsets == [
-        "n00000001"
-    ]
-
-
 def test_all_thousand_synsets_need_no_list(tmp_path):
     data = for_classifier(folders(tmp_path, SYNSETS), None, ClassOrder(1000))
     assert labels(data) == {name: index for index, name in enumerate(SYNSETS)}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact
+from jmp_deploy.core.artifact import Weights
 from jmp_deploy.validate import loader
 from tests.core.test_lean_imports import TOOLS, python
 from tests.fakes import validation
@@ -222,7 +224,7 @@ def test_outputs_that_are_not_finite_are_named(world, tmp_path, capsys):
 
 def test_random_weights_are_refused(world, tmp_path, capsys):
     folder, _, _ = world
-    origin = {"kind": "random", "seed": 0}
+    origin = Weights("random", seed=0)
     validation.write_artifact(tmp_path / "random", validation.weights(CLASSES), weights=origin)
     for command in (
         ("validate", tmp_path / "random", "--data", folder / "data"),
@@ -236,14 +238,14 @@ def test_random_weights_are_refused(world, tmp_path, capsys):
 def test_what_is_no_baseline_is_refused_and_doubts_are_noted(world, tmp_path, capsys):
     folder, _, _ = world
     command = ("validate", folder / "jmp", "--data", folder / "data", "--against")
-    spec = {**artifact.read(folder / "jmp")["preprocess"], "resize": 9}
+    spec = replace(artifact.read(folder / "jmp").preprocess, resize=9)
     validation.write_artifact(tmp_path / "other", validation.weights(CLASSES), preprocess=spec)
     err = fails(capsys, *command, tmp_path / "other", message="its preprocessing is")
     assert "--dense" in err
     found = run(*command, folder / "jmp", "--json", tmp_path / "v.json")
     assert found["drop_points"] == 0 and found["agreement_with_dense"] == 100
     assert any("is not dense" in note for note in found["notes"])
-    origin = {"kind": "file", "path": "x", "sha256": "1" * 64}
+    origin = Weights("file", path="x", sha256="1" * 64)
     validation.write_artifact(
         tmp_path / "weights", validation.weights(CLASSES), weights=origin, jmp=None
     )
@@ -515,14 +517,14 @@ def test_a_vision_transformer_with_jmp_against_pytorch(built, photos, tmp_path):
     """DeiT-Ti with JMP on photos labelled by what PyTorch says: 100 %, but for FP16's near ties."""
     import torch
 
-    from jmp_deploy.core.images import Preprocess, load_batch
+    from jmp_deploy.core.images import load_batch
     from jmp_deploy.jmp.restore import restore_model
 
-    data = artifact.read(built)
-    batch = load_batch(photos, Preprocess.from_dict(data["preprocess"]))
-    said = restore_model(data)(torch.from_numpy(batch)).argmax(-1).tolist()
-    synsets = data["synsets"]
-    assert len(synsets) == 1000 and synsets[:2] == ["n01440764", "n01443537"]
+    found = artifact.read(built)
+    batch = load_batch(photos, found.preprocess)
+    said = restore_model(found)(torch.from_numpy(batch)).argmax(-1).tolist()
+    synsets = found.synsets
+    assert len(synsets) == 1000 and synsets[:2] == ("n01440764", "n01443537")
     for photo, label in zip(photos, said, strict=True):
         folder = tmp_path / "data" / synsets[label]
         folder.mkdir(parents=True, exist_ok=True)

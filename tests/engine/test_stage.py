@@ -1,0 +1,93 @@
+"""The engine stage: what `build` made, `run --rebuild` makes again, both engines of INT8 too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from jmp_deploy.core import artifact as files
+from jmp_deploy.core.artifact import EngineFacts, EngineOptions, Int8, Speed, read
+from jmp_deploy.core.errors import EngineError
+from jmp_deploy.engine import builder, stage
+from tests.fakes.artifacts import JMP, make_artifact
+
+OPTIONS = EngineOptions(("sm_86",), workspace_mb=256)
+CHOICE = builder.Choice("rtx", "it is here")
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """A builder that writes what it was asked for, and remembers it."""
+    asked = []
+
+    def build_engine(model, target, flavour, spec, *, plugin, timing_cache, log, on_progress):
+        asked.append((model.name, spec, timing_cache.read_text() if timing_cache.exists() else ""))
+        target.write_text(f"{model.read_text()} {len(asked)}")
+        timing_cache.write_text("warm")
+        return EngineFacts(flavour, "1.7", ("sm_86",), spec.precision, bytes=len(asked))
+
+    monkeypatch.setattr(builder, "build_engine", build_engine)
+    monkeypatch.setattr(builder, "choose", lambda wanted: CHOICE)
+    return asked
+
+
+def int8_artifact(folder):
+    for name in (files.DEPLOYABLE, files.TWIN_DEPLOYABLE, files.PORTABLE):
+        (folder / name).write_text(name)
+    return make_artifact(
+        folder, precision="int8", int8=Int8("max", {}, {}), engine_options=OPTIONS, batch=(1, 2, 4)
+    ).write()
+
+
+def settle_for(winner):
+    return lambda engines, artifact, clock: Speed(winner, f"{winner} of {sorted(engines)}")
+
+
+@pytest.mark.parametrize("first", ["fp16", "int8"])
+@pytest.mark.parametrize("then", ["fp16", "int8"])
+def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, then):
+    made = stage.make_engines(
+        int8_artifact(tmp_path), tmp_path, tmp_path, CHOICE, settle_for(first), clock=stage.Clock()
+    ).write()
+    assert made.precision_of("engine") == first and made.precision_of("onnxruntime") == "int8"
+    for turn, winner in enumerate((first, then)):
+        if turn:
+            made = stage.rebuild(made, settle_for(winner))
+        one, two = built[2 * turn : 2 * turn + 2]
+        assert [one[0], two[0]] == [files.DEPLOYABLE, files.TWIN_DEPLOYABLE]
+        for _, spec, cache in (one, two):
+            assert spec.options == OPTIONS and spec.batch == (1, 2, 4)
+            assert cache == "warm" or (turn, cache) == (0, "")
+        assert [one[1].precision, two[1].precision] == ["int8", "fp16"]
+        found = read(tmp_path)
+        found.verify()
+        assert found == made and found.engine.precision == winner
+        assert found.int8.speed == Speed(winner, f"{winner} of ['fp16', 'int8']")
+        other = {"int8": files.TWIN_ENGINE, "fp16": files.INT8_ENGINE}[winner]
+        engines = {n for n in found.files if n.endswith(".engine")}
+        assert engines == {files.ENGINE, other}
+        assert {p.name for p in tmp_path.glob("*.engine")} == engines
+        number = {"int8": 1, "fp16": 2}[winner] + 2 * turn
+        assert (tmp_path / files.ENGINE).read_text().endswith(f" {number}")
+        assert found.int8.engine_bytes == {"int8": 2 * turn + 1, "fp16": 2 * turn + 2}
+
+
+def test_a_missing_plugin_layer_is_noticed_and_nothing_changes(tmp_path, built, monkeypatch):
+    (tmp_path / files.DEPLOYABLE).write_text("onnx")
+    (tmp_path / files.ENGINE).write_text("old")
+    made = make_artifact(tmp_path, jmp=JMP).write()
+    monkeypatch.setattr(stage, "find_plugin", lambda: (None, None))
+    with pytest.raises(EngineError, match="0 plugin layers, expected 1"):
+        stage.rebuild(made, settle_for("int8"))
+    assert read(tmp_path) == made and (tmp_path / files.ENGINE).read_text() == "old"
+    assert not list(tmp_path.glob(".staging*"))
+
+
+def test_without_a_builder_the_reason_stays(tmp_path):
+    choice = builder.Choice(None, "no GPU")
+    made = stage.make_engines(
+        make_artifact(tmp_path), tmp_path, tmp_path, choice, settle_for("int8"), clock=stage.Clock()
+    )
+    assert made.engine is None and made.no_engine == "no GPU"
+    assert stage.why_rebuild(replace(made, no_engine="no GPU")) == "none was built: no GPU"
