@@ -96,7 +96,7 @@ def test_polygraphy_s_runner_asks_the_same_first(world, monkeypatch):
     monkeypatch.setattr(api, "load", lambda flavour: world.trt)
     folder = world.artifact(version="10.3.0.26", targets=["sm_87"])
     with pytest.raises(EngineError, match=r"expected 10\.3\.0\.26.*expected sm_87") as caught:
-        backends.open_runner(folder, artifact.read(folder), "engine")
+        backends.open_runner(artifact.read(folder), "engine").activate()
     assert "--rebuild" in caught.value.hint
 
 
@@ -167,7 +167,7 @@ def test_rebuild_makes_the_engine_anew_only_where_it_does_not_fit(
     new = artifact.read(folder)
     new.verify()
     assert new.engine.version == "10.13.0.35"
-    assert replace(new, engine=old.engine, files=old.files) == old
+    assert replace(new, engine=old.engine, no_engine=old.no_engine, files=old.files) == old
     code, _, err = run(capsys, folder, pictures, "--rebuild")
     assert code == 0 and len(built) == 1 and "anew" not in err
     (folder / artifact.ENGINE).write_bytes(b"damaged")

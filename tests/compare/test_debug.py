@@ -78,10 +78,8 @@ def test_both_backends_show_the_same(form):
 
 def test_a_sound_model_has_no_block_outside(form):
     folder, model = form
-    data = artifact.read(folder)
-    found = debug.examine(
-        folder, data, Backend("torch", None, model), Backend("onnxruntime", None), IMAGES, 0.99999
-    )
+    a, b = Backend("torch", None, model), Backend("onnxruntime", None)
+    found = debug.examine(artifact.read(folder), a, b, IMAGES, 0.99999)
     assert found["first"] is None and found["cause"] is None
     assert [row["stage"] for row in found["stages"]] == [
         "embedding",

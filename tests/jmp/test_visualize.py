@@ -166,8 +166,7 @@ def small_model(monkeypatch):
     """`load_model` gives the tiny model."""
 
     def load(name, weights="auto", **options):
-        origin = {"kind": "random", "seed": 0}
-        return models.LoadedModel(tiny_vit(), "tiny", origin, SPEC, None)
+        return models.LoadedModel(tiny_vit(), "tiny", RANDOM_WEIGHTS, SPEC, None)
 
     monkeypatch.setattr(models, "load_model", load)
 
