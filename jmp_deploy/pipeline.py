@@ -23,6 +23,7 @@ from .core import artifact, interrupt
 from .core.errors import ArtifactError, EngineError, ScheduleError
 from .core.files import atomic_path, make_writable_dir, sha256
 from .core.images import find_images, load_batch, preprocess, sample_photos
+from .core.outputs import output_of
 from .engine import builder as engines
 from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
 from .quantize import int8 as build_int8
@@ -182,7 +183,7 @@ def _portable(
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
-    output = "logits" if loaded.model.num_classes > 0 else "features"
+    output = output_of(loaded.model).name
     with clock("export"):
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"

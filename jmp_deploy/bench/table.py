@@ -272,7 +272,7 @@ def _opener(folder: Path, data: dict[str, Any], backend: str, parts: Parts, thre
         if name not in sessions:
             sessions[name] = OnnxRuntime(parts.files[name], parts.image, threads)
         # One session serves all token counts: ONNX Runtime has no kernels for one shape alone.
-        return sessions[name].view((tokens, parts.width)) if tokens else sessions[name].view()
+        return sessions[name].view((tokens, parts.shape.width)) if tokens else sessions[name].view()
 
     return opener
 
@@ -296,7 +296,7 @@ def _engine_opener(folder: Path, data: dict[str, Any], parts: Parts) -> Opener:
             spec = EngineSpec(
                 batch=(data["batch"][0], data["batch"][1], data["batch"][2]),
                 # the builder takes any shape of one "image"
-                image=(tokens, parts.width) if tokens else parts.image,  # type: ignore[arg-type]
+                image=(tokens, parts.shape.width) if tokens else parts.image,  # type: ignore[arg-type]
                 precision=data["precision"],
             )
             cache = source.with_name("timing.cache")

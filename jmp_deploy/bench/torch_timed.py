@@ -32,7 +32,7 @@ class TorchModel:
     def __init__(self, data: dict[str, Any], shape: tuple[int, ...], threads: int) -> None:
         import torch
 
-        from ..jmp.restore import restore_model
+        from ..jmp.models import restore_model
 
         self.model: Any = restore_model({**data, "weights": {"kind": "random", "seed": 0}})
         self.shape = shape

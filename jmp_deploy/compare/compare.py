@@ -265,7 +265,7 @@ def _backend(
         return Backend(name, open_runner(folder, data, name))
     output = data["model"]["output"]
     try:
-        from ..jmp.restore import restore_model
+        from ..jmp.models import restore_model
 
         model = restore_model(data, weights)
         return Backend(name, torch_runner(model, output), model)

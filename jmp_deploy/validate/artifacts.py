@@ -15,6 +15,7 @@ from ..core import artifact
 from ..core.device import gpus
 from ..core.errors import ArtifactError, EngineError
 from ..core.images import Preprocess
+from ..core.outputs import Output, output_named
 from ..engine.backends import infer, pick_backend
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ class Subject:
     backend: str = ""
     runner: Any = field(default=None, repr=False)
 
-    def output(self) -> str:
-        """ "logits" or "features"."""
-        return str(self.data["model"]["output"])
+    @property
+    def output(self) -> Output:
+        """What it gives."""
+        return output_named(self.data["model"]["output"])
 
     def preprocess(self) -> Preprocess:
         """How it wants its images."""
@@ -55,7 +57,7 @@ class Subject:
 
     def answer(self, images: NDArray[Any]) -> NDArray[Any]:
         """[b, 3, H, W] float32 -> [b, classes or channels]."""
-        return np.asarray(infer(self.runner, images, tuple(self.data["batch"]))[self.output()])
+        return np.asarray(infer(self.runner, images, tuple(self.data["batch"]))[self.output.name])
 
 
 def load_subjects(folder: Path, against: Path | None, allow_random: bool) -> list[Subject]:
@@ -130,7 +132,7 @@ def device_name(backend: str) -> str:
 def _refuse_unlike(model: Subject, dense: Subject) -> None:
     pairs = [
         ("model", model.data["model"]["name"], dense.data["model"]["name"]),
-        ("output", model.output(), dense.output()),
+        ("output", model.output.name, dense.output.name),
         ("preprocessing", model.preprocess(), dense.preprocess()),
     ]
     for what, ours, theirs in pairs:

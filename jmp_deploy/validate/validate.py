@@ -146,7 +146,7 @@ class _Data:
 
 def _datasets(options: ValidateOptions, subjects: Sequence[Subject]) -> _Data:
     model = subjects[0]
-    if model.output() == "logits":
+    if model.output.classifies:
         path = model.folder / artifact.REFERENCE
         artifact.verify(model.folder, model.data, artifact.REFERENCE)
         count = int(load_reference(path)["output"].shape[1])
@@ -266,11 +266,11 @@ class _Run:
         if bad:
             more = f" and {len(bad) - NAMED} more of this batch" if len(bad) > NAMED else ""
             raise NonFiniteError(
-                f"the {subject.output()} of {subject.folder} ({subject.backend}) are not finite "
+                f"the {subject.output.name} of {subject.folder} ({subject.backend}) are not finite "
                 f"for {', '.join(bad[:NAMED])}{more}",
                 f"run `python -m jmp_deploy compare {subject.folder}` to see which backend fails",
             )
-        return top_classes(values) if subject.output() == "logits" else values.astype(np.float32)
+        return top_classes(values) if subject.output.classifies else values.astype(np.float32)
 
 
 def _result(

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from jmp_deploy.core.errors import ModelError, WeightsError
 from jmp_deploy.jmp import models
+from jmp_deploy.jmp.families import SHORT_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def state():
 def test_every_short_name_is_a_timm_model():
     import timm
 
-    for timm_name, _ in models.SHORT_NAMES.values():
+    for timm_name, _ in SHORT_NAMES.values():
         assert timm.is_model(timm_name)
 
 

@@ -243,7 +243,6 @@ def artifact(folder: Path, jmp: dict | None) -> Path:
 
 
 def test_artifact_is_drawn_as_it_was_built(small_model, monkeypatch, photos, tmp_path, capsys):
-    monkeypatch.setattr("jmp_deploy.jmp.restore.load_model", models.load_model)
     jmp = {"schedule_name": "list", "schedule": [[2, 9], [3, 5]], "strategy": "prune", "tau": 2.0}
     jmp |= {"selection": "importance", "last_prefix_only": False, "merge_weight": 1.0}
     folder = artifact(tmp_path, {**jmp, "granularity": "token", "proportional": True})

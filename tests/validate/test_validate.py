@@ -516,7 +516,7 @@ def test_a_vision_transformer_with_jmp_against_pytorch(built, photos, tmp_path):
     import torch
 
     from jmp_deploy.core.images import Preprocess, load_batch
-    from jmp_deploy.jmp.restore import restore_model
+    from jmp_deploy.jmp.models import restore_model
 
     data = artifact.read(built)
     batch = load_batch(photos, Preprocess.from_dict(data["preprocess"]))
