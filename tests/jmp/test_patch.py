@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -196,6 +197,20 @@ def test_blocks_before_the_first_reduction_run_as_in_timm():
     assert torch.equal(seen["out"], dense)
 
 
+@pytest.mark.parametrize("start", [2, 4])
+def test_blocks_may_start_where_the_dense_ones_were_left(start):
+    model = tiny_vit()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    for name in (0, start):
+        keep = partial(lambda name, module, inputs: seen.update({name: inputs[0]}), name)
+        model.blocks[name].register_forward_pre_hook(keep)
+    model(x)
+    before, behind = seen[0], seen[start]
+    patch(model, schedule.parse("4:9,5:5", model_shape(model)))
+    assert torch.equal(model.blocks(behind, start=start), model.blocks(before))
+
+
 def test_proportional_attention_is_an_option():
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     outputs = []
@@ -242,6 +257,7 @@ def test_patching_twice_is_refused():
         ("swin_tiny_patch4_window7_224", "SwinTransformer cannot be patched"),
         ("vit_small_patch16_siglip_gap_256", None),
         ("vit_base_patch16_siglip_224", "pools tokens by attention"),
+        ("eva02_tiny_patch14_224", "not built like timm's VisionTransformer"),
     ],
 )
 def test_unsupported_models_are_refused_with_the_reason(name, reason):
