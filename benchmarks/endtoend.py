@@ -125,6 +125,7 @@ def _contenders(
 ) -> list[Contender]:
     """The dense model first, then two per schedule."""
     from jmp_deploy.export.export import export_onnx
+    from jmp_deploy.jmp.families import family_of
     from jmp_deploy.jmp.models import load_model
     from jmp_deploy.jmp.patch import model_shape, patch
     from jmp_deploy.jmp.schedule import macs, parse
@@ -141,7 +142,7 @@ def _contenders(
             patch(model, steps, backend="cuda" if backend == "torch" else "reference")
             if kind == "cut":
                 model.blocks.reduce = cut_tokens
-        size = model.patch_embed.img_size
+        size = family_of(model).patch_embed(model).img_size
         if backend == "torch":
             timer = _torch_timer(model, size)
         else:

@@ -93,6 +93,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything between the parsed options and the written files; returns the JSON's content."""
     from benchmarks.lib import int8_report as report
     from benchmarks.lib import measures
+    from jmp_deploy.core.outputs import output_of
     from jmp_deploy.jmp.models import load_model
 
     forms = options.forms.split(",")
@@ -102,7 +103,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     loaded = load_model(options.model, options.weights, seed=options.seed)
     if loaded.origin["kind"] == "random":
         print("warning: random weights: the figures below mean nothing", file=sys.stderr)
-    head = options.data_dir is not None and loaded.model.num_classes > 0
+    head = options.data_dir is not None and output_of(loaded.model).classifies
     if not head:
         loaded.model.reset_classifier(0)  # digits have no class among ImageNet's
     tasks = _tasks(options)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jmp_deploy.core import artifact
 from jmp_deploy.core.images import Preprocess, find_images, load_batch
+from jmp_deploy.core.outputs import output_named
 from jmp_deploy.engine.runtime import Engine
 
 
@@ -19,16 +20,13 @@ def main(arguments: list[str]) -> None:
     """Prints the best class, or the first features, of each photo."""
     folder, *photos = map(Path, arguments)
     data = artifact.read(folder)
+    output = output_named(data["model"]["output"])
     paths = find_images(photos)
     images = load_batch(paths, Preprocess.from_dict(data["preprocess"]))  # [B, 3, H, W] float32
     with Engine(folder) as engine:
-        (output,) = engine.infer(images).values()  # any B: split and padded as the engine needs
-    for path, row in zip(paths, output, strict=True):
-        if data["model"]["output"] == "features":
-            print(path, row[:4])
-        else:
-            names = data["class_names"]
-            print(path, names[row.argmax()] if names else int(row.argmax()))
+        rows = engine.infer(images)[output.name]  # any B: split and padded as the engine needs
+    for path, row in zip(paths, rows, strict=True):
+        print(path, output.words(output.answer(row, data["class_names"], topk=1)))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from .core.artifact import (
     Jmp,
     Macs,
     Model,
-    Output,
     Precision,
     Strategy,
 )
 from .core.errors import ArtifactError, EngineError, ScheduleError
 from .core.files import atomic_path, make_writable_dir
 from .core.images import find_images, load_batch, preprocess, sample_photos
+from .core.outputs import output_of
 from .engine import builder
 from .engine.stage import Clock, make_engines
 from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
@@ -170,7 +170,7 @@ def _portable(
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
-    output: Output = "logits" if loaded.model.num_classes > 0 else "features"
+    output = output_of(loaded.model).name
     with clock("export"):
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from benchmarks.lib.data import Samples, batch
 from benchmarks.lib.methods import Method
 from benchmarks.lib.rules import Rule
 from jmp_deploy.core.files import atomic_path
+from jmp_deploy.core.outputs import output_of
+from jmp_deploy.jmp.families import family_of, written_out_attention
 from jmp_deploy.jmp.models import LoadedModel
 from jmp_deploy.jmp.node import TokenReduce
-from jmp_deploy.jmp.patch import patch, unpatch
+from jmp_deploy.jmp.patch import JMPBlocks, patch, unpatch
 from jmp_deploy.jmp.reduction import apply_plan, make_plan
 from jmp_deploy.jmp.schedule import ModelShape, Schedule, improved, macs, resolve
 
@@ -74,7 +77,7 @@ class Features:
 
     def logits(self, features: NDArray[Any]) -> NDArray[Any] | None:
         """[n, C] -> [n, classes] by the model's own classifier; None if it has none."""
-        if self.loaded.model.num_classes == 0:
+        if not output_of(self.loaded.model).classifies:
             return None
         with torch.inference_mode():
             return self.loaded.model.head(torch.from_numpy(features).float()).double().numpy()
@@ -82,28 +85,30 @@ class Features:
     def _extract(self, samples: Samples) -> NDArray[Any]:
         model = self.loaded.model
         blocks = model.blocks
+        family = family_of(model)
         first = min(getattr(blocks, "reductions", {}) or {len(blocks): None})
         stems = self._stem(samples) if first >= STEM else None
+        rest = partial(blocks, start=STEM) if isinstance(blocks, JMPBlocks) else blocks[STEM:]
         rows = []
-        with torch.inference_mode(), _without_stem(blocks, stems is not None):
+        with torch.inference_mode():
             for start in range(0, len(samples), BATCH):
                 if stems is None:
-                    tokens = model.forward_features(self._images(samples, start))
+                    tokens = blocks(family.embed(model, self._images(samples, start)))
                 else:
-                    tokens = model.norm(blocks(stems[start : start + BATCH]))
-                rows.append(model.forward_head(tokens, pre_logits=True).double().numpy())
+                    tokens = rest(stems[start : start + BATCH])
+                rows.append(family.head(model, tokens, pre_logits=True).double().numpy())
         return np.concatenate(rows)
 
     def _stem(self, samples: Samples) -> Tensor:
         """Tokens behind the first blocks, [n, N, C]."""
         if samples.name not in self._stems:
             model, parts = self.loaded.model, []
+            family = family_of(model)
             with torch.inference_mode():
                 for start in range(0, len(samples), BATCH):
-                    x = model.patch_embed(self._images(samples, start))
-                    x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
+                    x = family.embed(model, self._images(samples, start))
                     for block in list(model.blocks.children())[:STEM]:
-                        x = block(x)
+                        x = family.run(block, x)
                     parts.append(x)
             self._stems[samples.name] = torch.cat(parts)
         return self._stems[samples.name]
@@ -170,16 +175,13 @@ def counted_macs(model: nn.Module) -> int:
     """MACs for one image, by PyTorch's flop counter: every matrix product that is really run."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    fused = [(m, m.fused_attn) for m in model.modules() if hasattr(m, "fused_attn")]
-    for module, _ in fused:  # the counter does not see into the fused kernel on a CPU
-        module.fused_attn = False
-    size = model.patch_embed.img_size
-    try:
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            model(torch.zeros(1, 3, *size))
-    finally:
-        for module, before in fused:
-            module.fused_attn = before
+    size = family_of(model).patch_embed(model).img_size
+    with (
+        written_out_attention(model),
+        FlopCounterMode(display=False) as counter,
+        torch.inference_mode(),
+    ):
+        model(torch.zeros(1, 3, *size))
     return counter.get_total_flops() // 2
 
 
@@ -206,27 +208,10 @@ def own_schedule(shape: ModelShape, method: Method, share: float) -> Schedule | 
     return None
 
 
-@contextmanager
-def _without_stem(blocks: nn.Module, active: bool) -> Iterator[None]:
-    """Leaves out the first blocks: their result goes in instead of the embedding.
-
-    Each block gets an Identity of its own: `children()` lists a module once, so a shared one would
-    move every later block, and with it every reduction, forward by one.
-    """
-    taken = [blocks._modules[str(index)] for index in range(STEM)] if active else []
-    for index in range(len(taken)):
-        blocks._modules[str(index)] = nn.Identity()
-    try:
-        yield
-    finally:
-        for index, block in enumerate(taken):
-            blocks._modules[str(index)] = block
-
-
 def _code() -> str:
     """A hash of what computes features, so that a changed rule is computed again."""
     here = Path(__file__).parent
     package = Path(str(import_module("jmp_deploy").__file__)).parent
-    names = ("reduction.py", "patch.py")
+    names = ("reduction.py", "patch.py", "families/vit.py")
     files = [here / "rules.py", here / "data.py", *(package / "jmp" / name for name in names)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

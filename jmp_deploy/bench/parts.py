@@ -26,13 +26,11 @@ class Parts:
 
     Attributes:
         shape: of the model.
-        width: C.
         image: (channels, height, width) of the dense model's images.
         files: of ATTENTION, MLP and DENSE.
     """
 
     shape: ModelShape
-    width: int
     image: tuple[int, int, int]
     files: dict[str, Path]
 
@@ -52,7 +50,6 @@ def export_parts(
 
     loaded = load_model(artifact.model.name, "random", img_size=artifact.model.image_size)
     model, shape = loaded.model, model_shape(loaded.model)
-    width = int(model.embed_dim)
     size = (loaded.preprocess.height, loaded.preprocess.width)
     files = {}
     for name in (ATTENTION, MLP, DENSE):
@@ -61,9 +58,9 @@ def export_parts(
         if name == DENSE:
             export.export_onnx(model, raw, image_size=size)
         else:
-            _export_chain(model, name, shape, width, raw)
+            _export_chain(model, name, shape, raw)
         files[name] = _at_precision(raw, folder / f"{name}.onnx", artifact.precision)
-    return Parts(shape, width, (3, *size), files)
+    return Parts(shape, (3, *size), files)
 
 
 def with_tokens(source: Path, tokens: int, target: Path) -> Path:
@@ -93,7 +90,7 @@ def _at_precision(raw: Path, target: Path, precision: str) -> Path:
     return target
 
 
-def _export_chain(model: Any, name: str, shape: ModelShape, width: int, path: Path) -> None:
+def _export_chain(model: Any, name: str, shape: ModelShape, path: Path) -> None:
     import io
     import warnings
     from contextlib import redirect_stdout
@@ -102,12 +99,17 @@ def _export_chain(model: Any, name: str, shape: ModelShape, width: int, path: Pa
 
     from ..core.errors import GraphError
     from ..export.export import OPSET, save_model
+    from ..jmp.families import written_out_attention
 
     chain = _chain(model, name)
-    example = torch.zeros(2, shape.num_prefix + shape.num_patches, width)
+    example = torch.zeros(2, shape.num_prefix + shape.num_patches, shape.width)
     dims = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("tokens", min=2)}
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with (
+            written_out_attention(chain),
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 chain,
@@ -125,8 +127,12 @@ def _export_chain(model: Any, name: str, shape: ModelShape, width: int, path: Pa
 
 
 def _chain(model: Any, name: str) -> Any:
-    """One half of every block with its norm and residual; attention as in our exports."""
+    """One half of every block, as a block with a reduction runs it."""
     from torch import Tensor, nn
+
+    from ..jmp.families import family_of
+
+    family = family_of(model)
 
     class Chain(nn.Module):
         def __init__(self) -> None:
@@ -135,13 +141,7 @@ def _chain(model: Any, name: str) -> Any:
 
         def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
-                if name == ATTENTION:
-                    x = x + block.ls1(block.attn(block.norm1(x)))
-                else:
-                    x = x + block.ls2(block.mlp(block.norm2(x)))
+                x = family.attend(block, x)[0] if name == ATTENTION else family.feed(block, x)
             return x
 
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):  # written out
-            module.fused_attn = False
     return Chain().eval()

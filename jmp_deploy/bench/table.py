@@ -273,7 +273,7 @@ def _opener(measured: Artifact, backend: str, parts: Parts, threads: int) -> Ope
         if name not in sessions:
             sessions[name] = OnnxRuntime(parts.files[name], parts.image, threads)
         # One session serves all token counts: ONNX Runtime has no kernels for one shape alone.
-        return sessions[name].view((tokens, parts.width)) if tokens else sessions[name].view()
+        return sessions[name].view((tokens, parts.shape.width)) if tokens else sessions[name].view()
 
     return opener
 
@@ -299,7 +299,7 @@ def _engine_opener(measured: Artifact, parts: Parts) -> Opener:
                 model = bench_parts.with_tokens(source, tokens, source.with_name("part.onnx"))
             spec = EngineSpec(
                 batch=measured.batch,
-                image=(tokens, parts.width) if tokens else parts.image,
+                image=(tokens, parts.shape.width) if tokens else parts.image,
                 precision=measured.precision,
             )
             cache = source.with_name("timing.cache")

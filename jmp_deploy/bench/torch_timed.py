@@ -33,7 +33,7 @@ class TorchModel:
     def __init__(self, artifact: Artifact, threads: int) -> None:
         import torch
 
-        from ..jmp.restore import restore_model
+        from ..jmp.models import restore_model
 
         self.model: Any = restore_model(replace(artifact, weights=Weights("random", seed=0)))
         self.shape = artifact.image_shape

@@ -153,7 +153,7 @@ def _run(options: argparse.Namespace) -> int:
             ),
             topk=options.topk,
         )
-    table = render.predictions(result.records, result.backend, result.reason)
+    table = render.predictions(result)
     show.show(options, table, [*result.records, *result.skipped])
     for entry in result.skipped:
         print(f"skipped: {entry['error']}", file=sys.stderr)

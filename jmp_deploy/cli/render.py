@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..engine.predict import Predictions
 
 RANDOM_WARNING = (
     "RANDOM WEIGHTS: this artifact can be timed, inspected and compared with PyTorch; "
@@ -173,21 +176,14 @@ def agreement(pair: dict[str, Any]) -> str:
     return words
 
 
-def predictions(records: Sequence[dict[str, Any]], backend: str, reason: str) -> RenderableType:
+def predictions(result: Predictions) -> RenderableType:
     """The table of `run`."""
-    table = Table(title=f"run with {backend} ({reason})", title_justify="left")
+    title = f"run with {result.backend} ({result.reason})"
+    table = Table(title=title, title_justify="left")
     table.add_column("image", overflow="fold")
-    has_classes = "top" in records[0]
-    table.add_column("top classes" if has_classes else "features")
-    for record in records:
-        if has_classes:
-            cell = "\n".join(f"{entry['score']:6.1%}  {entry['label']}" for entry in record["top"])
-        else:
-            values = record["features"]
-            norm = math.sqrt(sum(v * v for v in values))
-            head = ", ".join(f"{v:.3f}" for v in values[:4])
-            cell = f"[{head}, ...] {len(values)} values, norm {norm:.3f}"
-        table.add_row(record["image"], cell)
+    table.add_column(result.output.heading)
+    for record in result.records:
+        table.add_row(record["image"], result.output.words(record))
     return table
 
 

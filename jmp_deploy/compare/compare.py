@@ -251,7 +251,7 @@ def _backend(
         return Backend(name, open_runner(artifact, name))
     output = artifact.model.output
     try:
-        from ..jmp.restore import restore_model
+        from ..jmp.models import restore_model
 
         model = restore_model(artifact, weights)
         return Backend(name, torch_runner(model, output), model)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..core.outputs import output_named
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TOPK = 5
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -159,7 +160,7 @@ def measure(
         worst=int(np.argmin(cosine)),
         ok=not problems,
         problems=tuple(problems),
-        **(classes(x, y) if output == "logits" else {"top1_agreement": None}),
+        **output_named(output).differences(x, y),
     )
 
 
@@ -173,26 +174,6 @@ def cosines(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
 def relative(difference: NDArray[Any], of: NDArray[Any]) -> float:
     """Norm of a difference over the norm of what it is a difference of."""
     return float(np.linalg.norm(difference) / max(float(np.linalg.norm(of)), TINY))
-
-
-def classes(x: NDArray[Any], y: NDArray[Any]) -> dict[str, float]:
-    """What a change of logits [B, classes] means for the answer: the figures of `Pair`."""
-    k = min(TOPK, x.shape[1])
-    best = [np.argsort(-v, axis=1, kind="stable")[:, :k] for v in (x, y)]
-    shared = [len(np.intersect1d(p, q)) / k for p, q in zip(*best, strict=True)]
-    log_p, log_q = _log_softmax(x), _log_softmax(y)
-    divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    return {
-        "top1_agreement": float((best[0][:, 0] == best[1][:, 0]).mean()),
-        "top5_agreement": float(np.mean(shared)),
-        "kl_mean": float(divergence.mean()),
-        "kl_max": float(divergence.max()),
-    }
-
-
-def _log_softmax(values: NDArray[Any]) -> NDArray[Any]:
-    shifted = values - values.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def _not_finite(values: NDArray[Any]) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def trace_torch(
     """
     import torch
 
-    from ..jmp.patch import JMPBlocks
+    from ..jmp.patch import JMPBlocks, model_shape
 
     pieces = []
     for piece in split(images, BATCH, 1):
@@ -135,7 +135,7 @@ def trace_torch(
         choices=choices,
         blocks=[_torch_block(seen, index, depth) for index in range(depth)],
         sizes={block: (seen[f"{block}.size"], seen[f"{block}.log_size"]) for block in sized},
-        num_prefix=model.num_prefix_tokens,
+        num_prefix=model_shape(model).num_prefix,
     )
 
 
@@ -351,6 +351,9 @@ def _block_of(name: str) -> int:
 
 def _watch_blocks(stack: ExitStack, model: nn.Module, seen: dict[str, NDArray[Any]]) -> None:
     """Keeps what enters both norms of every block, and what leaves the last one."""
+    from ..jmp.families import family_of
+
+    family = family_of(model)
 
     def keep(key: str, value: Any) -> None:
         seen[key] = value.detach().float().cpu().numpy().copy()
@@ -360,7 +363,7 @@ def _watch_blocks(stack: ExitStack, model: nn.Module, seen: dict[str, NDArray[An
 
     children = list(model.blocks.children())
     for index, block in enumerate(children):
-        for norm, what in ((block.norm1, "entry"), (block.norm2, "reduced")):
+        for norm, what in zip(family.norms(block), ("entry", "reduced"), strict=True):
             stack.callback(norm.register_forward_pre_hook(before(f"{index}.{what}")).remove)
     hook = model.blocks.register_forward_hook(
         lambda module, inputs, output: keep(f"{len(children)}.entry", output)

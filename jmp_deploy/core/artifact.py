@@ -21,6 +21,7 @@ from .. import __version__
 from .errors import ArtifactError
 from .files import sha256, write_json
 from .images import Preprocess
+from .outputs import OUTPUTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,7 +55,6 @@ Selection = Literal["importance", "distinct"]
 Strategy = Literal["jmp", "merge", "prune"]
 Precision = Literal["fp16", "fp32", "int8"]
 Flavour = Literal["tensorrt", "rtx"]
-Output = Literal["logits", "features"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 Count = Annotated[int, Meta(ge=1, le=1 << 40)]
@@ -71,8 +71,12 @@ class Model:
 
     name: str
     image_size: Count
-    output: Output
+    output: str
     asked_for: str = ""
+
+    def __post_init__(self) -> None:
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output {self.output!r} is none of {', '.join(OUTPUTS)}")
 
 
 @dataclass(frozen=True)

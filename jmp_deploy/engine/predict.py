@@ -15,7 +15,7 @@ from ..core import artifact
 from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, EngineError, ImageError, NonFiniteError
 from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
-from ..core.stats import softmax
+from ..core.outputs import TOPK, Output, output_named
 from . import backends
 from .runtime import Engine, require_finite
 
@@ -35,12 +35,14 @@ class Predictions:
     Attributes:
         records: {"image", "top": [{"index", "label", "score"}]}, score a softmax probability, or
             {"image", "features": [...]}.
+        output: what they show.
         backend: what ran.
         reason: why that.
         skipped: {"image", "error"} of files that could not be read.
     """
 
     records: list[dict[str, Any]]
+    output: Output
     backend: str
     reason: str
     skipped: list[dict[str, str]]
@@ -71,7 +73,7 @@ class Options:
 
 
 def predict(
-    path: Path, images: Sequence[Path], options: Options | None = None, *, topk: int = 5
+    path: Path, images: Sequence[Path], options: Options | None = None, *, topk: int = TOPK
 ) -> Predictions:
     """Runs an artifact, or an engine without a manifest, on images.
 
@@ -101,25 +103,25 @@ def predict(
         for start in range(0, len(paths), CHUNK):
             piece, batch = _decode(paths[start : start + CHUNK], spec, skipped)
             for image, row in zip(piece, _run_finite(run, batch, piece), strict=True):
-                records.append({"image": str(image), **_answer(row, output, names, topk)})
+                records.append({"image": str(image), **output.answer(row, names, topk)})
     if not records:
         raise ImageError(skipped[0]["error"], f"{len(skipped)} images, none of them readable")
-    return Predictions(records, backend, reason, skipped)
+    return Predictions(records, output, backend, reason, skipped)
 
 
 @contextmanager
 def _open(
     path: Path, found: Artifact | None, options: Options
-) -> Iterator[tuple[Run, Preprocess, str, str, str]]:
-    """(images to outputs, preprocessing, output's name, backend, reason)."""
+) -> Iterator[tuple[Run, Preprocess, Output, str, str]]:
+    """(images to outputs, preprocessing, output, backend, reason)."""
     if found is None:
         with Engine(
             path, use_manifest=False, cuda_graph=options.cuda_graph, max_batch=options.batch
         ) as engine:
-            spec, output = _assumed(engine), engine.outputs[0].name
+            spec, output = _assumed(engine), output_named(engine.outputs[0].name)
             yield _of_engine(engine, output), spec, output, "engine", "without a manifest"
         return
-    spec, output = found.preprocess, found.model.output
+    spec, output = found.preprocess, output_named(found.model.output)
     chosen, reason = backends.pick_backend(found, options.backend)
     if chosen == "engine":
         with Engine(path, cuda_graph=options.cuda_graph, max_batch=options.batch) as engine:
@@ -131,7 +133,9 @@ def _open(
         raise EngineError(f"--batch {most} is below the model's {least}")
     with backends.open_runner(found, chosen) as runner:
         yield (
-            lambda batch: backends.infer(runner, batch, (least, min(best, most), most))[output],
+            lambda batch: backends.infer(runner, batch, (least, min(best, most), most))[
+                output.name
+            ],
             spec,
             output,
             chosen,
@@ -139,8 +143,8 @@ def _open(
         )
 
 
-def _of_engine(engine: Engine, output: str) -> Run:
-    return lambda batch: engine.infer({backends.INPUT: batch})[output]
+def _of_engine(engine: Engine, output: Output) -> Run:
+    return lambda batch: engine.infer({backends.INPUT: batch})[output.name]
 
 
 def _assumed(engine: Engine) -> Preprocess:
@@ -190,21 +194,3 @@ def _run_finite(run: Run, batch: NDArray[np.float32], paths: Sequence[Path]) -> 
             f"the output for {paths[error.row]} is not finite: {error.message}", error.hint
         ) from error
     return values
-
-
-def _answer(row: Any, output: str, names: Sequence[str] | None, topk: int) -> dict[str, Any]:
-    if output == "features":
-        return {"features": [float(value) for value in row]}
-    wide = np.asarray(row, dtype=np.float64)
-    scores = softmax(wide)
-    best = np.argsort(-scores, kind="stable")[:topk]
-    return {
-        "top": [
-            {
-                "index": int(index),
-                "label": names[index] if names else str(index),
-                "score": float(scores[index]),
-            }
-            for index in best
-        ]
-    }

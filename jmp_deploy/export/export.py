@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.errors import GraphError
 from ..core.files import atomic_path
+from ..core.outputs import output_of
 from ..jmp import node
+from ..jmp.families import written_out_attention
 from ..jmp.node import DOMAIN, OPSET, TokenReduce
 from ..jmp.patch import JMPBlocks
 
@@ -44,7 +46,6 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     """
     # A batch of 2: torch.export takes sizes 0 and 1 for constants.
     example = torch.zeros(2, 3, *image_size)
-    output = "logits" if model.num_classes > 0 else "features"
     try:
         with _export_form(model), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -54,7 +55,7 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[output],
+                output_names=[output_of(model).name],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
                 verbose=False,
             )
@@ -162,23 +163,15 @@ def _strip_debug_info(proto: onnx.ModelProto) -> None:
 
 @contextmanager
 def _export_form(model: nn.Module) -> Iterator[None]:
-    """Reductions as one symbolic node, attention as matmul, softmax, matmul.
-
-    scaled_dot_product_attention does not decompose with a dynamic batch in torch 2.15, and the
-    written-out form, timm's own for `fused_attn=False`, is the pattern that TensorRT fuses.
-    """
-    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    """Reductions as one symbolic node, attention written out."""
     blocks = model.blocks
     before = blocks.reduce if isinstance(blocks, JMPBlocks) else None
     try:
-        for module in fused:
-            module.fused_attn = False
         if before is not None:
             blocks.reduce = _reduce_node
-        yield
+        with written_out_attention(model):
+            yield
     finally:
-        for module in fused:
-            module.fused_attn = True
         if before is not None:
             blocks.reduce = before
 

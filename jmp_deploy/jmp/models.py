@@ -14,37 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ..core.artifact import Weights
+from ..core.artifact import Artifact, Weights
 from ..core.errors import ModelError, WeightsError
 from ..core.images import Preprocess
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-SHORT_NAMES: dict[str, tuple[str, int | None]] = {
-    "deit_t": ("deit_tiny_patch16_224", None),
-    "deit_s": ("deit_small_patch16_224", None),
-    "deit_b": ("deit_base_patch16_224", None),
-    "deit_t_distilled": ("deit_tiny_distilled_patch16_224", None),
-    "deit_s_distilled": ("deit_small_distilled_patch16_224", None),
-    "deit_b_distilled": ("deit_base_distilled_patch16_224", None),
-    "deit3_s": ("deit3_small_patch16_224", None),
-    "deit3_b": ("deit3_base_patch16_224", None),
-    "vit_t": ("vit_tiny_patch16_224", None),
-    "vit_s": ("vit_small_patch16_224", None),
-    "vit_b": ("vit_base_patch16_224", None),
-    "vit_l": ("vit_large_patch16_224", None),
-    "dinov2_s": ("vit_small_patch14_dinov2", 224),
-    "dinov2_b": ("vit_base_patch14_dinov2", 224),
-    "dinov2_l": ("vit_large_patch14_dinov2", 224),
-    "dinov2_g": ("vit_giant_patch14_dinov2", 224),
-    "dinov2_s_reg": ("vit_small_patch14_reg4_dinov2", 224),
-    "dinov2_b_reg": ("vit_base_patch14_reg4_dinov2", 224),
-    "dinov2_l_reg": ("vit_large_patch14_reg4_dinov2", 224),
-    "dinov2_g_reg": ("vit_giant_patch14_reg4_dinov2", 224),
-}
-"""Short name -> (timm name, image size if not timm's own). DINOv2 was trained at 518 pixels and is
-used at 224 (256 patch tokens) unless --img-size says otherwise."""
 
 
 @dataclass
@@ -52,7 +27,7 @@ class LoadedModel:
     """A dense timm model in eval mode, and what has to be known about it.
 
     Attributes:
-        model: timm VisionTransformer, float32, on the CPU.
+        model: of a family in `families`, float32, on the CPU.
         name: timm name.
         origin: where the weights come from, for the manifest.
         preprocess: what its images have to look like.
@@ -75,6 +50,8 @@ def resolve_name(name: str) -> tuple[str, int | None]:
         ModelError: unknown name; the hint has near matches.
     """
     import timm
+
+    from .families import SHORT_NAMES
 
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
@@ -116,16 +93,50 @@ def load_model(
     return LoadedModel(model, timm_name, origin, _preprocess(model), names, synsets)
 
 
+def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
+    """Makes the PyTorch model of an artifact again: its weights, and JMP as the build put it in.
+
+    Args:
+        artifact: what was built.
+        weights: file or word as for `build --weights`, if the recorded place will not do.
+
+    Raises:
+        WeightsError: the weights are not to be had here, or are others than those of the build.
+    """
+    from .patch import patch
+    from .schedule import from_manifest
+
+    origin, jmp = artifact.weights, artifact.jmp
+    source = weights or _source(origin)
+    loaded = load_model(
+        artifact.model.name, source, img_size=artifact.model.image_size, seed=origin.seed or 0
+    )
+    if origin.kind == "file" and loaded.origin.sha256 != origin.sha256:
+        raise WeightsError(
+            f"{source} is not the file that the artifact was built from "
+            f"(sha256 {str(loaded.origin.sha256)[:12]}..., expected {str(origin.sha256)[:12]}...)",
+            "name the right one with --weights",
+        )
+    if jmp:
+        patch(
+            loaded.model,
+            from_manifest(jmp),
+            tau=jmp.tau,
+            granularity=jmp.granularity,
+            proportional=jmp.proportional,
+        )
+    return loaded.model
+
+
 def _refuse_early(timm_name: str, size: int | None) -> None:
     """Refuses an unsupported model before weights are fetched or memory is taken for it."""
     import torch
 
-    from .patch import refuse_unsupported
+    from .families import family_of
 
     with torch.device("meta"):
         model = _create(timm_name, size)
-    refuse_unsupported(model)
-    patch = model.patch_embed.patch_size[0]
+    patch = family_of(model).patch_embed(model).patch_size[0]
     if size is not None and size % patch:
         # timm would cut the rest of the image off without a word
         raise ModelError(
@@ -192,7 +203,7 @@ def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module,
     elif head.ndim == 2:
         options["num_classes"] = head.shape[0]
     model = _create(timm_name, size, **options)
-    state = _fit_position_embedding(model, state)
+    state = _fit(model, state)
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -218,6 +229,16 @@ def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module,
     model.load_state_dict(state)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return model, Weights("file", path=str(path.resolve()), sha256=digest)
+
+
+def _source(origin: Weights) -> str:
+    if origin.kind != "file":
+        return origin.kind
+    if not Path(str(origin.path)).is_file():
+        raise WeightsError(
+            f"the weights {origin.path} are not here", "name them with --weights FILE"
+        )
+    return str(origin.path)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -251,29 +272,24 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
-def _fit_position_embedding(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Resamples the position embedding to the model's image size, as timm itself does."""
-    from timm.layers import resample_abs_pos_embed
+def _fit(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state in the model's terms; as it is where timm cannot make sense of it."""
+    from .families import family_of
 
-    own, given = getattr(model, "pos_embed", None), state.get("pos_embed")
-    if own is None or given is None or given.ndim != 3 or given.shape == own.shape:
-        return state
-    if given.shape[-1] != own.shape[-1]:
-        return state
-    prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-    if round((given.shape[1] - prefix) ** 0.5) ** 2 != given.shape[1] - prefix:
-        return state
-    resampled = resample_abs_pos_embed(
-        given, new_size=model.patch_embed.grid_size, num_prefix_tokens=prefix
-    )
-    return {**state, "pos_embed": resampled}
+    try:
+        with _quiet_timm():
+            return family_of(model).fit_checkpoint(model, state)
+    except Exception:  # timm's code trusts what it is given
+        return state  # what does not fit is named by its keys and shapes
 
 
 def _preprocess(model: nn.Module) -> Preprocess:
     from timm.data import resolve_model_data_config
 
+    from .families import family_of
+
     config = resolve_model_data_config(model)
-    size = model.patch_embed.img_size
+    size = family_of(model).patch_embed(model).img_size
     return Preprocess.from_timm({**config, "input_size": (config["input_size"][0], *size)})
 
 

@@ -40,6 +40,7 @@ class ModelShape:
     Attributes:
         name: timm name.
         depth: number of blocks.
+        width: C, channels of a token.
         num_prefix: class, distillation and register tokens.
         num_patches: M, patch tokens.
         attn_dim: heads times head width.
@@ -55,6 +56,7 @@ class ModelShape:
 
     name: str
     depth: int
+    width: int
     num_prefix: int
     num_patches: int
     attn_dim: int

@@ -144,11 +144,13 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
 
 def picture(model: nn.Module, path: Path, spec: Preprocess) -> Picture:
     """One image file through a patched model."""
+    from .families import family_of
+
     image = preprocess(open_image(path), spec)
     mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
     seen = np.clip((image * std + mean) * 255, 0, 255).round().astype(np.uint8)
     stages = trace(model, image[None])[0]
-    rows, columns = model.patch_embed.grid_size
+    rows, columns = family_of(model).patch_embed(model).grid_size
     return Picture(path.name, seen.transpose(1, 2, 0), (rows, columns), stages)
 
 
@@ -161,6 +163,7 @@ def trace(model: nn.Module, images: NDArray[np.float32]) -> list[tuple[Stage, ..
     """
     import torch
 
+    from .patch import model_shape
     from .reduction import Plan, apply_plan, make_plan
 
     plans: list[Plan] = []
@@ -179,7 +182,7 @@ def trace(model: nn.Module, images: NDArray[np.float32]) -> list[tuple[Stage, ..
     finally:
         blocks.reduce = before
     numbers = sorted(blocks.reductions)
-    patches = model.patch_embed.num_patches
+    patches = model_shape(model).num_patches
     return [_follow(plans, numbers, sample, patches) for sample in range(len(images))]
 
 
@@ -234,7 +237,7 @@ def _load_artifact(
     options: VisualizeOptions, folder: Path
 ) -> tuple[nn.Module, Preprocess, dict[str, Any]]:
     from ..core import artifact
-    from .restore import restore_model
+    from .models import restore_model
 
     found = artifact.read(folder)
     if found.jmp is None:

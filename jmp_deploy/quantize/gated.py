@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.outputs import output_named
+
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
@@ -51,7 +53,7 @@ class Gated:
         plain = {tensor.name: tensor for tensor in proto.graph.initializer}
         weights = {n.name: n.input[1] for n in proto.graph.node if len(n.input) > 1}
         self._images = proto.graph.input[0].name
-        self.classifies = proto.graph.output[0].name == "logits"
+        self.classifies = output_named(proto.graph.output[0].name).classifies
         quantized = onnx.ModelProto()
         quantized.CopyFrom(proto)
         self.layers = insert(quantized, scales, keep_float=keep_float)

@@ -42,12 +42,16 @@ class Evaluator:
     def __init__(self, model: nn.Module, pixels: NDArray[np.float32], batch: int) -> None:
         import torch
 
+        from ..jmp.families import family_of
+
         self.model, self.batch = model, batch
+        self.family = family_of(model)
+        self.shape = self.family.shape(model)
         self.count = len(pixels)
         blocks = list(model.blocks.children())
         inputs: list[list[Any]] = [[] for _ in blocks]
-        per_block = pixels.shape[0] * model.pos_embed.shape[-1] * 4
-        per_block *= model.patch_embed.num_patches + model.num_prefix_tokens
+        per_block = self.count * (self.shape.num_prefix + self.shape.num_patches)
+        per_block *= self.shape.width * 4
         depth = max(1, min(len(blocks), PREFIX_BYTES // per_block))
 
         def keep(index: int) -> Callable[..., None]:
@@ -73,23 +77,20 @@ class Evaluator:
         import torch
         from torch.nn.functional import cosine_similarity
 
-        from ..jmp.patch import model_shape, patch, unpatch
+        from ..jmp.patch import patch, unpatch
 
-        shape = model_shape(self.model)
-        steps = pairs(keeps, shape.num_patches)
+        steps = pairs(keeps, self.shape.num_patches)
         first = min([block for block, _ in steps] + [len(self.inputs) - 1])
         first = min(first, len(self.inputs) - 1)
-        patch(self.model, candidate(steps, shape), tau=tau)
+        patch(self.model, candidate(steps, self.shape), tau=tau)
         try:
-            # What is dense comes from memory; the originals are safe in what unpatch puts back.
-            for index in range(first):
-                self.model.blocks._modules[str(index)] = torch.nn.Identity()
             found: list[float] = []
             with torch.inference_mode():
                 for at in range(start, stop, self.batch):
                     end = min(at + self.batch, stop)
-                    tokens = self.model.norm(self.model.blocks(self.inputs[first][at:end]))
-                    output = self.model.forward_head(tokens).double()
+                    # What is dense comes from memory.
+                    tokens = self.model.blocks(self.inputs[first][at:end], start=first)
+                    output = self.family.head(self.model, tokens).double()
                     cosine = cosine_similarity(output, self.dense[at:end].double(), dim=1)
                     found.extend((1 - cosine).clamp_min(0).tolist())
         finally:

@@ -14,6 +14,7 @@ import numpy as np
 from ..core.artifact import ENGINE, PORTABLE, Artifact, read
 from ..core.device import gpus
 from ..core.errors import ArtifactError, EngineError
+from ..core.outputs import Output, output_named
 from ..engine.backends import infer, pick_backend
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class Subject:
     runner: Any = field(default=None, repr=False)
 
     @property
-    def output(self) -> str:
-        """ "logits" or "features"."""
-        return self.artifact.model.output
+    def output(self) -> Output:
+        """What it gives."""
+        return output_named(self.artifact.model.output)
 
     def file_sha256(self) -> str:
         """Hash of the file that runs, by the manifest; whether it is true is seen on opening."""
@@ -49,7 +50,7 @@ class Subject:
 
     def answer(self, images: NDArray[Any]) -> NDArray[Any]:
         """[b, 3, H, W] float32 -> [b, classes or channels]."""
-        return np.asarray(infer(self.runner, images, self.artifact.batch)[self.output])
+        return np.asarray(infer(self.runner, images, self.artifact.batch)[self.output.name])
 
 
 def load_subjects(folder: Path, against: Path | None, allow_random: bool) -> list[Subject]:

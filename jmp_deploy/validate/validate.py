@@ -145,7 +145,7 @@ class _Data:
 
 def _datasets(options: ValidateOptions, subjects: Sequence[Subject]) -> _Data:
     model = subjects[0].artifact
-    if model.model.output == "logits":
+    if subjects[0].output.classifies:
         order = ClassOrder.of(model, int(model.reference().output.shape[1]))
         val = for_classifier(options.data, options.labels, order)
         return _Data(val.first(options.limit), None)
@@ -263,11 +263,11 @@ class _Run:
             folder = subject.artifact.folder
             more = f" and {len(bad) - NAMED} more of this batch" if len(bad) > NAMED else ""
             raise NonFiniteError(
-                f"the {subject.output} of {folder} ({subject.backend}) are not finite "
+                f"the {subject.output.name} of {folder} ({subject.backend}) are not finite "
                 f"for {', '.join(bad[:NAMED])}{more}",
                 f"run `python -m jmp_deploy compare {folder}` to see which backend fails",
             )
-        return top_classes(values) if subject.output == "logits" else values.astype(np.float32)
+        return top_classes(values) if subject.output.classifies else values.astype(np.float32)
 
 
 def _result(

@@ -443,11 +443,11 @@ def test_pytorch_is_measured_too(tmp_path, monkeypatch):
     import torch
 
     from jmp_deploy.bench import torch_timed
-    from jmp_deploy.jmp import restore
+    from jmp_deploy.jmp import models
     from tests.fakes.models import tiny_vit
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(restore, "restore_model", lambda data: tiny_vit(depth=2))
+    monkeypatch.setattr(models, "restore_model", lambda data: tiny_vit(depth=2))
     folder = artifact(tmp_path / "a", side=32)
     model = torch_timed.TorchModel(read(folder), 1)
     times = model.prepare(2, False)()

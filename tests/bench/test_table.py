@@ -23,6 +23,7 @@ def shape() -> ModelShape:
     return ModelShape(
         name="deit_small_patch16_224",
         depth=6,
+        width=48,
         num_prefix=1,
         num_patches=16,
         attn_dim=48,

@@ -103,7 +103,7 @@ def test_run_equals_pytorch(built, photos, tmp_path):
     import torch
 
     from jmp_deploy.core.images import load_batch
-    from jmp_deploy.jmp.restore import restore_model
+    from jmp_deploy.jmp.models import restore_model
 
     found = manifest.read(built)
     batch = load_batch(photos, found.preprocess)
@@ -154,7 +154,7 @@ def test_compare_notices_another_model(artifact):
 
 
 def test_compare_without_pytorch_takes_the_stored_outputs(built, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "jmp_deploy.jmp.restore", None)  # import fails
+    monkeypatch.setitem(sys.modules, "jmp_deploy.jmp.models", None)  # import fails
     assert main(["compare", str(built), "--json", str(tmp_path / "c.json")]) == 0
     result = json.loads((tmp_path / "c.json").read_text())
     assert result["backends"][0] == "torch (stored)"

@@ -24,7 +24,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def restored(tiny, monkeypatch):
     """The artifact, with its model for PyTorch's part."""
-    monkeypatch.setattr("jmp_deploy.jmp.restore.restore_model", lambda data, weights=None: tiny[1])
+    monkeypatch.setattr("jmp_deploy.jmp.models.restore_model", lambda data, weights=None: tiny[1])
     return tiny[0]
 
 
@@ -202,7 +202,7 @@ def test_tolerances_from_the_command_line(restored, tmp_path, capsys):
 def test_nan_in_an_output_exits_1_and_names_the_backend(tmp_path, monkeypatch, capsys):
     folder, model = artifact_of(tmp_path / "a", precision="fp16")
     plant(folder, 4, "fc2", lambda w: np.full_like(w, np.inf))
-    monkeypatch.setattr("jmp_deploy.jmp.restore.restore_model", lambda data, weights=None: model)
+    monkeypatch.setattr("jmp_deploy.jmp.models.restore_model", lambda data, weights=None: model)
     code, result = run(folder, tmp_path, "--debug")
     assert code == 1 and result["pairs"][0]["not_finite"]["onnxruntime"]["nan"] > 0
     found = result["debug"][0]
@@ -215,7 +215,7 @@ def test_nan_in_an_output_exits_1_and_names_the_backend(tmp_path, monkeypatch, c
 def test_stored_outputs_have_no_tokens_and_no_blocks(tiny, tmp_path, monkeypatch, capsys):
     import sys
 
-    monkeypatch.setitem(sys.modules, "jmp_deploy.jmp.restore", None)  # import fails
+    monkeypatch.setitem(sys.modules, "jmp_deploy.jmp.models", None)  # import fails
     code, result = run(tiny[0], tmp_path, "--debug")
     assert code == 0 and result["backends"][0] == "torch (stored)"
     assert result["reductions"] is None and "stored outputs" in result["reductions_skipped"]

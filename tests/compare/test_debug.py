@@ -97,7 +97,7 @@ def test_a_sound_model_has_no_block_outside(form):
 def test_a_planted_fault_is_found_by_name(half, tmp_path, monkeypatch, capsys, block, layer, part):
     source, model = half
     folder = broken_copy(source, tmp_path / "a", block, layer, lambda w: np.roll(w, 1, axis=0))
-    monkeypatch.setattr("jmp_deploy.jmp.restore.restore_model", lambda data, weights=None: model)
+    monkeypatch.setattr("jmp_deploy.jmp.models.restore_model", lambda data, weights=None: model)
     out = tmp_path / "c.json"
     assert main(["compare", str(folder), "--debug", "--json", str(out)]) == 1
     result = json.loads(out.read_text())

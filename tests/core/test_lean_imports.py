@@ -11,7 +11,7 @@ import pytest
 
 import jmp_deploy
 
-HEAVY = {"export", "fuse", "patch", "quantize", "reduction", "restore", "torch_op"}
+HEAVY = {"export", "fuse", "patch", "quantize", "reduction", "torch_op"}
 """Modules that work on PyTorch or ONNX models and may import them at once."""
 RUNS = {"__main__"}  # on import; the help tests are its own
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from jmp_deploy.core.errors import ModelError, WeightsError
 from jmp_deploy.jmp import models
+from jmp_deploy.jmp.families import SHORT_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def state():
 def test_every_short_name_is_a_timm_model():
     import timm
 
-    for timm_name, _ in models.SHORT_NAMES.values():
+    for timm_name, _ in SHORT_NAMES.values():
         assert timm.is_model(timm_name)
 
 
@@ -66,6 +67,46 @@ def test_position_embeddings_are_resampled(tmp_path, state):
     assert loaded.model.pos_embed.shape == (1, 101, 192)
     assert loaded.preprocess.height == 160
     assert torch.equal(loaded.model.pos_embed[:, 0], state["pos_embed"][:, 0])
+
+
+@pytest.mark.parametrize("registers", [False, True])
+def test_dinov2_as_its_authors_publish_it(tmp_path, registers):
+    """With the mask token of the training, other names of registers, and 518 pixels' positions."""
+    from timm.layers import resample_abs_pos_embed
+
+    name = "dinov2_s_reg" if registers else "dinov2_s"
+    own = models.load_model(name, "random", seed=1).model.state_dict()
+    positions = torch.randn(1, 1 + 37 * 37, 384, generator=torch.Generator().manual_seed(0))
+    published = {**own, "mask_token": torch.zeros(1, 384), "pos_embed": positions}
+    if registers:
+        published["register_tokens"] = published.pop("reg_token")
+    torch.save(published, tmp_path / "w.pth")
+    model = models.load_model(name, str(tmp_path / "w.pth")).model
+    if registers:  # the class token's position is added to it, as timm keeps it
+        assert torch.equal(model.reg_token, own["reg_token"])
+        assert torch.equal(model.cls_token[0], own["cls_token"][0] + positions[:, 0])
+        positions = positions[:, 1:]
+    prefix = 0 if registers else 1
+    wanted = resample_abs_pos_embed(positions, [16, 16], num_prefix_tokens=prefix)
+    assert torch.equal(model.pos_embed, wanted)
+    rest = {key: value for key, value in model.state_dict().items() if key.startswith("blocks")}
+    assert rest and all(torch.equal(value, own[key]) for key, value in rest.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("patch_embed.proj.weight", (192, 3, 8, 8)),  # which timm would resample
+        ("pos_embed", (1, 100, 192)),
+        ("pos_embed", (197, 192)),
+        ("visual.class_embedding", (3,)),  # timm takes it for one of CLIP's
+        ("encoder", (3,)),
+    ],
+)
+def test_states_that_timm_stumbles_over_are_refused_in_one_message(tmp_path, state, key, shape):
+    save_file({**state, key: torch.zeros(shape)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"does not fit deit_tiny_patch16_224: \d+ "):
+        models.load_model("deit_t", str(tmp_path / "w.safetensors"))
 
 
 def test_keys_that_do_not_fit_are_named(tmp_path, state):

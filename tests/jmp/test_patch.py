@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -11,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jmp_deploy.core.errors import ModelError, ScheduleError
 from jmp_deploy.jmp import schedule
-from jmp_deploy.jmp.patch import JMPBlocks, _attend, model_shape, patch, unpatch
+from jmp_deploy.jmp.families.vit import attention
+from jmp_deploy.jmp.patch import JMPBlocks, model_shape, patch, unpatch
 from tests.fakes.models import tiny_vit
 
 FAMILIES = [
@@ -142,26 +144,26 @@ def test_a_schedule_says_how_tokens_are_selected():
 @pytest.mark.parametrize("fused", [True, False])
 def test_our_attention_is_timms(options, fused):
     model = tiny_vit(**options)
-    attention = model.blocks[0].attn
-    attention.fused_attn = fused
+    layer = model.blocks[0].attn
+    layer.fused_attn = fused
     x = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(1))
     mask = torch.rand(2, 1, 1, 17, generator=torch.Generator().manual_seed(2))
     for bias in (None, mask):
-        ours, queries_keys = _attend(attention, x, bias)
-        torch.testing.assert_close(ours, attention(x, attn_mask=bias), rtol=1e-5, atol=1e-6)
+        ours, queries_keys = attention(layer, x, bias)
+        torch.testing.assert_close(ours, layer(x, attn_mask=bias), rtol=1e-5, atol=1e-6)
     assert queries_keys.shape[-1] == (96 if options.get("qk_norm") else 144)
 
 
 def test_qk_norm_models_reduce_by_the_normalised_keys():
     """The plugin input holds what attention really uses: logits rebuilt from it are the model's."""
     model = tiny_vit(qk_norm=True)
-    attention = model.blocks[0].attn
+    layer = model.blocks[0].attn
     x = torch.randn(1, 17, 48, generator=torch.Generator().manual_seed(1))
-    _, packed = _attend(attention, x, None)
+    _, packed = attention(layer, x, None)
     q, k = packed.reshape(1, 17, 2, 3, 16).permute(2, 0, 3, 1, 4)
-    raw = attention.qkv(x).reshape(1, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)
-    torch.testing.assert_close(q, attention.q_norm(raw[0]))
-    torch.testing.assert_close(k, attention.k_norm(raw[1]))
+    raw = layer.qkv(x).reshape(1, 17, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(q, layer.q_norm(raw[0]))
+    torch.testing.assert_close(k, layer.k_norm(raw[1]))
 
 
 def test_schedules_may_be_words():
@@ -193,6 +195,20 @@ def test_blocks_before_the_first_reduction_run_as_in_timm():
     patch(model, schedule.parse("5:9", model_shape(model)))
     model(x)
     assert torch.equal(seen["out"], dense)
+
+
+@pytest.mark.parametrize("start", [2, 4])
+def test_blocks_may_start_where_the_dense_ones_were_left(start):
+    model = tiny_vit()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = {}
+    for name in (0, start):
+        keep = partial(lambda name, module, inputs: seen.update({name: inputs[0]}), name)
+        model.blocks[name].register_forward_pre_hook(keep)
+    model(x)
+    before, behind = seen[0], seen[start]
+    patch(model, schedule.parse("4:9,5:5", model_shape(model)))
+    assert torch.equal(model.blocks(behind, start=start), model.blocks(before))
 
 
 def test_proportional_attention_is_an_option():
@@ -241,6 +257,7 @@ def test_patching_twice_is_refused():
         ("swin_tiny_patch4_window7_224", "SwinTransformer cannot be patched"),
         ("vit_small_patch16_siglip_gap_256", None),
         ("vit_base_patch16_siglip_224", "pools tokens by attention"),
+        ("eva02_tiny_patch14_224", "not built like timm's VisionTransformer"),
     ],
 )
 def test_unsupported_models_are_refused_with_the_reason(name, reason):

@@ -14,6 +14,7 @@ from jmp_deploy.jmp.schedule import ModelShape
 DEIT_S = ModelShape(
     name="deit_small_patch16_224",
     depth=12,
+    width=384,
     num_prefix=1,
     num_patches=196,
     attn_dim=384,

@@ -235,7 +235,6 @@ def artifact(folder: Path, jmp: Jmp | None) -> Path:
 
 
 def test_artifact_is_drawn_as_it_was_built(small_model, monkeypatch, photos, tmp_path, capsys):
-    monkeypatch.setattr("jmp_deploy.jmp.restore.load_model", models.load_model)
     folder = artifact(tmp_path, Jmp("list", ((2, 9), (3, 5)), 2.0, strategy="prune"))
     report = tmp_path / "report.json"
     arguments = ("visualize", folder, photos[0], "-o", tmp_path / "a.html", "--json", report)

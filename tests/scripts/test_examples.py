@@ -33,8 +33,9 @@ def test_numpy(world, tmp_path, capsys):
     folder = world.artifact()
     load("run_numpy.py").main([str(folder), str(tmp_path / "a.png")])
     spec = artifact.read(folder).preprocess
-    best = answer(load_batch([tmp_path / "a.png"], spec))[0].argmax()
-    assert capsys.readouterr().out == f"{tmp_path / 'a.png'} {best}\n"
+    logits = answer(load_batch([tmp_path / "a.png"], spec))[0]
+    share = np.exp(logits.max()) / np.exp(logits).sum()
+    assert capsys.readouterr().out == f"{tmp_path / 'a.png'} {share:6.1%}  {logits.argmax()}\n"
 
 
 class GpuArray:

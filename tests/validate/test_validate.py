@@ -518,7 +518,7 @@ def test_a_vision_transformer_with_jmp_against_pytorch(built, photos, tmp_path):
     import torch
 
     from jmp_deploy.core.images import load_batch
-    from jmp_deploy.jmp.restore import restore_model
+    from jmp_deploy.jmp.models import restore_model
 
     found = artifact.read(built)
     batch = load_batch(photos, found.preprocess)

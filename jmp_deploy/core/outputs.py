@@ -1,0 +1,121 @@
+"""What leaves a model: logits or features. How two of a kind are compared, how one is shown.
+
+In core because a device, which runs engines without PyTorch, shows outputs too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .stats import softmax
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TOPK = 5
+
+
+@dataclass(frozen=True)
+class Output:
+    """A kind of output, [B, D].
+
+    Attributes:
+        name: in ONNX models, engines and manifests.
+        classifies: its values rank classes.
+        heading: of `words`, in a table.
+    """
+
+    name: str
+    classifies: bool
+    heading: str
+
+    def differences(self, x: NDArray[Any], y: NDArray[Any]) -> dict[str, Any]:
+        """What a change from x to y, float64, means beyond its size: figures of `measures.Pair`."""
+        raise NotImplementedError
+
+    def answer(
+        self, row: NDArray[Any], class_names: Sequence[str] | None = None, topk: int = TOPK
+    ) -> dict[str, Any]:
+        """One image's output [D] as a record for JSON."""
+        raise NotImplementedError
+
+    def words(self, answer: dict[str, Any]) -> str:
+        """Such a record in lines for people."""
+        raise NotImplementedError
+
+
+class Logits(Output):
+    """[B, classes] before the softmax."""
+
+    def differences(self, x: NDArray[Any], y: NDArray[Any]) -> dict[str, Any]:
+        k = min(TOPK, x.shape[1])
+        best = [np.argsort(-v, axis=1, kind="stable")[:, :k] for v in (x, y)]
+        shared = [len(np.intersect1d(p, q)) / k for p, q in zip(*best, strict=True)]
+        log_p, log_q = _log_softmax(x), _log_softmax(y)
+        divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+        return {
+            "top1_agreement": float((best[0][:, 0] == best[1][:, 0]).mean()),
+            "top5_agreement": float(np.mean(shared)),
+            "kl_mean": float(divergence.mean()),
+            "kl_max": float(divergence.max()),
+        }
+
+    def answer(
+        self, row: NDArray[Any], class_names: Sequence[str] | None = None, topk: int = TOPK
+    ) -> dict[str, Any]:
+        scores = softmax(np.asarray(row, dtype=np.float64))
+        return {
+            "top": [
+                {
+                    "index": int(index),
+                    "label": class_names[index] if class_names else str(index),
+                    "score": float(scores[index]),
+                }
+                for index in np.argsort(-scores, kind="stable")[:topk]
+            ]
+        }
+
+    def words(self, answer: dict[str, Any]) -> str:
+        return "\n".join(f"{entry['score']:6.1%}  {entry['label']}" for entry in answer["top"])
+
+
+class Features(Output):
+    """[B, C], what a classifier would read."""
+
+    def differences(self, x: NDArray[Any], y: NDArray[Any]) -> dict[str, Any]:
+        return {"top1_agreement": None}
+
+    def answer(
+        self, row: NDArray[Any], class_names: Sequence[str] | None = None, topk: int = TOPK
+    ) -> dict[str, Any]:
+        return {"features": [float(value) for value in row]}
+
+    def words(self, answer: dict[str, Any]) -> str:
+        values = answer["features"]
+        norm = math.sqrt(sum(v * v for v in values))
+        head = ", ".join(f"{v:.3f}" for v in values[:4])
+        return f"[{head}, ...] {len(values)} values, norm {norm:.3f}"
+
+
+LOGITS = Logits("logits", classifies=True, heading="top classes")
+FEATURES = Features("features", classifies=False, heading="features")
+
+
+def output_of(model: Any) -> Output:
+    """What a timm model gives."""
+    return LOGITS if model.num_classes > 0 else FEATURES
+
+
+def output_named(name: str) -> Output:
+    """The output that a file calls so; one that is not ours counts as logits."""
+    return FEATURES if name == FEATURES.name else replace(LOGITS, name=name)
+
+
+def _log_softmax(values: NDArray[Any]) -> NDArray[Any]:
+    shifted = values - values.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
