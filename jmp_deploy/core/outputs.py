@@ -6,6 +6,7 @@ In core because a device, which runs engines without PyTorch, shows outputs too.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ TOPK = 5
 
 
 @dataclass(frozen=True)
-class Output:
+class Output(ABC):
     """A kind of output, [B, D].
 
     Attributes:
@@ -34,19 +35,19 @@ class Output:
     classifies: bool
     heading: str
 
+    @abstractmethod
     def differences(self, x: NDArray[Any], y: NDArray[Any]) -> dict[str, Any]:
         """What a change from x to y, float64, means beyond its size: figures of `measures.Pair`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(
         self, row: NDArray[Any], class_names: Sequence[str] | None = None, topk: int = TOPK
     ) -> dict[str, Any]:
         """One image's output [D] as a record for JSON."""
-        raise NotImplementedError
 
+    @abstractmethod
     def words(self, answer: dict[str, Any]) -> str:
         """Such a record in lines for people."""
-        raise NotImplementedError
 
 
 class Logits(Output):
@@ -104,6 +105,7 @@ class Features(Output):
 
 LOGITS = Logits("logits", classifies=True, heading="top classes")
 FEATURES = Features("features", classifies=False, heading="features")
+OUTPUTS = {output.name: output for output in (LOGITS, FEATURES)}
 
 
 def output_of(model: Any) -> Output:
@@ -113,7 +115,7 @@ def output_of(model: Any) -> Output:
 
 def output_named(name: str) -> Output:
     """The output that a file calls so; one that is not ours counts as logits."""
-    return FEATURES if name == FEATURES.name else replace(LOGITS, name=name)
+    return OUTPUTS.get(name) or replace(LOGITS, name=name)
 
 
 def _log_softmax(values: NDArray[Any]) -> NDArray[Any]:
