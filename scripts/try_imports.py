@@ -9,7 +9,6 @@ Exit code 2 and two lines, what does not fit and its cure, if one import fails.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
