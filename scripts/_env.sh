@@ -158,6 +158,8 @@ END
     missing="$(jmp_constraints_around "$ROOT/constraints.txt" 2>&1 >"$pins")" ||
       jmp_die "$(sed -n 's/^home = //p' "$VENV/pyvenv.cfg") has $missing, which JMP_SYSTEM_SITE=1 is to keep" \
         "Install both there, from one index, or leave JMP_SYSTEM_SITE out: rm -r '$VENV'"
+    # before pip, which would only speak of a conflict
+    "$PYTHON" "$ROOT/scripts/try_imports.py" torch || exit 2
     extras="$(tr ',' '\n' <<<"$wanted" | sed 's/^export$/export-no-torch/' | paste -sd, -)"
   elif [[ "$have" != *export* ]]; then
     free="$(jmp_free_gb "$ROOT")"

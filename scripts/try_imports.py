@@ -3,6 +3,7 @@
 
     .venv/bin/python scripts/try_imports.py export,rtx
 
+Its argument: extras, or torch for that and torchvision alone.
 Exit code 2 and two lines, what does not fit and its cure, if one import fails.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # In this order, for the first that fails is the one to mend: timm imports torchvision, that torch.
 MODULES = {
+    "torch": ("torch", "torchvision"),
     "export": ("numpy", "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime"),
     "rtx": ("tensorrt_rtx",) if platform.machine() == "x86_64" else (),
     "runtime": ("onnxruntime", "cuda.bindings"),
