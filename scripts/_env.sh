@@ -15,7 +15,7 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 PYTHON="$VENV/bin/python"
-JMP_NEEDED_GB=8 # .venv with export, rtx and dev takes 6.7; pip unpacks beside it
+JMP_NEEDED_GB=8 # .venv with export, rtx, nvcc and dev takes 6.7; pip unpacks beside it
 
 jmp_die() {
   printf 'error: %s\n' "$1" >&2
@@ -38,6 +38,7 @@ jmp_step() {
     # pip's own words for the reason, where it has some, are worth more than a build's traceback
     if grep -q "^ *ERROR: " "$log"; then
       grep "^ *ERROR: " "$log" | sort -u >&2
+      sed -n '/^The conflict is caused by/,/^$/p' "$log" >&2
     else
       grep -v "^WARNING: Location" "$log" | tail -n 25 >&2
     fi
