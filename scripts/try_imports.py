@@ -65,7 +65,8 @@ def cure(module: str) -> str:
     kept = "true" in _setting("include-system-site-packages")
     if kept and module in (*PAIR, "timm"):
         return (
-            f"install torch and torchvision together, from one index, for {_setting('home')}/python; "
+            "install torch and torchvision together, from one index, for "
+            f"{_setting('home')}/python; "
             f"or without JMP_SYSTEM_SITE: rm -r {sys.prefix}"
         )
     return f"rm -r {sys.prefix}, and run this again; pip's settings (pip config list) may be why"
