@@ -17,7 +17,7 @@ PHOTOS=artifacts/photos
 headline() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 
 headline "1. environment"
-jmp_env export,rtx
+jmp_env export,rtx,nvcc
 jmp() { "$PYTHON" -m jmp_deploy "$@"; }
 
 headline "2. weights: DINOv2 ViT-S/14"

@@ -12,12 +12,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$ROOT" || exit 2
 
 echo "jmp_deploy tests: environment"
-jmp_env export,rtx,runtime,dev
+jmp_env export,rtx,nvcc,runtime,dev
 BIN="$VENV/bin"
 # Types of TensorRT for mypy. Its dependency, TensorRT itself, is neither needed nor everywhere to
 # be had, hence --no-deps; without the stubs mypy knows a little less.
 if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("tensorrt-stubs")' 2>/dev/null; then
-  jmp_step "tensorrt-stubs, for mypy" "$PYTHON" -m pip install --no-deps tensorrt-stubs || true
+  jmp_step "tensorrt-stubs, for mypy" "$PYTHON" -m pip install --no-deps tensorrt-stubs==10.13.0.35.1 || true
 fi
 
 failed=()
