@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jmp_deploy.cli import show
-from jmp_deploy.core.errors import JmpDeployError
+from jmp_deploy.core.errors import JmpDeployError, fail
 
 
 def exit_code(work: Callable[[], object]) -> int:
@@ -13,5 +12,5 @@ def exit_code(work: Callable[[], object]) -> int:
     try:
         work()
     except JmpDeployError as error:
-        return show.fail(error.message, error.hint, error.exit_code)
+        return fail(error.message, error.hint, error.exit_code)
     return 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jmp_deploy.cli import sensitivity_view
-from jmp_deploy.core.files import write_bytes, write_json
+from jmp_deploy.core.files import atomic_path, write_bytes, write_json
+from jmp_deploy.quantize.sensitivity import summary
 
 RANKED = 15
+BARS = 20
 
 
 def line(row: dict[str, Any], tasks: list[str], seconds: float) -> str:
@@ -68,7 +70,7 @@ def table(result: dict[str, Any]) -> str:
                 f"{sizes.get('FLOAT16', 0) / 1e6:.1f} |"
             )
     for form, found in result["sensitivity"].items():
-        lines += ["", f"### Sensitivity, {form}", "", sensitivity_view.summary(found) + ".", ""]
+        lines += ["", f"### Sensitivity, {form}", "", summary(found) + ".", ""]
         lines += _ranking(found)
     return "\n".join(lines) + "\n"
 
@@ -81,12 +83,46 @@ def write(output: Path, result: dict[str, Any], *, plots: bool = False) -> list[
     write_bytes(written[1], table(result).encode())
     for form, found in result["sensitivity"].items() if plots else ():
         path = output.parent / f"{output.name}-{form}.png"
-        why = sensitivity_view.plot(found, path)
+        why = plot(found, path)
         if why is None:
             written.append(path)
         else:
             print(why)
     return written
+
+
+def plot(found: dict[str, Any], target: Path) -> str | None:
+    """Draws the ranking; returns why not, where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        return "no plot: matplotlib is not installed (pip install matplotlib)"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    whole = max(found["all_int8"]["noise"], 1e-300)
+    layers = sorted(found["ranking"], key=lambda row: -row["noise"])[:BARS]
+    for axes, rows, title in (
+        (left, layers, "layers, each alone in INT8"),
+        (right, found["groups"], "kinds and blocks, each alone"),
+    ):
+        names = [row["name"] for row in rows]
+        colours = ["#c2792d" if row.get("kept") else "#1f6f9f" for row in rows]
+        axes.barh(names, [100 * row["noise"] / whole for row in rows], color=colours)
+        axes.invert_yaxis()
+        axes.set_xlabel("% of the noise of all in INT8")
+        axes.set_title(title, fontsize=11)
+        axes.tick_params(labelsize=8)
+        axes.grid(True, axis="x", alpha=0.25)
+    if any(row["kept"] for row in layers):
+        left.bar([0], [0], color="#c2792d", label="stays in FP16")
+        left.bar([0], [0], color="#1f6f9f", label="INT8")
+        left.legend(frameon=False, loc="lower right")
+    figure.suptitle(summary(found), fontsize=9)
+    with atomic_path(target) as temporary:
+        figure.savefig(temporary, format=target.suffix.lstrip(".").lower() or "png")
+    return None
 
 
 def _judge(result: dict[str, Any]) -> str:

@@ -5,11 +5,12 @@ Runs with the base install alone, in a few seconds; `probes` does the looking.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from . import probes
+from . import flags, probes, show
 from .probes import Check
 
 if TYPE_CHECKING:
@@ -19,6 +20,23 @@ __all__ = ["CAN", "Check", "as_json", "collect", "render"]
 
 CAN = "this machine can"
 """Area of the closing checks: status "ok" is yes, "missing" is no."""
+
+
+def add(commands: Any) -> None:
+    """Adds it to what `add_subparsers` returned."""
+    flags.add_command(
+        commands,
+        _doctor,
+        "doctor",
+        "tell what is installed, found and usable here, and the command that mends each gap",
+        ("doctor", "doctor --json doctor.json"),
+    )
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    checks = collect()
+    show.show(given, [render(checks)], as_json(checks))
+    return 0
 
 
 def collect() -> list[Check]:

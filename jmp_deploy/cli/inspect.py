@@ -1,134 +1,106 @@
-"""What is inside an artifact, an ONNX model or an engine: the facts behind `inspect`."""
+"""The command `inspect`: flags and tables. The facts are those of `inspection`."""
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..core import artifact
-from ..core.device import gpus
-from ..core.errors import ArtifactError, JmpDeployError
-from ..engine import builder
-from ..jmp.node import DOMAIN
+from . import build, flags, show
 
-
-def inspect_path(path: Path) -> dict[str, Any]:
-    """Looks into an artifact folder, a .onnx or a .engine file.
-
-    Returns:
-        {"path", "kind", ...}: "artifact" with "manifest", "onnx", "network" and, on a GPU,
-        "engine"; "onnx" with "onnx" and "network"; "engine" with "engine". What could not be had
-        is in "missing": {part: reason}.
-
-    Raises:
-        JmpDeployError: nothing there, corrupt, or an engine without a GPU to open it.
-    """
-    if path.is_dir():
-        return _artifact(path)
-    if not path.exists():
-        raise ArtifactError(f"no such file or folder: {path}")
-    if path.suffix == ".onnx":
-        result: dict[str, Any] = {"path": str(path), "kind": "onnx", "missing": {}}
-        result["onnx"] = onnx_facts(path)
-        result["network"] = _try(result, "network", lambda: _network(path, result["onnx"]))
-        return result
-    if path.suffix in (".engine", ".plan"):
-        beside = path.parent / artifact.FILE
-        found = artifact.read(path.parent) if beside.is_file() else None
-        if found and path.name in found.files:
-            found.verify(path.name)
-        facts = found.engine if found else None
-        return {"path": str(path), "kind": "engine", "engine": _engine(path, facts), "missing": {}}
-    raise ArtifactError(f"{path} is neither an artifact folder nor a .onnx, .engine or .plan file")
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 
-def onnx_facts(path: Path) -> dict[str, Any]:
-    """Operators, weights and reductions of an ONNX file, as the file has them.
-
-    Raises:
-        JmpDeployError: the file is not ONNX, or the onnx package is not installed.
-    """
-    from ..export.export import load_model, read_node
-    from ..export.fp16 import weight_types
-
-    proto = load_model(path)
-    reductions = []
-    for index, node in enumerate(proto.graph.node):
-        if node.domain == DOMAIN:
-            bare = type(node)()
-            bare.CopyFrom(node)
-            plugin = [a for a in bare.attribute if a.name.startswith("plugin_")]
-            for attribute in plugin:
-                bare.attribute.remove(attribute)
-            reductions.append(
-                {"name": node.name, "position": index, **vars(read_node(bare))},
-            )
-    return {
-        "form": "portable" if proto.functions or not reductions else "deployable",
-        "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
-        "operators": dict(Counter(node.op_type for node in proto.graph.node).most_common()),
-        "weights_bytes": weight_types(proto),
-        "reductions": reductions,
-    }
+def add(commands: Any) -> None:
+    """Adds it to what `add_subparsers` returned."""
+    parser = flags.add_command(
+        commands,
+        _inspect,
+        "inspect",
+        "show what is in an artifact, an ONNX model (as the TensorRT parser sees it) or an engine",
+        ("inspect artifacts/deit_s", "inspect artifacts/deit_s/model.trt.onnx --json -"),
+    )
+    parser.add_argument("path", type=Path, metavar="DIR|FILE")
 
 
-def _artifact(folder: Path) -> dict[str, Any]:
-    found = artifact.read(folder)
-    found.verify()
-    result: dict[str, Any] = {
-        "path": str(folder),
-        "kind": "artifact",
-        "missing": {},
-        "manifest": {**found.to_json(), "class_names": len(found.class_names or ())},
-    }
-    model = folder / artifact.DEPLOYABLE
-    result["onnx"] = _try(result, "onnx", lambda: onnx_facts(model))
-    result["network"] = _try(result, "network", lambda: _network(model, result["onnx"]))
-    if found.engine:
-        plan = found.path(artifact.ENGINE)
-        result["engine"] = _try(result, "engine", lambda: _engine(plan, found.engine))
+def _inspect(given: argparse.Namespace) -> int:
+    from ..core import artifact
+    from .inspection import inspect_artifact, inspect_file
+
+    parts: list[RenderableType] = []
+    if given.path.is_dir():
+        found = artifact.read(given.path)
+        result = inspect_artifact(found)
+        parts += [*build.summary(found), show.styled("all files are as they were built", "green")]
     else:
-        result["engine"] = None
-        result["missing"]["engine"] = found.no_engine
-    return result
+        result = inspect_file(given.path)
+    show.show(given, [*parts, *_summary(result)], result)
+    return 0
 
 
-def _network(model: Path, facts: dict[str, Any] | None) -> dict[str, Any]:
-    """The model as a TensorRT parser sees it."""
-    flavour = next((f for f in builder.FLAVOURS if builder.installed(f)), None)
-    if flavour is None or find_spec("polygraphy") is None:
-        raise ArtifactError("neither TensorRT nor TensorRT-RTX with Polygraphy is installed")
-    plugin = None
-    if facts is None or facts["reductions"]:
-        if facts and facts["form"] == "portable":
-            raise ArtifactError("TensorRT takes the deployable form (model.trt.onnx)")
-        from ..plugin.library import plugin_library
-
-        plugin = plugin_library()
-    return builder.parse_network(model, flavour, plugin=plugin)
-
-
-def _engine(path: Path, facts: artifact.EngineFacts | None) -> dict[str, Any]:
-    if facts is None:
-        flavour = next((f for f in builder.FLAVOURS if builder.installed(f)), "tensorrt")
-    else:
-        flavour = facts.flavour
-    plugin = None
-    if gpus() and (facts is None or facts.plugin):
-        from ..plugin.library import plugin_library
-
-        plugin = plugin_library()
-    return builder.inspect_engine(path, flavour, plugin=plugin)
+def _summary(result: dict[str, Any]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    if onnx := result.get("onnx"):
+        stored = ", ".join(f"{n / 1e6:.1f} MB {kind}" for kind, n in onnx["weights_bytes"].items())
+        rows = [
+            ("ONNX", f"{onnx['form']}, opsets {onnx['opset']}"),
+            ("operators", ", ".join(f"{n} {name}" for name, n in onnx["operators"].items())),
+            ("weights", stored),
+        ]
+        parts.append(show.facts(rows))
+        if onnx["reductions"]:
+            parts.append(_reductions(onnx["reductions"]))
+    if network := result.get("network"):
+        parts += _network(network)
+    if engine := result.get("engine"):
+        rows = [
+            ("engine", f"{engine['builder']} {engine['version']}"),
+            ("device memory", f"{engine['device_memory'] / 1e6:.1f} MB"),
+            ("layers", str(len(engine["layers"]))),
+        ]
+        parts.append(show.facts(rows))
+    for part, reason in result["missing"].items():
+        parts.append(show.styled(f"no {part}: {reason}", "yellow"))
+    return parts
 
 
-def _try(result: dict[str, Any], part: str, work: Any) -> Any:
-    """A part that may not be had here: its reason goes to "missing" instead of ending it all."""
-    try:
-        return work()
-    except ModuleNotFoundError as error:
-        result["missing"][part] = f"{error.name} is not installed"
-    except JmpDeployError as error:
-        result["missing"][part] = error.message
-    return None
+def _network(network: dict[str, Any]) -> list[RenderableType]:
+    counts = Counter(layer["type"] for layer in network["layers"])
+    rows = [
+        ("parser", f"{network['builder']} {network['version']}"),
+        ("layers", ", ".join(f"{count} {name}" for name, count in counts.most_common())),
+    ]
+    for word in ("inputs", "outputs"):
+        rows.append((word, "; ".join(_tensor(tensor) for tensor in network[word])))
+    table = show.table("plugin layers in the network", ">position", "layer", "outputs")
+    for index, layer in enumerate(network["layers"]):
+        if layer["type"].startswith("PLUGIN"):
+            shapes = "; ".join(_tensor(tensor) for tensor in layer["outputs"])
+            table.add_row(str(index), layer["name"], shapes)
+    return [show.facts(rows), table] if table.row_count else [show.facts(rows)]
+
+
+def _reductions(reductions: Sequence[dict[str, Any]]) -> Table:
+    first = reductions[0]
+    words = ", ".join(
+        f"{name} {first[name]}"
+        for name in ("num_prefix", "num_heads", "head_dim", "granularity", "importance")
+    )
+    table = show.table(f"reductions ({words})", "node", ">position", ">keep", ">tau")
+    table.columns[0].no_wrap = True
+    for reduction in reductions:
+        table.add_row(
+            reduction["name"],
+            str(reduction["position"]),
+            str(reduction["num_keep"]),
+            f"{reduction['tau']:.4g}",
+        )
+    return table
+
+
+def _tensor(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']} {tensor['dtype']} {tensor['shape']}"

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -375,14 +374,16 @@ def _hub() -> Iterator[Check]:
             area, name, "missing", "huggingface_hub is not installed", install_command("export")
         )
         return
+    from urllib.request import Request, urlopen
+
     from huggingface_hub import constants
 
     answers: list[str] = []
 
     def ask() -> None:
         try:
-            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-            with urllib.request.urlopen(request, timeout=2.0) as answer:
+            request = Request(constants.ENDPOINT, method="HEAD")
+            with urlopen(request, timeout=2.0) as answer:
                 answers.append("reachable" if answer.status < 400 else f"HTTP {answer.status}")
         except Exception as error:  # whatever the network, a proxy or a certificate may do
             reason = one_line(getattr(error, "reason", error)) or type(error).__name__

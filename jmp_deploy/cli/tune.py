@@ -1,26 +1,25 @@
-"""The commands `tune` and `visualize`: flags, and what is printed."""
+"""The command `tune`."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import show
-from .flags import add_command, positive
+from . import flags, show
 
-
-def add_commands(commands: Any) -> None:
-    """Adds both to what `add_subparsers` returned."""
-    _add_tune(commands)
-    _add_visualize(commands)
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-def _add_tune(commands: Any) -> None:
-    parser = add_command(
+def add(commands: Any) -> None:
+    """Adds it to what `add_subparsers` returned."""
+    parser = flags.add_command(
         commands,
+        _tune,
         "tune",
         "search the schedule and tau that change a model least within a budget (unlabelled images)",
         (
@@ -31,7 +30,7 @@ def _add_tune(commands: Any) -> None:
             "build deit_s --schedule deit_s-tuned.json",
         ),
     )
-    parser.add_argument("model", metavar="MODEL", help="deit_s, dinov2_s, ... or any timm name")
+    flags.add_model(parser)
     parser.add_argument(
         "--images",
         type=Path,
@@ -53,168 +52,159 @@ def _add_tune(commands: Any) -> None:
     )
     parser.add_argument(
         "--on",
+        dest="table",
         type=Path,
         metavar="TABLE.json",
         help="latency table of a device (format: docstring of jmp_deploy/jmp/latency.py)",
     )
     parser.add_argument(
-        "--on-batch", type=positive, metavar="N", help="batch size in that table (its smallest)"
+        "--on-batch",
+        dest="table_batch",
+        type=flags.positive,
+        metavar="N",
+        help="batch size in that table (its smallest)",
     )
     parser.add_argument(
-        "-o", "--out", type=Path, metavar="FILE", help="schedule file (MODEL-tuned.json)"
+        "-o",
+        "--out",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="schedule file (MODEL-tuned.json)",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw the trade-off (needs matplotlib)"
+        "--plot",
+        type=Path,
+        default=None,
+        metavar="FILE.png",
+        help="draw the trade-off (needs matplotlib)",
     )
-    _add_weights(parser)
+    flags.add_weights(parser)
     parser.add_argument("--tau", type=float, help="fixed threshold (searched)")
     parser.add_argument(
-        "--limit", type=positive, default=64, metavar="N", help="images to use at most (64)"
+        "--limit", type=flags.positive, metavar="N", help="images to use at most (64)"
     )
-    parser.add_argument(
-        "--batch", type=positive, default=16, metavar="N", help="images per forward (16)"
-    )
+    parser.add_argument("--batch", type=flags.positive, metavar="N", help="images per forward (16)")
     parser.add_argument(
         "--passes",
         type=float,
-        default=40.0,
         metavar="N",
         help="work to spend at most, in passes of the dense model over the images (40)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="which images, where there are more than --limit (0)"
+        "--seed", type=int, help="which images, where there are more than --limit (0)"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on where an interrupted run of these flags ended"
     )
 
 
-def _add_visualize(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "visualize",
-        "draw what becomes of each patch of a photo: kept, merged into which token, or pruned",
-        (
-            "visualize deit_s photo.jpg -o pictures/",
-            "visualize artifacts/deit_s photos/ -o pictures/ --batch",
-            "visualize dinov2_s photo.jpg -o photo.png --schedule tuned.json",
-        ),
-    )
-    parser.add_argument("source", metavar="MODEL|DIR", help="model name, or artifact folder")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files or folders")
-    parser.add_argument(
-        "-o",
-        "--out",
-        type=Path,
-        default=Path("pictures"),
-        metavar="DIR|FILE",
-        help="folder for a PNG per image and index.html, or one .png or .html file (pictures)",
-    )
-    parser.add_argument(
-        "--batch", action="store_true", help="one contact sheet in place of a PNG per image"
-    )
-    parser.add_argument(
-        "--schedule", metavar="NAME|LIST|FILE", help="as for build (spread; an artifact's own)"
-    )
-    parser.add_argument("--tau", type=float, help="(the schedule's)")
-    parser.add_argument("--granularity", choices=("token", "sample"), help="(token)")
-    _add_weights(parser, default=None)
-    parser.add_argument("--seed", type=int, default=0, help="of random weights (0)")
-
-
-def _add_weights(parser: argparse.ArgumentParser, default: str | None = "auto") -> None:
-    parser.add_argument(
-        "--weights",
-        default=default,
-        metavar="auto|pretrained|random|PATH",
-        help="as for build (auto)" if default else "as for build (auto; an artifact's own)",
-    )
-    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="(the model's own)")
-
-
-def _tune(options: argparse.Namespace) -> int:
+def _tune(given: argparse.Namespace) -> int:
     from ..tune.tune import TuneOptions, tune
-    from . import tune_view
 
-    out = options.out or Path(f"{options.model.replace('/', '_')}-tuned.json")
-    console = show.console(stderr=True)
-    asked = TuneOptions(
-        model=options.model,
-        images=tuple(options.images),
-        out=out,
-        weights=options.weights,
-        img_size=options.img_size,
-        gmacs=options.gmacs,
-        latency_ms=options.latency_ms,
-        speedup=options.speedup,
-        table=options.on,
-        table_batch=options.on_batch,
-        tau=options.tau,
-        seed=options.seed,
-        limit=options.limit,
-        batch=options.batch,
-        passes=options.passes,
-        curve=options.plot is not None,
-        resume=options.resume,
-    )
+    out = given.out or Path(f"{given.model.replace('/', '_')}-tuned.json")
+    asked = flags.fill(TuneOptions, given, out=out, curve=given.plot is not None)
     try:
-        with tune_view.TuneProgress(console) as progress:
-            result = tune(asked, on_progress=progress.update)
+        with show.Progress("loading") as progress:
+
+            def update(phase: str, share: float, best: float | None) -> None:
+                found = "" if best is None else f", best distance {best:.5f}"
+                progress.update(phase, share, found)
+
+            result = tune(asked, on_progress=update)
+            progress.update("done", 1.0)
     except KeyboardInterrupt:
         print("what was measured is kept: go on with --resume", file=sys.stderr)
         raise
-    trouble = tune_view.plot(result, options.plot) if options.plot else None
-    build = ["python", "-m", "jmp_deploy", "build", options.model]
+    trouble = plot(result, given.plot) if given.plot else None
+    build = ["python", "-m", "jmp_deploy", "build", asked.model]
     build += ["--schedule", str(out)]  # tau is in the file
-    build += ["--weights", options.weights] if options.weights != "auto" else []
-    build += ["--img-size", str(options.img_size)] if options.img_size else []
-    show.show(options, tune_view.summary(result, out, shlex.join(build)), result)
+    build += ["--weights", asked.weights] if asked.weights != "auto" else []
+    build += ["--img-size", str(asked.img_size)] if asked.img_size else []
+    show.show(given, _summary(result, out, shlex.join(build)), result)
     if trouble:
         print(trouble, file=sys.stderr)
     return 0
 
 
-def _visualize(options: argparse.Namespace) -> int:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableType]:
+    from ..core.artifact import Weights
 
-    from ..jmp.visualize import VisualizeOptions, visualize
-    from .render import facts, weights
-
-    result = visualize(
-        VisualizeOptions(
-            source=options.source,
-            images=tuple(options.images),
-            out=options.out,
-            weights=options.weights,
-            schedule=options.schedule,
-            tau=options.tau,
-            granularity=options.granularity,
-            img_size=options.img_size,
-            seed=options.seed,
-            contact=options.batch,
-        )
-    )
-    table = Table(expand=False)
-    for name in ("image", "block", "tokens", "kept", "merged", "pruned"):
-        table.add_column(name, justify="left" if name == "image" else "right")
-    for record in result["images"][:8]:
-        for index, stage in enumerate(record["stages"]):
-            table.add_row(
-                "" if index else record["image"],
-                *(str(stage[name]) for name in ("block", "tokens", "kept", "merged", "pruned")),
-            )
-    rows = [
-        ("model", f"{result['model']}, schedule {result['schedule']}, tau {result['tau']:g}"),
-        ("weights", weights(result["weights"])),
-        ("drawn", "\n".join(result["files"])),
+    unit = result["budget"]["unit"]
+    dense = result["dense_cost"]
+    columns = ["schedule", ">distance", f">{unit}", ">of dense"]
+    if unit != "GMACs":
+        columns.append(">GMACs")
+    table = show.table("", *columns)
+    for name, entry in [("tuned", result), *result["plain"].items()]:
+        if entry is None:
+            table.add_row(name, "cannot meet the budget")
+            continue
+        cost = entry["cost"]
+        cells = [
+            name,
+            f"{entry['distance']:.5f}",
+            f"{cost['value']:.3f}",
+            f"{cost['value'] / dense['value']:.1%}",
+            f"{cost['gmacs']:.3f}",
+        ]
+        table.add_row(*cells[: len(columns)], style="bold" if name == "tuned" else None)
+    steps = ", ".join(f"{block}:{keep}" for block, keep in result["steps"])
+    measured = result["measurements"]
+    lines = [
+        ("distance", result["objective"]),
+        ("schedule", f"{path}: {steps}"),
+        ("tau", _tau(result["tau"])),
+        ("budget", f"{result['budget']['value']:.4g} {unit}{_device(result)}"),
+        ("images", f"{result['images']['count']}, seed {result['seed']}"),
+        ("weights", show.weights(Weights(**result["weights"]))),
+        ("measured", f"{measured['run']} candidates, {measured['resumed']} taken from before"),
+        ("build with", build),
     ]
-    parts: list[Any] = [table, facts(rows)]
-    if result["weights"]["kind"] == "random":
-        parts.append(Text("RANDOM WEIGHTS: what is drawn means nothing", style="bold red"))
-    show.show(options, Group(*parts), result)
-    return 0
+    return [table, show.facts(lines), *show.warnings(result)]
 
 
-HANDLERS = {"tune": _tune, "visualize": _visualize}
+def plot(result: dict[str, Any], target: Path) -> str | None:
+    """Draws the trade-off; returns why not, where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        return (
+            "no plot: matplotlib is not installed (pip install matplotlib); "
+            'its points are under "curve" in the schedule file'
+        )
+    styles = {
+        "paper": ("plain: three blocks, one keep rate", "#8a8f98", "s"),
+        "spread": ("plain: spread over the blocks", "#c2792d", "^"),
+        "tuned": ("the schedule found, scaled to other budgets", "#1f6f9f", "o"),
+    }
+    unit = result["budget"]["unit"]
+    own = (result["cost"]["value"], result["distance"])
+    with show.plot(target) as axes:
+        for form, (label, colour, marker) in styles.items():
+            points = sorted(
+                (point["cost"], point["distance"])
+                for point in result["curve"]
+                if point["form"] == form
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+        axes.plot(*own, "o", ms=13, mfc="none", mec="#1f6f9f", mew=1.6)
+        offset = {"xytext": (-10, -16), "textcoords": "offset points"}
+        axes.annotate("tuned here", own, fontsize=9, ha="right", **offset)
+        axes.set_yscale("log")
+        per = "image" if unit == "GMACs" else "inference"
+        axes.set_xlabel(f"{unit} per {per}{_device(result)}")
+        axes.set_ylabel("1 - cosine to the dense model")
+        axes.set_title(f"{result['model']}, {result['images']['count']} images", fontsize=11)
+        axes.legend(frameon=False)
+    return None
+
+
+def _device(result: dict[str, Any]) -> str:
+    table = result["table"]
+    return f" on {table['device']} at batch {table['batch']}" if table else ""
+
+
+def _tau(tau: float) -> str:
+    if tau <= -1:
+        return f"{tau:g}: merges every token that goes"
+    return f"{tau:g}: merges from this similarity, prunes below"

@@ -1,16 +1,24 @@
-"""The commands `validate` and `merge`: flags, and what is printed."""
+"""The commands `validate` and `merge`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import show
-from .flags import add_command, positive
+from ..core.errors import fail
+from . import flags, show
 
-BACKENDS = ("auto", "engine", "onnxruntime")
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+LISTED = 5
+"""Unreadable images that the table lists; the JSON has all."""
+WAITING = 0.2
+"""Share of time spent waiting for images from which more workers are worth a hint."""
+WORDS = {"train": "features for the probe", "val": "validating"}
 
 MORE = """shards in parallel (... stands for `python -m jmp_deploy validate DIR --data DIR`):
   Slurm:     ... --shard $((SLURM_PROCID + 1))/$SLURM_NTASKS --json part$SLURM_PROCID.json
@@ -20,15 +28,16 @@ MORE = """shards in parallel (... stands for `python -m jmp_deploy validate DIR 
 exit code 1: more than one image in a hundred is unreadable, or an output is not finite."""
 
 
-def add_commands(commands: Any) -> None:
+def add(commands: Any) -> None:
     """Adds both to what `add_subparsers` returned."""
     _add_validate(commands)
     _add_merge(commands)
 
 
 def _add_validate(commands: Any) -> None:
-    parser = add_command(
+    parser = flags.add_command(
         commands,
+        _validate,
         "validate",
         "measure accuracy on labelled images, and what is lost of it against the dense model",
         (
@@ -42,7 +51,7 @@ def _add_validate(commands: Any) -> None:
         ),
     )
     parser.epilog = f"{parser.epilog}\n\n{MORE}"
-    parser.add_argument("dir", type=Path, metavar="DIR", help="artifact folder made by `build`")
+    flags.add_artifact(parser)
     parser.add_argument(
         "--data",
         type=Path,
@@ -65,14 +74,9 @@ def _add_validate(commands: Any) -> None:
         help="artifact made with `build MODEL --dense`: gives agreement, drop in points and its "
         "95 %% interval",
     )
+    flags.add_backend(parser)
     parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="auto takes the engine where a GPU is, else ONNX Runtime (auto)",
-    )
-    parser.add_argument(
-        "--batch", type=positive, metavar="N", help="images per inference (the engine's best)"
+        "--batch", type=flags.positive, metavar="N", help="images per inference (the engine's best)"
     )
     parser.add_argument(
         "--workers",
@@ -81,15 +85,14 @@ def _add_validate(commands: Any) -> None:
         help="processes that decode images, 0 for none (one per CPU, at most 8)",
     )
     parser.add_argument(
-        "--limit", type=positive, metavar="N", help="a fixed random subset of N images (all)"
+        "--limit", type=flags.positive, metavar="N", help="a fixed random subset of N images (all)"
     )
     parser.add_argument(
-        "--train-limit", type=positive, metavar="N", help="the same for the train split (all)"
+        "--train-limit", type=flags.positive, metavar="N", help="the same for the train split (all)"
     )
     parser.add_argument(
         "--probe",
         choices=("auto", "logistic", "ridge"),
-        default="auto",
         help="classifier on features: logistic regression needs scikit-learn, ridge regression "
         "numpy alone; auto takes the first where it can (auto)",
     )
@@ -102,6 +105,7 @@ def _add_validate(commands: Any) -> None:
     parser.add_argument(
         "--state",
         type=Path,
+        default=None,
         metavar="FILE",
         help="what --resume goes on from; written every 10 s and on Ctrl-C, removed at the end "
         "(beside --json FILE, else NAME-validate.state.npz here)",
@@ -112,78 +116,20 @@ def _add_validate(commands: Any) -> None:
 
 
 def _add_merge(commands: Any) -> None:
-    parser = add_command(
+    parser = flags.add_command(
         commands,
+        _merge,
         "merge",
         "put the results of all shards of `validate --shard` together",
         ("merge part*.json --json accuracy.json",),
     )
     parser.add_argument(
-        "parts", nargs="+", type=Path, metavar="PART.json", help="one for each shard, in any order"
+        "paths", nargs="+", type=Path, metavar="PART.json", help="one for each shard, in any order"
     )
-
-
-def _validate(options: argparse.Namespace) -> int:
-    from ..validate.validate import ValidateOptions, validate
-    from . import validate_view
-
-    asked = ValidateOptions(
-        folder=options.dir,
-        data=options.data,
-        labels=options.labels,
-        against=options.against,
-        backend=options.backend,
-        batch=options.batch,
-        workers=options.workers,
-        limit=options.limit,
-        train_limit=options.train_limit,
-        shard=options.shard,
-        state=_state_file(options),
-        resume=options.resume,
-        probe=options.probe,
-        allow_random=options.allow_random,
-    )
-    try:
-        with validate_view.ValidateProgress(show.console(stderr=True)) as progress:
-            result = validate(asked, on_progress=progress.update)
-    except KeyboardInterrupt:
-        if asked.state and asked.state.is_file():
-            print(f"{asked.state} holds what was measured: go on with --resume", file=sys.stderr)
-        raise
-    show.show(options, validate_view.summary(result), result)
-    return _verdict(result)
-
-
-def _merge(options: argparse.Namespace) -> int:
-    from ..validate.state import merge
-    from . import validate_view
-
-    result = merge(options.parts)
-    show.show(options, validate_view.summary(result), result)
-    return _verdict(result)
-
-
-def _verdict(result: dict[str, Any]) -> int:
-    if result["ok"]:
-        return 0
-    return show.fail(
-        "more than 1 % of the images are unreadable: the accuracy is that of another data set",
-        "the JSON lists them under `unreadable`",
-        1,
-    )
-
-
-def _state_file(options: argparse.Namespace) -> Path:
-    if options.state:
-        return Path(options.state)
-    if options.json and options.json != "-":
-        return Path(options.json).with_suffix(".state.npz")
-    shard = "-{}-of-{}".format(*options.shard) if options.shard else ""
-    return Path(f"{options.dir.resolve().name}-validate{shard}.state.npz")
 
 
 def _natural(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    return 0 if text == "0" else flags.positive(text)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -197,4 +143,142 @@ def _shard(text: str) -> tuple[int, int]:
     return index, count
 
 
-HANDLERS = {"validate": _validate, "merge": _merge}
+def _validate(given: argparse.Namespace) -> int:
+    from ..validate.validate import ValidateOptions, validate
+
+    state = _state_file(given)
+    try:
+        with show.Progress(remaining=True) as progress:
+
+            def update(split: str, done: int, total: int) -> None:
+                words = WORDS.get(split, split)
+                if progress.label != words:
+                    progress.stage(words)
+                progress.update(words, done / total, f": {done} of {total} images")
+
+            result = validate(flags.fill(ValidateOptions, given, state=state), on_progress=update)
+    except KeyboardInterrupt:
+        if state.is_file():
+            print(f"{state} holds what was measured: go on with --resume", file=sys.stderr)
+        raise
+    return _show(given, result)
+
+
+def _merge(given: argparse.Namespace) -> int:
+    from ..validate.state import merge
+
+    return _show(given, flags.fill(merge, given))
+
+
+def _show(given: argparse.Namespace, result: dict[str, Any]) -> int:
+    show.show(given, _summary(result), result)
+    if result["ok"]:
+        return 0
+    return fail(
+        "more than 1 % of the images are unreadable: the accuracy is that of another data set",
+        "the JSON lists them under `unreadable`",
+        1,
+    )
+
+
+def _state_file(given: argparse.Namespace) -> Path:
+    if given.state:
+        return Path(given.state)
+    if given.json and given.json != "-":
+        return Path(given.json).with_suffix(".state.npz")
+    shard = "-{}-of-{}".format(*given.shard) if "shard" in given else ""
+    return Path(f"{given.folder.resolve().name}-validate{shard}.state.npz")
+
+
+def _summary(result: dict[str, Any]) -> list[RenderableType]:
+    """The tables that end `validate` and `merge`."""
+    parts: list[RenderableType] = [_accuracy(result), show.facts(_facts(result))]
+    parts += [show.styled(note, "yellow") for note in result["notes"]]
+    skipped = list(result["unreadable"]["files"])
+    if result["probe"]:
+        skipped += result["probe"]["unreadable"]["files"]
+    parts += [show.styled(f"skipped: {entry['reason']}", "yellow") for entry in skipped[:LISTED]]
+    if len(skipped) > LISTED:
+        parts.append(show.styled(f"and {len(skipped) - LISTED} more", "yellow"))
+    return parts
+
+
+def _accuracy(result: dict[str, Any]) -> Table:
+    """A column per measure; rows: this artifact, the dense one, what was lost."""
+    knn = result["knn"]
+    columns = ("", ">top-1 %", ">top-5 %", *((">k-NN %",) if knn else ()))
+    table = show.table(f"{result['n']} images", *columns, wrap=False)
+    model = [f"{result['top1']:.2f}", f"{result['top5']:.2f}"]
+    table.add_row("this artifact", *model, *([f"{knn['top1']:.2f}"] if knn else []))
+    if result["dense"]:
+        dense = [f"{result['dense']['top1']:.2f}", f"{result['dense']['top5']:.2f}"]
+        table.add_row("dense", *dense, *([f"{knn['dense']:.2f}"] if knn else []))
+        lost = [f"{result['drop_points']:+.2f}", f"{result['top5_drop_points']:+.2f}"]
+        lost += [f"{knn['drop_points']:+.2f}"] if knn else []
+        table.add_row("drop in points", *lost, style="bold")
+        intervals = [_interval(result["ci95"]), "", *([_interval(knn["ci95"])] if knn else [])]
+        table.add_row("95 % interval", *intervals)
+    return table
+
+
+def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("artifact", f"{result['artifact']} ({result['model']}, {result['precision'].upper()})")
+    ]
+    if result["dense"]:
+        rows.append(("dense", str(result["against"])))
+        rows.append(
+            (
+                "agreement",
+                f"{result['agreement_with_dense']:.2f} % give the dense model's answer; only the "
+                f"dense model is right on {result['only_dense_right']}, only this one on "
+                f"{result['only_model_right']}",
+            )
+        )
+    rows.append(("data", f"{result['data']}, {result['images']} images, {result['labels']}"))
+    if shard := result["shard"]:
+        rows.append(("shard", f"{shard['index']}/{shard['of']}: put all together with `merge`"))
+    if probe := result["probe"]:
+        fitted = {"logistic": "logistic regression", "ridge": "ridge regression"}[probe["kind"]]
+        rows.append(
+            (
+                "probe",
+                f"{fitted} and {probe['neighbours']} nearest neighbours on the dense features of "
+                f"{probe['train_images']} train images",
+            )
+        )
+    skipped = result["unreadable"]
+    share = f"{skipped['count']} skipped ({skipped['share']:.1%} of the images)"
+    rows.append(("unreadable", share if skipped["count"] else "none"))
+    why = f" ({result['backend_reason']})" if result.get("backend_reason") else ""
+    rows.append(("backend", f"{result['backend']}{why} on {result['device']}"))
+    rows.append(("speed", _speed(result)))
+    return rows
+
+
+def _speed(result: dict[str, Any]) -> str:
+    if result.get("shards"):
+        return "; ".join(
+            f"shard {shard['index']}: {_rate(shard['end_to_end'])} on {shard['device']}"
+            for shard in result["shards"]
+        )
+    speed = result["throughput"]
+    words = f"{_rate(speed['model'])} in this artifact alone"
+    if speed["dense"] is not None:
+        words += f", {_rate(speed['dense'])} in the dense one"
+    words += f"; {_rate(speed['end_to_end'])} end to end"
+    if result["dense"]:
+        words += " with both"
+    waiting = speed["waiting_share"]
+    if waiting is not None:
+        words += f", {waiting:.0%} of it waiting for images"
+        words += " (more --workers may help)" if waiting > WAITING else ""
+    return words
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} images/s"
+
+
+def _interval(pair: list[float]) -> str:
+    return f"{pair[0]:+.2f} to {pair[1]:+.2f}"

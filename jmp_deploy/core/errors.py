@@ -8,6 +8,7 @@ a traceback. Raise where the facts are known: what was expected, what was found,
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 from .paths import checkout
@@ -92,3 +93,11 @@ def install_command(extra: str) -> str:
         target = f".[{extra}]" if root == Path.cwd() else f"{root}[{extra}]"
         return f"python -m pip install -e {shlex.quote(target)}"
     return f"python -m pip install 'jmp-deploy[{extra}]'"
+
+
+def fail(message: str, hint: str | None, code: int) -> int:
+    """Prints what is wrong, and what to do on a line of its own; returns the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code

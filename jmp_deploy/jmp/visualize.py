@@ -83,7 +83,7 @@ class VisualizeOptions:
 
     source: str
     images: tuple[Path, ...]
-    out: Path
+    out: Path = Path("pictures")
     weights: str | None = None
     schedule: str | None = None
     tau: float | None = None

@@ -264,3 +264,15 @@ def _measure(classifies: bool) -> str:
     if classifies:
         return "expected loss of top-1 accuracy, by the model's own confidence; no labels"
     return f"{POINTS_PER_NOISE:g} times the squared relative noise of the features; no labels"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What `choose` came to, in one sentence; `result` is that of a `Choice`."""
+    kept = sum(row["kept"] for row in result["ranking"])
+    flips = "" if result["flips"] is None else f", {result['flips']:.2g} % of answers change"
+    return (
+        f"estimated drop {result['drop']:.2g} points of {result['budget']:g} allowed{flips}: "
+        f"{kept} of {len(result['ranking'])} layers stay in FP16 "
+        f"({result['macs_share']:.0%} of their MACs in INT8); "
+        f"all in INT8: {result['all_int8']['points']:.2g} points"
+    )

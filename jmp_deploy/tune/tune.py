@@ -143,7 +143,7 @@ def tune(
             }
             for name, entry in (("paper", found.paper), ("spread", found.spread))
         },
-        "weights": loaded.origin,
+        "weights": asdict(loaded.origin),
         "images": {"count": len(paths), "sha256": _digest(pixels)},
         "seed": options.seed,
         "measurements": {"run": meter.run, "resumed": meter.resumed},

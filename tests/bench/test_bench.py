@@ -13,7 +13,7 @@ import pytest
 
 from jmp_deploy.bench import bench, measure, stats
 from jmp_deploy.bench.measure import Participant, Series, Settings, Times
-from jmp_deploy.cli import bench_view
+from jmp_deploy.cli import bench as command
 from jmp_deploy.cli.main import main
 from jmp_deploy.core.artifact import read
 from jmp_deploy.core.errors import ArtifactError, EngineError
@@ -418,7 +418,7 @@ def test_interrupted_before_anything_writes_nothing(runnable, tmp_path, monkeypa
 def test_plot_without_matplotlib_is_refused_before_measuring(
     runnable, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(bench_view, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "open_backend", lambda *_, **__: pytest.fail("measured"))
     assert main(["bench", str(runnable[0]), "--plot", str(tmp_path / "p.png")]) == 2
     assert "[plot]" in capsys.readouterr().err
@@ -428,14 +428,14 @@ def test_plot_without_matplotlib_is_refused_before_measuring(
 def test_plot_is_drawn(pair, tmp_path):
     result, _ = run(pair, [FakeBackend(6.0), FakeBackend(4.0)], batches=(1, 8))
     for name in ("latency.png", "latency.svg"):
-        bench_view.plot(result, tmp_path / name)
+        command.plot(result, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_names_are_as_short_as_can_be_told_apart():
-    assert bench_view.short_names(["a/x", "b/y"]) == {"a/x": "x", "b/y": "y"}
-    assert bench_view.short_names(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
-    assert bench_view.short_names(["a/x", "a/x"]) == {"a/x": "x"}
+    assert command.short_names(["a/x", "b/y"]) == {"a/x": "x", "b/y": "y"}
+    assert command.short_names(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
+    assert command.short_names(["a/x", "a/x"]) == {"a/x": "x"}
 
 
 def test_pytorch_is_measured_too(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 
 from jmp_deploy import pipeline
 from jmp_deploy.bench import int8 as int8_speed
-from jmp_deploy.cli import render
+from jmp_deploy.cli.build import int8_rows
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact
 from jmp_deploy.core.device import gpus
@@ -277,7 +277,7 @@ def test_flags_that_do_not_go_together_are_refused_at_once(
 
 def test_kept_layers_are_listed_shortly():
     reasons = {f"blocks.{b}.fc2": "recipe x" for b in (0, 1, 2, 5)}
-    lines = dict(render.int8({**INT8_FACTS, "keep_fp16": {**reasons, "head": "zero"}}))
+    lines = dict(int8_rows(artifact.Int8(**INT8_FACTS, keep_fp16={**reasons, "head": "zero"})))
     assert lines["kept in FP16"].splitlines()[:2] == [
         "fc2 of blocks 0-2, 5: recipe x",
         "head: zero",

@@ -11,9 +11,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 
-from jmp_deploy.cli import sensitivity_view
+from benchmarks.lib import int8_report
+from jmp_deploy.cli import build
 from jmp_deploy.core.errors import CalibrationError
 from jmp_deploy.export import export
 from jmp_deploy.jmp import schedule
@@ -258,7 +259,7 @@ def test_the_table_says_what_stays(bad, images):
     path, scales = bad
     result = choose(path, scales, images, max_drop=1.5).result
     console = Console(width=110, record=True, file=io.StringIO())
-    console.print(sensitivity_view.table(result))
+    console.print(Group(*build.ranking(result)))
     text = " ".join(console.export_text().split())
     assert f"│ 1 │ {BAD} │" in text and text.count("FP16 │") == 1
     assert "1 of 14 layers stay in FP16" in text and "of 1.5 allowed" in text
@@ -269,11 +270,11 @@ def test_the_plot(bad, images, tmp_path):
     pytest.importorskip("matplotlib")
     path, scales = bad
     result = choose(path, scales, images, max_drop=1.5).result
-    assert sensitivity_view.plot(result, tmp_path / "p.png") is None
+    assert int8_report.plot(result, tmp_path / "p.png") is None
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_reason_is_given(monkeypatch, tmp_path):
-    monkeypatch.setattr(sensitivity_view, "find_spec", lambda name: None)
-    why = sensitivity_view.plot({}, tmp_path / "p.png")
+    monkeypatch.setattr(int8_report, "find_spec", lambda name: None)
+    why = int8_report.plot({}, tmp_path / "p.png")
     assert why is not None and "matplotlib is not installed" in why

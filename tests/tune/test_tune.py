@@ -370,7 +370,7 @@ def test_schedule_file_of_another_model_is_refused(folder, tmp_path):
 
 
 def test_command_prints_how_to_build_and_keeps_the_curve(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("jmp_deploy.cli.tune_view.find_spec", lambda name: None)
+    monkeypatch.setattr("jmp_deploy.cli.tune.find_spec", lambda name: None)
     out = tmp_path / "s.json"
     arguments = ["tune", "tiny", "--images", str(folder), "--speedup", "1.4", "--passes", "2"]
     arguments += ["--limit", "16", "-o", str(out), "--plot", str(tmp_path / "p.png")]
@@ -387,7 +387,7 @@ def test_command_prints_how_to_build_and_keeps_the_curve(folder, tmp_path, capsy
 
 def test_plot_is_drawn(folder, tmp_path):
     pytest.importorskip("matplotlib")
-    from jmp_deploy.cli.tune_view import plot
+    from jmp_deploy.cli.tune import plot
 
     result = tune(options(folder, tmp_path, passes=1.0, curve=True))
     assert plot(result, tmp_path / "p.png") is None

@@ -386,13 +386,13 @@ def test_data_without_splits_is_no_data_for_a_probe(features, world, capsys):
 
 def interrupt_after(monkeypatch, images):
     """Presses Ctrl-C once that many images of val are done."""
-    from jmp_deploy.cli.validate_view import ValidateProgress
+    from jmp_deploy.cli.show import Progress
 
-    def update(self, split, done, total):
-        if split == "val" and done >= images:
+    def update(self, words, share, detail):
+        if words == "validating" and int(detail.split()[1]) >= images:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(ValidateProgress, "update", update)
+    monkeypatch.setattr(Progress, "update", update)
 
 
 @pytest.mark.parametrize("kind", ["logits", "features"])

@@ -1,0 +1,394 @@
+"""The command `build`, and the summary of an artifact, which other commands show too."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import JmpDeployError, fail
+from . import flags, show
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..core.artifact import Artifact, EngineFacts, Int8, Jmp, Macs
+
+SHOWN_MORE = 5
+"""Rows of the ranking behind the last layer that stays in FP16."""
+
+
+def add(commands: Any) -> None:
+    """Adds it to what `add_subparsers` returned."""
+    parser = flags.add_command(
+        commands,
+        _build,
+        "build",
+        "make an engine: weights -> JMP -> ONNX -> precision -> check -> plugin -> engine",
+        (
+            "build deit_s",
+            "build deit_s --dense                          # the baseline",
+            "build deit_s --schedule paper --strategy merge",
+            "build dinov2_s --weights dinov2_s.safetensors --batch 1,8,64",
+            "build vit_base_patch16_224 --keep-rate 0.7 --blocks 3,6,9 --precision fp32",
+            "build deit_s --precision int8 --calib photos/ --max-drop 0.3",
+            "build deit_s --precision int8 --calib-cache artifacts/deit_s/calibration.json",
+        ),
+    )
+    flags.add_model(parser)
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="artifact folder (artifacts/MODEL)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="auto|pretrained|random|PATH",
+        help="auto takes pretrained ones, or random ones (for timing only) where the hub cannot be "
+        "reached; PATH is .safetensors or a .pth of plain tensors (auto)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp16", "int8", "fp32"),
+        help="int8 quantizes the linear layers, keeps the rest in FP16 and needs --calib (fp16)",
+    )
+    parser.add_argument(
+        "--schedule",
+        metavar="NAME|LIST|FILE",
+        help="which blocks reduce, and to how many patch tokens: spread, spread:50 (percent of the "
+        "FLOPs), paper, 3:138,6:97,9:68, r18@2-10 or a .json file, as `tune` writes it (spread)",
+    )
+    parser.add_argument(
+        "--keep-rate", type=float, metavar="R", help="with --blocks: keep ceil(R*M) in each"
+    )
+    parser.add_argument("--blocks", type=flags.integers, metavar="I,J,..", help="0-based")
+    parser.add_argument(
+        "--tau",
+        type=float,
+        help="similarity from which a token is merged rather than pruned (the schedule's: 0.8 for "
+        "spread, 0.7 for what is written out, or what its file says)",
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=("token", "sample"),
+        help="decide per token or for all tokens of an image at once (token)",
+    )
+    parser.add_argument(
+        "--strategy",
+        choices=("jmp", "merge", "prune"),
+        help="jmp uses tau; merge and prune do only that (jmp)",
+    )
+    parser.add_argument(
+        "--no-proportional",
+        dest="proportional",
+        action="store_false",
+        help="do not weigh tokens in attention by the patches that they stand for",
+    )
+    parser.add_argument("--dense", action="store_true", help="no JMP: the baseline")
+    flags.add_img_size(parser)
+    parser.add_argument(
+        "--batch",
+        type=_batch,
+        metavar="N|MIN,OPT,MAX",
+        help="images per inference: one size, or a range and what to tune for (1,8,32)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "tensorrt", "rtx", "none"),
+        help="builder; auto takes TensorRT where a GPU is, else TensorRT-RTX ahead of time (auto)",
+    )
+    parser.add_argument(
+        "--targets",
+        type=flags.words,
+        metavar="sm_86,..",
+        help="GPUs of a TensorRT-RTX engine (the one that is here, else all that it knows)",
+    )
+    parser.add_argument(
+        "--workspace",
+        dest="workspace_mb",
+        type=flags.positive,
+        metavar="MIB",
+        help="limit of the builder's scratch memory",
+    )
+    flags.add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
+    parser.add_argument(
+        "--seed", type=int, help="of random weights and of the calibration sample (0)"
+    )
+    group = parser.add_argument_group(
+        "INT8",
+        "The FP16 twin is built too; where a GPU is, both are timed and the faster one is "
+        "model.engine.",
+    )
+    group.add_argument(
+        "--calib",
+        dest="int8.calib",
+        metavar="DIR|sample",
+        help="images like those that the model will see; sample takes crops of the photos that "
+        "scikit-image and scikit-learn ship (a demonstration)",
+    )
+    group.add_argument(
+        "--calib-images",
+        dest="int8.images",
+        type=flags.positive,
+        metavar="N",
+        help="images to draw (256)",
+    )
+    group.add_argument(
+        "--calib-method",
+        dest="int8.method",
+        metavar="max|entropy|percentile[:P]",
+        help="how ranges are chosen; percentile is 99.999 (the model family's recipe)",
+    )
+    group.add_argument(
+        "--calib-cache",
+        dest="int8.cache",
+        type=Path,
+        metavar="FILE",
+        help="calibration.json of an earlier build of this model and schedule: no images needed, "
+        "the same model again",
+    )
+    group.add_argument(
+        "--max-drop",
+        dest="int8.max_drop",
+        type=float,
+        metavar="POINTS",
+        help="measure what each layer costs and keep the worst in FP16 until the estimated drop "
+        "holds, e.g. 0.3 (keep what the model family's recipe says)",
+    )
+    group.add_argument(
+        "--force-int8",
+        dest="int8.force",
+        action="store_true",
+        help="use the INT8 engine even if it is less than 5 %% faster than FP16",
+    )
+
+
+def _batch(text: str) -> tuple[int, int, int]:
+    numbers = flags.integers(text)
+    if len(numbers) == 1:
+        numbers = numbers * 3
+    if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor MIN,OPT,MAX in rising order")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _build(given: argparse.Namespace) -> int:
+    from ..pipeline import BuildOptions, build
+    from ..quantize.int8 import Int8Options
+
+    if sum(("schedule" in given, "keep_rate" in given or "blocks" in given, "dense" in given)) > 1:
+        raise JmpDeployError(
+            "--schedule, --keep-rate with --blocks, and --dense exclude each other", "choose one"
+        )
+    name = given.model.replace("/", "_") + ("-dense" if "dense" in given else "")
+    out = given.out or Path("artifacts") / name
+    int8 = flags.fill(Int8Options, given, "int8.")
+    asked = flags.fill(BuildOptions, given, out=out, int8=int8, rebuild=given.typed)
+    with show.Progress() as progress:
+        made = build(asked, on_stage=progress.stage, on_progress=progress.steps)
+    show.show(given, summary(made), made.to_json())
+    if made.check.ok:
+        return 0
+    return fail(
+        "the portable model does not agree with PyTorch within tolerance; the artifact is kept",
+        f"look closer with `python -m jmp_deploy compare {shlex.quote(str(out))}`",
+        1,
+    )
+
+
+def summary(made: Artifact) -> list[RenderableType]:
+    """What ends `build` and opens `inspect` and `report`."""
+    jmp, check = made.jmp, made.check
+    rows = [
+        ("artifact", str(made.folder)),
+        ("model", f"{made.model.name} at {made.model.image_size} pixels"),
+        ("weights", show.weights(made.weights)),
+        ("precision", _precision(made)),
+        *(int8_rows(made.int8) if made.int8 else ()),
+        ("batch", "min {}, opt {}, max {}".format(*made.batch)),
+        ("GMACs", _gmacs(made.macs)),
+    ]
+    if jmp:
+        steps = ", ".join(f"{block}:{keep}" for block, keep in jmp.schedule)
+        rows += [("schedule", f"{jmp.schedule_name} ({steps})"), ("decision", _decision(jmp))]
+    else:
+        rows.append(("schedule", "none: dense baseline"))
+    verdict = "ok" if check.ok else "OUTSIDE TOLERANCE"
+    words = f"{verdict}: ONNX Runtime against PyTorch on {len(check.images)} photos"
+    sizes = ", ".join(f"{name} {entry.bytes / 1e6:.1f}" for name, entry in made.files.items())
+    rows += [
+        ("check", f"{words}: {_agreement(check.pairs[0])}"),
+        ("engine", _engine(made.engine) if made.engine else f"none: {made.no_engine}"),
+        ("sizes (MB)", sizes),
+    ]
+    parts: list[RenderableType] = [show.facts(rows)]
+    if made.int8 and made.int8.sensitivity:
+        parts += ranking(made.int8.sensitivity)
+    if made.is_random:
+        parts.append(show.styled(show.RANDOM_WARNING, "bold red"))
+    for warning in made.int8.images["warnings"] if made.int8 else ():
+        parts.append(show.styled(f"calibration: {warning}", "yellow"))
+    return parts
+
+
+def _precision(made: Artifact) -> str:
+    """Which numbers compute what, in words."""
+    name, found = made.precision.upper(), made.int8
+    if not found:
+        return f"{name}, inputs and outputs FP32"
+    return (
+        f"{name} in {found.layers_int8} of {found.layers} weighted layers "
+        f"({found.macs_share:.0%} of the MACs), FP16 in the rest, inputs and outputs FP32"
+    )
+
+
+def _gmacs(macs: Macs) -> str:
+    model, dense = macs.model, macs.dense
+    if model == dense:
+        return f"{dense / 1e9:.3f}"
+    return (
+        f"{model / 1e9:.3f}, dense {dense / 1e9:.3f}: {model / dense - 1:+.1%}; "
+        f"the FLOPs promise {dense / model:.2f}x"
+    )
+
+
+def _decision(jmp: Jmp) -> str:
+    kept = {"importance": "most important", "distinct": "most distinct"}[jmp.selection]
+    others = f"merge where similarity >= {jmp.tau:g}, else prune, per {jmp.granularity}"
+    if jmp.strategy != "jmp":
+        others = f"{jmp.strategy} only"
+    if jmp.merge_weight != 1 and jmp.strategy != "prune":
+        others += f"; {jmp.merge_weight:.0%} of a merged token's content counts"
+    last = "; the last block computes only what the head reads" if jmp.last_prefix_only else ""
+    return f"keep the {kept} tokens, of the others {others}{last}"
+
+
+def _agreement(pair: dict[str, Any]) -> str:
+    """The figures of a pair of backends, in words."""
+    words = f"cosine {show.number(pair['cosine'], '.6f')}, "
+    words += f"largest difference {show.number(pair['max_abs'], '.2g')}"
+    if pair["top1_agreement"] is not None:
+        words += f", top-1 agreement {pair['top1_agreement']:.0%}"
+    return words
+
+
+def _engine(engine: EngineFacts) -> str:
+    """How an engine was made, in words."""
+    plugins = engine.plugin_layers
+    return (
+        f"{engine.builder} {engine.version} for {', '.join(engine.targets)}, "
+        f"{engine.bytes / 1e6:.1f} MB in {engine.seconds:.1f} s, "
+        f"{plugins} plugin layer{'s' if plugins != 1 else ''} ({engine.why})"
+    )
+
+
+# --- INT8 ----------------------------------------------------------------------------------------
+
+
+def int8_rows(found: Int8) -> list[tuple[str, str]]:
+    """The rows of a summary that INT8 adds."""
+    images = found.images
+    source = "crops of the sample photos: a DEMONSTRATION, no promise for other images"
+    if not images["demonstration"]:
+        source = f"images of {images['source']}"
+    how = f"{found.method}, {images['count']} {source}"
+    if found.from_cache:
+        how += f"; ranges from {found.from_cache}"
+    weights, values = found.weights_bytes, found.activations_bytes
+    rows = [
+        ("calibration", how),
+        (
+            "bytes (MB)",
+            f"weights {weights.get('INT8', 0) / 1e6:.1f} INT8 and "
+            f"{weights.get('FLOAT16', 0) / 1e6:.1f} FP16; inputs of the weighted layers, per "
+            f"image, {values['int8'] / 1e6:.2f}, in FP16 {values['fp16'] / 1e6:.2f}",
+        ),
+        ("kept in FP16", _kept(found)),
+    ]
+    if found.speed:
+        sizes = found.engine_bytes or {}
+        words = ", ".join(f"{name.upper()} {size / 1e6:.1f} MB" for name, size in sizes.items())
+        rows.append(("INT8 or FP16", f"{found.speed.why}; engines: {words}"))
+    return rows
+
+
+def _kept(found: Int8) -> str:
+    """Layers by the reason for which they stay in FP16, one reason a line."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in found.keep_fp16.items():
+        # With --max-drop every layer has a reason of its own: they stand in the ranking.
+        shared = "by --max-drop (ranking below)" if found.sensitivity else reason
+        layers.setdefault(shared, []).append(name)
+    lines = [f"{', '.join(_by_block(names))}: {reason}" for reason, names in layers.items()]
+    return "\n".join([*lines, "attention products, LayerNorm, GELU, Softmax, residuals: by design"])
+
+
+def _by_block(names: Sequence[str]) -> list[str]:
+    """ "blocks.0.fc2", "blocks.1.fc2", "head" -> "fc2 of blocks 0, 1", "head"."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        kinds.setdefault(parts[-1], []).append(parts[1] if len(parts) == 3 else "")
+    return [
+        f"{kind} of block{'s' if len(blocks) > 1 else ''} {_runs(blocks)}" if blocks[0] else kind
+        for kind, blocks in kinds.items()
+    ]
+
+
+def _runs(numbers: Sequence[str]) -> str:
+    """ "0", "1", "2", "5" -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+
+
+def ranking(result: dict[str, Any]) -> list[RenderableType]:
+    """What `--max-drop` found: what each layer costs, and what it came to.
+
+    Args:
+        result: of `sensitivity.choose`, or "sensitivity" of a manifest's "int8".
+    """
+    from ..quantize.sensitivity import summary as sentence
+
+    rows = result["ranking"]
+    last = max((i for i, row in enumerate(rows, 1) if row["kept"]), default=0)
+    shown = rows[: last + SHOWN_MORE]
+    whole = result["all_int8"]["noise"]
+    columns = (">", "layer", ">points alone", ">of the noise", ">of the MACs", "stays")
+    table = show.table("", *columns)
+    for rank, row in enumerate(shown, 1):
+        least = "" if row["measured"] else "< "
+        table.add_row(
+            str(rank),
+            row["name"],
+            f"{least}{row['points']:.3f}",
+            f"{least}{_share(row['noise'], whole)}",
+            f"{row['macs_share']:.1%}",
+            "FP16" if row["kept"] else "INT8",
+            style="bold" if row["kept"] else None,
+        )
+    groups = ", ".join(
+        f"{row['name']} {_share(row['noise'], whole)}"
+        for row in sorted(result["groups"], key=lambda row: -row["noise"])[:6]
+    )
+    lines = [
+        sentence(result),
+        f"noise of kinds and blocks, each alone: {groups}",
+        f"points: {result['measure']}; on {result['images']} images",
+    ]
+    if left := len(rows) - len(shown):
+        lines.insert(0, f"... and {left} layers that cost less, in INT8")
+    return [table, *lines]
+
+
+def _share(noise: float, whole: float) -> str:
+    return f"{noise / whole:.1%}" if whole > 0 else "-"

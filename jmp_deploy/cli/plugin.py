@@ -1,0 +1,45 @@
+"""The command `plugin`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from . import flags, show
+
+
+def add(commands: Any) -> None:
+    """Adds it to what `add_subparsers` returned."""
+    parser = flags.add_command(
+        commands,
+        _plugin,
+        "plugin",
+        "build the TensorRT plugin (`build` does it by itself), or say where it is",
+        ("plugin build", "plugin build --arch sm_87,sm_110 --force", "plugin path"),
+    )
+    parser.add_argument("action", choices=("build", "path"))
+    parser.add_argument(
+        "--arch",
+        dest="archs",
+        type=flags.words,
+        metavar="sm_87,..",
+        help="GPU architectures (all that the compiler knows of 75, 80, 86, 87, 89, 90, 110, 120)",
+    )
+    parser.add_argument("--force", action="store_true", help="build even if it is there")
+
+
+def _plugin(given: argparse.Namespace) -> int:
+    from ..plugin.library import build_plugin, plugin_info, plugin_library
+
+    if given.action == "build":
+        with show.Progress("compiling the plugin", transient=True):
+            path = flags.fill(build_plugin, given)
+    else:
+        path = plugin_library(build=False)
+    info = {"path": str(path), **plugin_info(path)}
+    show.show(given, [show.facts((name, _plain(value)) for name, value in info.items())], info)
+    return 0
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
