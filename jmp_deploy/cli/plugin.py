@@ -23,7 +23,8 @@ def add(commands: Any) -> None:
         dest="archs",
         type=flags.words,
         metavar="sm_87,..",
-        help="GPU architectures (all that the compiler knows of 75, 80, 86, 87, 89, 90, 110, 120)",
+        help="GPU architectures, or all for those of a release (those of the GPUs here; without a "
+        "GPU sm_75 and sm_80, on aarch64 sm_87)",
     )
     parser.add_argument("--force", action="store_true", help="build even if it is there")
 

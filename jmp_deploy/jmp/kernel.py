@@ -166,19 +166,21 @@ def kernel_library(arch: str, *, force: bool = False) -> Path:
     """
     # Not find_toolchain: PyTorch's users have no TensorRT headers, and need none.
     nvcc, version = toolchain.find_nvcc()
-    host = ["-ccbin", str(toolchain.find_cxx())] if os.environ.get("CXX") else []
-    command = [str(nvcc), *FLAGS, _gencode(nvcc, arch), *host, *_cuda_sources()]
-    identity = "\n".join([_sources_hash(), *command[1:], version, platform.machine()])
+    options = [*FLAGS, _gencode(nvcc, arch), *_cuda_sources()]
+    compilers = [version, os.environ.get("CXX", ""), platform.machine()]
+    identity = "\n".join([_sources_hash(), *options, *compilers])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / key / LIBRARY
     if library.is_file() and not force:
         return library
+    toolchain.announce(f"compiling the CUDA kernel once: {toolchain.compile_time(1)}")
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
             built = Path(folder) / LIBRARY
             log = library.with_name("build.log")
-            toolchain.run_nvcc([*command, "-o", str(built)], sources_dir(), log, "the CUDA kernel")
+            options += ["-o", str(built)]
+            toolchain.run_nvcc(nvcc, options, sources_dir(), log, "the CUDA kernel")
             built.replace(library)
     except OSError as error:
         raise ToolchainError(
@@ -189,16 +191,8 @@ def kernel_library(arch: str, *, force: bool = False) -> Path:
 
 
 def _gencode(nvcc: Path, arch: str) -> str:
-    known = toolchain.known_architectures(nvcc)
-    if arch in known:
-        return f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    older = [int(other) for other in known if int(other) < int(arch)]
-    if not older:
-        raise ToolchainError(
-            f"{nvcc} does not compile for this GPU (sm_{arch})",
-            f"it knows {', '.join(sorted(known, key=int))}; set CUDA_HOME to an older CUDA",
-        )
-    return f"-gencode=arch=compute_{max(older)},code=compute_{max(older)}"
+    best = toolchain.compilable(arch, toolchain.known_architectures(nvcc))
+    return f"-gencode=arch=compute_{best},code={'sm' if best == arch else 'compute'}_{best}"
 
 
 def _cuda_sources() -> list[str]:

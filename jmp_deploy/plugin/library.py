@@ -16,18 +16,23 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.device import gpus
 from ..core.errors import EngineError, ToolchainError
 from ..core.paths import cache_dir, data_dir
 from .toolchain import (
     ARCHITECTURES,
     Toolchain,
+    announce,
     check_architectures,
+    compilable,
+    compile_time,
     cuda_architectures,
     find_toolchain,
+    known_architectures,
     run_nvcc,
 )
 
@@ -53,6 +58,11 @@ OTHER_SOURCES = (  # what these include; part of the hash
     *(f"token_reduce_{part}.cuh" for part in ("select", "match", "merge", "reference")),
     *("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "exports.map"),
 )
+WITHOUT_GPU = {"x86_64": ("75", "80"), "aarch64": ("87",)}
+"""What is compiled where no GPU is: little, since nothing here runs it. An ahead-of-time builder
+only asks the plugin for shapes and types, and a machine with a GPU compiles for that GPU. A library
+that is carried to one all the same has machine code for 7.5 and 8.x (for Orin), and PTX of the last
+for what came after."""
 FLAGS = (
     *("-shared", "-std=c++17", "-O3"),
     "-cudart=static",  # loads on a machine without a driver: ahead-of-time builds
@@ -90,10 +100,12 @@ def build_plugin(
     """Compile the plugin into the cache, unless that was done before.
 
     Args:
-        archs: GPU architectures such as "86" or "sm_86"; None for all that the compiler knows of
-            ARCHITECTURES. PTX of the highest is always added.
+        archs: GPU architectures such as "86" or "sm_86", or ("all",) for all that the compiler
+            knows of ARCHITECTURES; None for what this machine needs: its GPUs, or WITHOUT_GPU.
+            PTX of the highest is always added.
         force: compile again.
-        on_progress: called with one line of text before and after the compilation.
+        on_progress: called with one line of text before and after the compilation, with how long
+            it takes; without it the line goes to stderr.
 
     Returns:
         Path of the library. Several processes may build at once: the file appears whole.
@@ -102,14 +114,17 @@ def build_plugin(
         ToolchainError: no toolchain, an unknown architecture, a compile error or no writable cache.
     """
     toolchain = find_toolchain()
-    chosen = check_architectures(toolchain.nvcc, archs)
+    if archs is None and not force and (fitting := _find_fitting(toolchain)):
+        return fitting
+    chosen = check_architectures(toolchain.nvcc, _needed(toolchain) if archs is None else archs)
     library = _cached_library(toolchain, chosen)
     if library.is_file() and not force:
         return library
-    say = on_progress or (lambda line: None)
+    say = on_progress or announce
     say(
         f"compiling the TensorRT plugin once, for sm_{', sm_'.join(chosen)} "
-        f"(CUDA {toolchain.cuda_version}, TensorRT headers {toolchain.tensorrt_version})"
+        f"(CUDA {toolchain.cuda_version}, TensorRT headers {toolchain.tensorrt_version}): "
+        f"{compile_time(len(chosen))}"
     )
     start = time.monotonic()
     try:
@@ -132,52 +147,51 @@ def build_plugin(
 
 
 def plugin_library(*, build: bool = True) -> Path:
-    """The plugin to load: JMP_DEPLOY_PLUGIN if set, else the cached one, else a new build.
+    """The plugin to load: JMP_DEPLOY_PLUGIN if set, else a cached one that has machine code for
+    the GPUs here, else a new build.
 
     Without a compiler, a library that was built earlier from the same sources on this kind of
-    machine is used.
+    machine is used, if these GPUs can run it.
 
     Raises:
         ToolchainError: none there and `build` is False, or it cannot be built; or the file that
-            JMP_DEPLOY_PLUGIN names is not this plugin.
+            JMP_DEPLOY_PLUGIN names is not this plugin, or not for this GPU.
     """
     if given := os.environ.get("JMP_DEPLOY_PLUGIN"):
         return _check_prebuilt(Path(given).expanduser().absolute())
     try:
         toolchain = find_toolchain()
     except ToolchainError:
-        for library in sorted(cache_dir().glob(f"plugins/*/{LIBRARY}")):
-            info = plugin_info(library)
-            if (info.get("sources"), info.get("machine")) == (_hash(), platform.machine()):
+        for library, info in _cached():
+            ours = (info.get("sources"), info.get("machine")) == (_hash(), platform.machine())
+            if ours and not _cannot_run(info):
                 return library
         raise
-    library = _cached_library(toolchain, cuda_architectures(toolchain.nvcc))
-    if library.is_file():
-        return library
+    if fitting := _find_fitting(toolchain):
+        return fitting
     if build:
         return build_plugin()
-    raise ToolchainError("the TensorRT plugin is not built", "python -m jmp_deploy plugin build")
+    here = " and ".join(f"sm_{arch}" for arch in _gpu_architectures())
+    raise ToolchainError(
+        f"the TensorRT plugin is not built{here and f' for {here}'}",
+        "python -m jmp_deploy plugin build",
+    )
 
 
 def plugin_info(path: Path) -> dict[str, Any]:
     """What is known of a library: path, sha256, bytes; for one that we built also sources (a
-    hash), architectures, cuda, tensorrt_headers, machine, built (time, UTC).
+    hash), architectures, cuda, tensorrt_headers, machine, recipe (a hash of all that goes into it
+    but the architectures), built (time, UTC).
 
     Raises:
         ToolchainError: the file cannot be read.
     """
-    info: dict[str, Any] = {}
     try:
         content = path.read_bytes()
-        sidecar = path.with_suffix(".json")
-        if sidecar.is_file():
-            info = json.loads(sidecar.read_text(encoding="utf-8"))
     except OSError as error:
         raise ToolchainError(f"cannot read the plugin {path}: {error.strerror or error}") from error
-    except ValueError:
-        info = {}  # a damaged sidecar: what the library itself says remains
     digest = hashlib.sha256(content).hexdigest()
-    return {"path": str(path), "sha256": digest, "bytes": len(content), **info}
+    return {"path": str(path), "sha256": digest, "bytes": len(content), **_sidecar(path)}
 
 
 # --- Loading -------------------------------------------------------------------------------------
@@ -231,6 +245,67 @@ def _missing_namespaces(registry: Any) -> list[str]:
     return [namespace for namespace in NAMESPACES if namespace not in ours]
 
 
+# --- Which library fits the GPUs here ------------------------------------------------------------
+
+
+def _gpu_architectures() -> list[str]:
+    """Of the GPUs here, such as ["86"]; empty without one."""
+    return sorted({"{}{}".format(*gpu.compute_capability) for gpu in gpus()}, key=int)
+
+
+def _needed(toolchain: Toolchain) -> list[str]:
+    """What to compile for on this machine."""
+    known = known_architectures(toolchain.nvcc)
+    if here := _gpu_architectures():
+        return sorted({compilable(arch, known) for arch in here}, key=int)
+    usual = WITHOUT_GPU.get(platform.machine(), WITHOUT_GPU["x86_64"])
+    return [arch for arch in usual if arch in known] or [min(known, key=int)]
+
+
+def _find_fitting(toolchain: Toolchain) -> Path | None:
+    """A cached library that this toolchain would make, with all that the GPUs here need. Without
+    a GPU any is as good as another."""
+    known = known_architectures(toolchain.nvcc)
+    wanted = [(arch, compilable(arch, known)) for arch in _gpu_architectures()]
+    recipe = _recipe(toolchain)
+    for library, info in _cached():
+        if info.get("recipe") != recipe:
+            continue
+        made_for = info["architectures"]
+        # PTX, which a GPU newer than the compiler needs, is that of the last.
+        if all(best in (made_for if best == arch else made_for[-1:]) for arch, best in wanted):
+            return library
+    return None
+
+
+def _cannot_run(info: dict[str, Any]) -> str | None:
+    """The GPU here that has no use for a library's machine code nor its PTX; None where all have,
+    or nothing is known of the library."""
+    made_for = [int(arch) for arch in info.get("architectures", ())]
+    for arch in map(int, _gpu_architectures() if made_for else ()):
+        # Machine code runs on later GPUs of its generation, but for Orin: there only its own.
+        same = {made for made in made_for if made // 10 == arch // 10 and made <= arch}
+        related = {made for made in same if made == arch or 87 not in (made, arch)}
+        if not related and arch < made_for[-1]:
+            return str(arch)
+    return None
+
+
+def _cached() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Libraries in the cache and their sidecars; those for fewer architectures first."""
+    found = [(path, _sidecar(path)) for path in cache_dir().glob(f"plugins/*/{LIBRARY}")]
+    yield from sorted(found, key=lambda each: (len(each[1].get("architectures", ())), each[0]))
+
+
+def _sidecar(library: Path) -> dict[str, Any]:
+    """What was written beside a library when it was built; empty if that is gone or damaged."""
+    try:
+        info = json.loads(library.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
 # --- The build itself ----------------------------------------------------------------------------
 
 
@@ -241,22 +316,22 @@ def _gencodes(archs: Sequence[str]) -> list[str]:
 
 
 def _compile(toolchain: Toolchain, archs: Sequence[str], output: Path, log: Path) -> None:
-    host = ["-ccbin", str(toolchain.cxx)] if os.environ.get("CXX") else []
-    command = [
-        *(str(toolchain.nvcc), *FLAGS, *_gencodes(archs), *host),
-        f"--threads={os.cpu_count() or 1}",
-        *("-isystem", str(toolchain.headers), *SOURCES, "-o", str(output)),
-    ]
-    run_nvcc(command, sources_dir(), log, "the plugin")
+    options = [*FLAGS, *_gencodes(archs), "-isystem", str(toolchain.headers), *SOURCES]
+    run_nvcc(toolchain.nvcc, [*options, "-o", str(output)], sources_dir(), log, "the plugin")
 
 
 def _cached_library(toolchain: Toolchain, archs: Sequence[str]) -> Path:
-    identity = [
-        *(_hash(), *FLAGS, *_gencodes(archs), platform.machine()),
-        *(toolchain.cuda_version, toolchain.tensorrt_version, str(toolchain.cxx)),
-    ]
-    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    return cache_dir() / "plugins" / key / LIBRARY
+    return cache_dir() / "plugins" / _key(_recipe(toolchain), *_gencodes(archs)) / LIBRARY
+
+
+def _recipe(toolchain: Toolchain) -> str:
+    """Hash of all that goes into a library but the architectures."""
+    versions = (toolchain.cuda_version, toolchain.tensorrt_version, str(toolchain.cxx))
+    return _key(_hash(), *FLAGS, platform.machine(), *versions)
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _hash() -> str:
@@ -275,6 +350,7 @@ def _describe(toolchain: Toolchain, archs: Sequence[str]) -> dict[str, Any]:
         "cuda": toolchain.cuda_version,
         "tensorrt_headers": toolchain.tensorrt_version,
         "machine": platform.machine(),
+        "recipe": _recipe(toolchain),
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -297,5 +373,10 @@ def _check_prebuilt(path: Path) -> Path:
         name = {number: name for name, number in machines.items()}.get(found, str(found))
         raise ToolchainError(
             f"JMP_DEPLOY_PLUGIN: {path} is for {name}, this machine is {platform.machine()}", hint
+        )
+    if arch := _cannot_run(info := _sidecar(path)):
+        made_for = ", ".join(f"sm_{made}" for made in info["architectures"])
+        raise ToolchainError(
+            f"JMP_DEPLOY_PLUGIN: {path} is for {made_for}, the GPU here is sm_{arch}", hint
         )
     return path

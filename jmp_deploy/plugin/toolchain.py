@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,9 +20,13 @@ from pathlib import Path
 
 from ..core.errors import ToolchainError
 
-# plugins/CMakeLists.txt has the same list. 87 is Orin, 100 B200, 110 Thor.
+# Those of a release; plugins/CMakeLists.txt has the same list. 87 is Orin, 100 B200, 110 Thor.
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120")
+ALL = "all"  # stands for ARCHITECTURES where architectures are named
 COMPILE_SECONDS = 900  # two desktop cores take seconds; past this the compiler hangs
+# Processor seconds of a compilation: the host's part, and that of each architecture. Measured with
+# CUDA 13.0 on an x86-64 for 1, 2, 3 and 9 architectures.
+HOST_WORK, ARCHITECTURE_WORK = 4.0, 7.5
 OLDEST_CUDA = (12, 2)
 OLDEST_TENSORRT = (10, 0)
 
@@ -143,13 +148,33 @@ def known_architectures(nvcc: Path) -> set[str]:
         raise ToolchainError(f"{nvcc} does not run ({_reason(error)})", INSTALL_NVCC) from error
 
 
-def check_architectures(nvcc: Path, archs: Sequence[str] | None) -> list[str]:
-    """`archs` ("86" or "sm_86") as numbers, ascending, each once; the default list for None.
+def compilable(arch: str, known: set[str]) -> str:
+    """What to compile for a GPU: `arch`, or where no compiler is new enough the newest before it,
+    whose PTX the driver compiles.
+
+    Args:
+        arch: compute capability of the GPU such as "90".
+        known: `known_architectures` of the compiler.
+
+    Raises:
+        ToolchainError: the GPU is older than all of them.
+    """
+    older = [int(other) for other in known if int(other) <= int(arch)]
+    if not older:
+        raise ToolchainError(
+            f"the CUDA compiler does not compile for this GPU (sm_{arch})",
+            f"it knows {', '.join(sorted(known, key=int))}; set CUDA_HOME to an older CUDA",
+        )
+    return str(max(older))
+
+
+def check_architectures(nvcc: Path, archs: Sequence[str]) -> list[str]:
+    """`archs` ("86", "sm_86", or ALL) as numbers, ascending, each once.
 
     Raises:
         ToolchainError: this nvcc does not know one of them.
     """
-    if archs is None:
+    if list(archs) == [ALL]:
         return cuda_architectures(nvcc)
     known = known_architectures(nvcc)
     chosen = {arch.lower().removeprefix("sm_").removeprefix("compute_") for arch in archs}
@@ -157,7 +182,7 @@ def check_architectures(nvcc: Path, archs: Sequence[str] | None) -> list[str]:
     if unknown or not chosen:
         raise ToolchainError(
             f"unknown GPU architecture {', '.join(unknown) or '(none given)'} for {nvcc}",
-            f"it knows {', '.join(sorted(known, key=int))}",
+            f"it knows {', '.join(sorted(known, key=int))}, or {ALL} for those of a release",
         )
     return sorted(chosen, key=int)
 
@@ -175,17 +200,45 @@ def find_cxx() -> Path:
     raise ToolchainError("no C++ compiler: g++ not found", "apt install g++ (or set CXX)")
 
 
-def run_nvcc(command: Sequence[str], folder: Path, log: Path, what: str) -> None:
+def announce(line: str) -> None:
+    """Tells of a compilation, which makes a command take long: on stderr, results go to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def compile_time(architectures: int) -> str:
+    """How long a compilation takes here, in words, before it starts."""
+    cores = len(os.sched_getaffinity(0))
+    rounds = -(-architectures // cores)
+    seconds = HOST_WORK + ARCHITECTURE_WORK * rounds
+    noun = "core that is" if cores == 1 else "cores that are"
+    return f"about {5 * round(seconds / 5)} s on {cores} {noun} free, more on a small board"
+
+
+def nvcc_command(nvcc: Path) -> list[str]:
+    """nvcc with what every call needs: the folder of its own CUDA runtime, and CXX.
+
+    The cuda-toolkit wheels keep libraries in lib, but their nvcc.profile names lib64: without this
+    nothing links. plugins/CMakeLists.txt does the same.
+    """
+    folder = nvcc.resolve().parent.parent / "lib"
+    libraries = [f"-L{folder}"] if (folder / "libcudart_static.a").is_file() else []
+    host = ["-ccbin", str(find_cxx())] if os.environ.get("CXX") else []
+    return [str(nvcc), *libraries, *host]
+
+
+def run_nvcc(nvcc: Path, options: Sequence[str], folder: Path, log: Path, what: str) -> None:
     """Compiles; everything that nvcc says goes to `log`.
 
     Args:
-        command: nvcc and its arguments.
+        nvcc: the compiler.
+        options: sources and options; `nvcc_command`'s come first.
         folder: to run it in.
         what: is compiled, for the message: "the plugin".
 
     Raises:
         ToolchainError: with its first errors; or it does not end.
     """
+    command = [*nvcc_command(nvcc), f"--threads={len(os.sched_getaffinity(0))}", *options]
     try:
         done = subprocess.run(
             command,
@@ -200,7 +253,8 @@ def run_nvcc(command: Sequence[str], folder: Path, log: Path, what: str) -> None
         raise ToolchainError(f"nvcc did not end within {COMPILE_SECONDS} s") from error
     log.write_text(" ".join(command) + "\n\n" + done.stdout, encoding="utf-8")
     if done.returncode != 0:
-        lines = [line for line in done.stdout.splitlines() if re.search("error|fatal", line, re.I)]
+        telling = re.compile("error|fatal|cannot find|undefined reference", re.IGNORECASE)
+        lines = [line for line in done.stdout.splitlines() if telling.search(line)]
         shown = "\n".join((lines or done.stdout.splitlines()[-3:])[:3])
         raise ToolchainError(f"{what} does not compile:\n{shown}", f"full log: {log}")
 

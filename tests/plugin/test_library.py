@@ -21,8 +21,10 @@ from typing import Any
 
 import pytest
 
+from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError, ToolchainError
 from jmp_deploy.core.paths import cache_dir
+from jmp_deploy.jmp import kernel
 from jmp_deploy.plugin import library as plugin
 from jmp_deploy.plugin import toolchain
 
@@ -64,7 +66,7 @@ NVCC_SCRIPT = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release 12.4, V{version}";;
   --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_86\\nsm_90\\nsm_90a\\n';;
-  *) echo x >> {count}
+  *) echo "$@" >> {count}
      while [ $# -gt 1 ]; do shift; done
      {action};;
 esac
@@ -74,7 +76,7 @@ esac
 def fake_nvcc(
     folder: Path, action: str = 'printf "built" > "$1"', version: str = "12.4.99"
 ) -> Path:
-    """An nvcc that counts its compilations in FOLDER/count and runs `action` on the output."""
+    """An nvcc that notes its compilations in FOLDER/count and runs `action` on the output."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "nvcc"
     count = folder / "count"
@@ -107,12 +109,18 @@ def version_text(major: int, minor: int, patch: int) -> str:
 def fake_tools(
     tmp_path: Path, cache: Path, clean_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A toolchain that is found at once and compiles in no time; returns its nvcc."""
+    """A toolchain that is found at once and compiles in no time, and no GPU; returns its nvcc."""
+    have_gpus(monkeypatch)
     nvcc = fake_nvcc(tmp_path / "cuda")
     monkeypatch.setenv("JMP_NVCC", str(nvcc))
     root = headers(tmp_path / "tensorrt", version_text(10, 3, 0))
     monkeypatch.setenv("TENSORRT_ROOT", str(root))
     return nvcc
+
+
+def have_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    gpus = tuple(Gpu("a GPU", capability, 8 << 30) for capability in capabilities)
+    monkeypatch.setattr(plugin, "gpus", lambda: gpus)
 
 
 # --- The real build ------------------------------------------------------------------------------
@@ -134,7 +142,7 @@ def test_info_says_what_the_library_is(library: Path) -> None:
     info = plugin.plugin_info(library)
     tools = plugin.find_toolchain()
     assert info["sha256"] and info["bytes"] == library.stat().st_size
-    assert info["architectures"] == plugin.cuda_architectures(tools.nvcc)
+    assert set(plugin._gpu_architectures()) <= set(info["architectures"])
     assert (info["cuda"], info["tensorrt_headers"]) == (tools.cuda_version, tools.tensorrt_version)
     assert library == plugin.plugin_library(build=False)
 
@@ -161,18 +169,19 @@ def test_built_once_then_found(fake_tools: Path, cache: Path) -> None:
     lines: list[str] = []
     first = plugin.build_plugin(on_progress=lines.append)
     assert cache in first.parents and first.read_text() == "built"
-    assert "sm_90" in lines[0] and str(first) in lines[-1]
+    assert "sm_75, sm_80 " in lines[0] and "about" in lines[0] and str(first) in lines[-1]
     assert plugin.build_plugin(on_progress=lines.append) == plugin.plugin_library() == first
     assert compilations(fake_tools) == 1 and len(lines) == 2
     plugin.build_plugin(force=True)
     assert compilations(fake_tools) == 2
-    assert plugin.plugin_info(first)["architectures"] == ["75", "80", "86", "90"]
+    everything = plugin.build_plugin(["all"])
+    assert plugin.plugin_info(everything)["architectures"] == ["75", "80", "86", "90"]
 
 
 def test_the_key_follows_sources_architectures_and_versions(
     fake_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = {plugin.build_plugin(), plugin.build_plugin(["sm_86"])}
+    paths = {plugin.build_plugin(["75"]), plugin.build_plugin(["sm_86"])}
     assert plugin.build_plugin(["86", "sm_86"]) in paths  # the same list
     root = headers(tmp_path / "other", version_text(10, 13, 2))
     monkeypatch.setenv("TENSORRT_ROOT", str(root))
@@ -259,6 +268,81 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert cache_dir() == Path("/c/.cache/jmp_deploy")
 
 
+# --- Which architectures -------------------------------------------------------------------------
+
+
+def test_each_gpu_gets_a_library_with_its_machine_code(
+    fake_tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was built without a GPU, or for another, would fail at the first inference."""
+    without = plugin.plugin_library()
+    have_gpus(monkeypatch, (9, 0))
+    with pytest.raises(ToolchainError, match="not built for sm_90"):
+        plugin.plugin_library(build=False)
+    hopper = plugin.plugin_library()
+    assert plugin.plugin_info(hopper)["architectures"] == ["90"] and hopper != without
+    assert plugin.plugin_library() == plugin.build_plugin() == hopper
+    have_gpus(monkeypatch, (9, 0), (8, 6), (8, 6))
+    both = plugin.plugin_library()
+    assert plugin.plugin_info(both)["architectures"] == ["86", "90"]
+    have_gpus(monkeypatch, (9, 0))
+    assert plugin.plugin_library() == hopper  # not the larger one
+    have_gpus(monkeypatch, (8, 6))
+    assert plugin.plugin_library() == both
+    have_gpus(monkeypatch)
+    assert plugin.plugin_library() in (without, hopper)
+    assert compilations(fake_tools) == 3
+
+
+def test_a_release_serves_every_gpu(fake_tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = plugin.build_plugin(["all"])
+    for capability in ((7, 5), (8, 0), (8, 6), (9, 0), (12, 1)):  # the last by PTX
+        have_gpus(monkeypatch, capability)
+        assert plugin.plugin_library() == everything
+    have_gpus(monkeypatch, (8, 9))  # for this compiler, PTX of 8.6
+    assert plugin.plugin_info(plugin.plugin_library())["architectures"] == ["86"]
+    have_gpus(monkeypatch, (7, 0))
+    with pytest.raises(ToolchainError, match=r"does not compile for this GPU \(sm_70\)"):
+        plugin.plugin_library()
+
+
+def test_without_a_compiler_only_what_the_gpu_can_run(
+    fake_tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = plugin.build_plugin(["80", "90"])
+    monkeypatch.setenv("JMP_NVCC", "/no/such/nvcc")
+    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
+        have_gpus(monkeypatch, capability)
+        assert plugin.plugin_library() == library
+    for capability in ((7, 5), (8, 7)):  # machine code of 8.0 does not run on Orin
+        have_gpus(monkeypatch, capability)
+        with pytest.raises(ToolchainError, match="/no/such/nvcc"):
+            plugin.plugin_library()
+
+
+def test_a_prebuilt_library_of_another_gpu_is_refused(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "prebuilt.so"
+    shutil.copy(library, copy)
+    copy.with_suffix(".json").write_text(json.dumps({"architectures": ["80", "90"]}))
+    monkeypatch.setenv("JMP_DEPLOY_PLUGIN", str(copy))
+    have_gpus(monkeypatch, (7, 5))
+    with pytest.raises(ToolchainError, match=r"is for sm_80, sm_90, the GPU here is sm_75"):
+        plugin.plugin_library()
+    have_gpus(monkeypatch, (8, 9))
+    assert plugin.plugin_library() == copy
+
+
+def test_a_long_compilation_is_announced_on_stderr(
+    fake_tools: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugin.plugin_library()
+    captured = capsys.readouterr()
+    assert re.search(r"sm_75, sm_80 .*: about \d+ s on \d+ core", captured.err)
+    assert captured.out == ""
+
+
 # --- A prebuilt library --------------------------------------------------------------------------
 
 
@@ -299,6 +383,13 @@ def test_a_prebuilt_library_of_another_machine_is_refused(
 # --- Finding the toolchain -----------------------------------------------------------------------
 
 
+def wheels_nvccs() -> list[Path]:
+    """Compilers of the cuda-toolkit wheels."""
+    spec = find_spec("nvidia")
+    folders = [Path(f) for f in (spec.submodule_search_locations or [])] if spec else []
+    return [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
+
+
 def test_no_nvcc(clean_environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "_nvcc_candidates", lambda: iter(()))
     with pytest.raises(ToolchainError, match="nvcc") as caught:
@@ -334,9 +425,7 @@ def test_an_nvcc_that_does_not_run_is_passed_over(
 def test_the_wheels_nvcc_is_found_without_any_other(
     clean_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = find_spec("nvidia")
-    folders = [Path(f) for f in (spec.submodule_search_locations or [])] if spec else []
-    wheels = [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
+    wheels = wheels_nvccs()
     if not wheels:
         pytest.skip("the cuda-toolkit[nvcc] wheels are not installed")
     monkeypatch.setattr(toolchain.shutil, "which", lambda name: "/bin/sh")  # the host compiler
@@ -348,6 +437,52 @@ def test_the_wheels_nvcc_is_found_without_any_other(
         toolchain, "_nvcc_version", lambda nvcc: "13.0.1" if nvcc in wheels else ("no",)
     )
     assert plugin.find_toolchain().nvcc in wheels
+
+
+@pytest.fixture
+def wheels_nvcc(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The compiler of the cuda-toolkit wheels, the only one in use: another CUDA on this machine,
+    which stands first elsewhere, hides what is wrong with it."""
+    found = wheels_nvccs()
+    if not found:
+        pytest.skip("the cuda-toolkit[nvcc] wheels are not installed")
+    for name in (*ENVIRONMENT, "LIBRARY_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JMP_NVCC", str(found[0]))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    return found[0]
+
+
+def test_every_compilation_is_told_where_the_cuda_runtime_lies(
+    fake_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = fake_nvcc(tmp_path / "nvidia" / "cu13" / "bin")
+    runtime = tmp_path / "nvidia" / "cu13" / "lib"
+    runtime.mkdir()
+    (runtime / "libcudart_static.a").touch()
+    link = tmp_path / "nvcc"
+    link.symlink_to(nvcc)
+    monkeypatch.setenv("JMP_NVCC", str(link))
+    plugin.build_plugin()
+    kernel.kernel_library("86")
+    commands = nvcc.with_name("count").read_text().splitlines()
+    assert len(commands) == 2 and all(f"-L{runtime}" in line.split() for line in commands)
+
+
+def test_the_wheels_nvcc_links(wheels_nvcc: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.cu").write_text("__global__ void f() {}\nvoid g() { f<<<1, 1>>>(); }\n")
+    options = ["-shared", "-cudart=static", "-Xcompiler=-fPIC", "empty.cu", "-o", "empty.so"]
+    toolchain.run_nvcc(wheels_nvcc, options, tmp_path, tmp_path / "log", "an empty kernel")
+    assert (tmp_path / "empty.so").is_file()
+
+
+@pytest.mark.slow
+def test_the_wheels_nvcc_makes_the_plugin_and_the_kernel(
+    wheels_nvcc: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_gpus(monkeypatch, (8, 6))
+    for library in (plugin.plugin_library(), kernel.kernel_library("86")):
+        assert library.is_file() and cache in library.parents
 
 
 def test_no_host_compiler(fake_tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -712,16 +847,20 @@ def test_load_checks_what_was_registered(
 
 @pytest.mark.slow
 def test_cmake_builds_it_without_a_warning(library: Path, tmp_path: Path) -> None:
-    if shutil.which("cmake") is None:
+    """With the compiler of the wheels where that is installed: the harder one (no lib64)."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
         pytest.skip("cmake is not installed")
     tools = plugin.find_toolchain()
+    nvcc = (wheels_nvccs() or [tools.nvcc])[0]
     configure = [
-        *("cmake", "-S", str(plugin.sources_dir()), "-B", str(tmp_path)),
+        *(cmake, "-S", str(plugin.sources_dir()), "-B", str(tmp_path)),
         *("-DJMP_WERROR=ON", "-DJMP_BUILD_HOST_TESTS=ON"),
-        f"-DCMAKE_CUDA_COMPILER={tools.nvcc}",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        "-DCMAKE_CUDA_ARCHITECTURES=80;90",  # scripts/test.sh compiles for all
         f"-DTENSORRT_INCLUDE_DIR={tools.headers}",
     ]
-    for command in (configure, ["cmake", "--build", str(tmp_path), "--parallel", "2"]):
+    for command in (configure, [cmake, "--build", str(tmp_path), "--parallel", "2"]):
         done = subprocess.run(command, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in (done.stdout + done.stderr).lower()
