@@ -1,14 +1,41 @@
-"""Which names of TensorRT our source uses, and which names its type stubs have; read by ast."""
+"""Which names of TensorRT our source uses, and which its versions and type stubs have."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from jmp_deploy.core.paths import PACKAGE
+from jmp_deploy.engine import api
+from tests.engine.trt_differences import lacks
+
+SEAM = Path(api.__file__)
+"""Modules that hold a module or an object of TensorRT."""
+TABLE = Path(__file__).with_suffix(".json")
+"""{"versions": [...], "names": {name: versions that have it}}, by scripts/bindings_check.py."""
 MODULE_DUNDERS = {"__name__", "__version__"}
+
+
+def our_names() -> set[str]:
+    """All names of TensorRT that we use, in any of its flavours."""
+    names = set()
+    for user in PACKAGE.rglob("*.py"):
+        names |= used_names(user.read_text("utf-8"), api.OBJECT_NAMES)
+    return names
+
+
+def wrong(
+    names: Iterable[str], has: Callable[[str], bool], flavour: str, version: str
+) -> list[str]:
+    """What is missing without being listed, or listed although it is there."""
+    found = []
+    for name in sorted(names):
+        if has(name) == lacks(name, flavour, version):
+            found.append(f"{name}: {'listed but there' if has(name) else 'not there'}")
+    return sorted(found)
 
 
 def used_names(source: str, objects: dict[str, str]) -> set[str]:

@@ -1,12 +1,15 @@
 """Every name of TensorRT and of cuda-bindings that we use exists, in versions that CI cannot run.
 
-TensorRT cannot be installed where this runs; its type stubs (PyPI: tensorrt-stubs, 10.13) can, and
-TensorRT-RTX is real. What one of them lacks must stand in `trt_differences.py`.
+TensorRT cannot be installed where this runs. What NVIDIA's own bindings of many versions have was
+looked up by `scripts/bindings_check.py` and is kept in a table; the type stubs (PyPI:
+tensorrt-stubs, 10.13) can be installed, and TensorRT-RTX is real. What one of them lacks must stand
+in `trt_differences.py`.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -16,23 +19,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jmp_deploy.core.paths import PACKAGE
 from jmp_deploy.engine import api, cuda
-from tests.engine.tensorrt_names import Stubs, repaired, stub_files, used_names
+from tests.engine.tensorrt_names import (
+    SEAM,
+    TABLE,
+    Stubs,
+    our_names,
+    repaired,
+    stub_files,
+    used_names,
+    wrong,
+)
 from tests.engine.trt_differences import DIFFERENCES, lacks
 from tests.fakes.cuda import FakeCuda
 
-PACKAGE = Path(api.__file__).parent
-SEAM = PACKAGE / "trt_api.py"
-USERS = ("trt_api.py", "plugin.py", "loading.py", "engine_worker.py", "runners.py")
-"""Modules that hold a module or an object of TensorRT."""
 STUBS_VERSION = "10.13.0"
-
-
-def our_names() -> set[str]:
-    names = set()
-    for user in USERS:
-        names |= used_names((PACKAGE / user).read_text("utf-8"), api.OBJECT_NAMES)
-    return names
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +69,6 @@ def rtx_has(rtx, name: str) -> bool:
     return True
 
 
-def wrong(names, has, flavour: str, version: str) -> list[str]:
-    """What is missing without being listed, or listed although it is there."""
-    found = []
-    for name in sorted(names):
-        if has(name) == lacks(name, flavour, version):
-            found.append(f"{name}: {'listed but there' if has(name) else 'not there'}")
-    return sorted(found)
-
-
 def test_the_walk_sees_what_we_use():
     """A walk that saw nothing would pass everything."""
     names = our_names()
@@ -101,6 +94,20 @@ def test_the_walk_sees_what_we_use():
         "nptype",
     } <= names
     assert len(names) > 60
+
+
+def test_the_table_of_nvidia_s_bindings_is_of_the_names_that_we_use():
+    """A new name is looked up in all versions: `scripts/bindings_check.py --write`."""
+    table = json.loads(TABLE.read_text("utf-8"))
+    assert set(table["names"]) == our_names()
+    assert {"10.0.1", "10.3.0", "10.13.0"} <= set(table["versions"])
+    assert any(version.startswith("11.") for version in table["versions"])
+
+
+@pytest.mark.parametrize("version", json.loads(TABLE.read_text("utf-8"))["versions"])
+def test_nvidia_s_bindings_have_every_name(version):
+    table = json.loads(TABLE.read_text("utf-8"))["names"]
+    assert wrong(table, lambda name: version in table[name], "tensorrt", version) == []
 
 
 def test_tensorrt_s_stubs_have_every_name(stubs):
@@ -156,8 +163,8 @@ def test_nobody_else_talks_to_tensorrt():
     pattern = re.compile(
         r"\btrt\.(?!engine\b|onnx\b|__version__|__name__)\w|\btensorrt(_rtx)?\.[A-Z]"
     )
-    for path in sorted(PACKAGE.glob("*.py")):
-        if path.name in ("trt_api.py", "plugin.py"):
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path in (SEAM, PACKAGE / "plugin" / "library.py"):
             continue
         tree = ast.parse(path.read_text("utf-8"))
         code = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
@@ -214,12 +221,15 @@ def test_mypy_passes_against_the_stubs_and_finds_a_misspelt_name(stubs, tmp_path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(repaired(path.read_text("utf-8")), encoding="utf-8")
     package = tmp_path / "jmp_deploy"
-    package.mkdir()
-    for needed in ("__init__.py", "errors.py", "trt_api.py"):
-        (package / needed).write_text((PACKAGE / needed).read_text("utf-8"), encoding="utf-8")
+    for name in ("__init__.py", "core/__init__.py", "core/errors.py", "core/paths.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text((PACKAGE / name).read_text("utf-8"), encoding="utf-8")
+    seam = package / "engine" / "api.py"
+    seam.parent.mkdir()
+    seam.with_name("__init__.py").touch()
+    seam.write_text(SEAM.read_text("utf-8"), encoding="utf-8")
     assert mypy_complaints(tmp_path) == []
-    source = (package / "trt_api.py").read_text("utf-8")
-    (package / "trt_api.py").write_text(source.replace(".set_tensor_address(", ".set_adress("))
+    seam.write_text(seam.read_text("utf-8").replace(".set_tensor_address(", ".set_adress("))
     (complaint,) = mypy_complaints(tmp_path)
     assert '"IExecutionContext" has no attribute "set_adress"' in complaint
 

@@ -1,4 +1,4 @@
-"""What one TensorRT lacks that another has: name, versions, reason. `trt_api.py` deals with it."""
+"""What one TensorRT lacks that another has: name, versions, reason. `api.py` deals with it."""
 
 from __future__ import annotations
 
@@ -60,6 +60,12 @@ DIFFERENCES = (
         "ICudaEngine.create_runtime_config",
         {"tensorrt": (None, (10, 11))},
         "used for TensorRT-RTX only; older TensorRT takes the allocation strategy itself",
+    ),
+    Difference(
+        "IRuntimeConfig.set_execution_context_allocation_strategy",
+        {"tensorrt": (None, (10, 11))},
+        "used for TensorRT-RTX only; the class came with create_runtime_config (bindings of 10.10, "
+        "10.11)",
     ),
     Difference(
         "Runtime.get_engine_validity",

@@ -1,6 +1,6 @@
 """A CUDA runtime and driver of host memory, for tests on machines without a GPU.
 
-It stands in for `cuda.bindings.runtime` and `cuda.bindings.driver` (`tests/test_trt_contract.py`
+It stands in for `cuda.bindings.runtime` and `cuda.bindings.driver` (`tests/engine/test_contract.py`
 checks that each function here exists there, with as many arguments). Streams are lazy: work is
 done only when somebody waits for it, as late as CUDA allows, so that what forgets to wait, or
 overwrites a buffer that is still to be read, computes something else. What CUDA leaves undefined
