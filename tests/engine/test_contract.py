@@ -110,6 +110,12 @@ def test_nvidia_s_bindings_have_every_name(version):
     assert wrong(table, lambda name: version in table[name], "tensorrt", version) == []
 
 
+def test_a_misspelt_name_is_not_in_the_table():
+    names = used_names(SEAM.read_text("utf-8") + PLANTED, trt_api.OBJECT_NAMES)
+    table = json.loads(TABLE.read_text("utf-8"))["names"]
+    assert {"IExecutionContext.execute_async_v4", "TensorIOModes"} < names - set(table)
+
+
 def test_tensorrt_s_stubs_have_every_name(stubs):
     assert wrong(our_names(), stubs.has, "tensorrt", STUBS_VERSION) == []
 
