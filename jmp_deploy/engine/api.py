@@ -1,10 +1,10 @@
 """The seam: every call to TensorRT 10.0 to 11.x and TensorRT-RTX, and all that differs among them.
 
 Both modules have the same classes, so most calls are the same. What one of them lacks stands in
-`tests/engine/trt_differences.py`, with version and reason. `tests/engine/test_contract.py` walks this file and
-holds every attribute that it uses against NVIDIA's bindings of many versions (as looked up by
-`scripts/bindings_check.py`), TensorRT's type stubs (10.13) and the installed TensorRT-RTX, so that
-a misspelt or removed name is found on a machine without a GPU.
+`tests/engine/trt_differences.py`, with version and reason. `tests/engine/test_contract.py` walks
+this file and holds every attribute that it uses against NVIDIA's bindings of many versions (as
+looked up by `scripts/bindings_check.py`), TensorRT's type stubs (10.13) and the installed
+TensorRT-RTX, so that a misspelt or removed name is found on a machine without a GPU.
 
 Two conventions make that possible: a module of TensorRT is called `trt`, and an object of it has
 its class as annotation, or one of the names of `OBJECT_NAMES`.

@@ -23,7 +23,7 @@ import pytest
 
 packaging = pytest.importorskip("packaging.requirements")
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling is not installed"),
@@ -149,7 +149,7 @@ def test_base(base: Installed, built: Path) -> None:
 
 def test_base_compiles_the_plugin(base: Installed) -> None:
     """From the sources in the wheel; with the compiler and the headers of this machine."""
-    from jmp_deploy.errors import ToolchainError
+    from jmp_deploy.core.errors import ToolchainError
     from jmp_deploy.toolchain import find_toolchain
 
     try:

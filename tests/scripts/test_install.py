@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ("3.10.13", "3.11.7", "3.12.1", "3.13.0")
 TESTED = ("export", "rtx", "nvcc", "runtime", "plot", "dev")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
