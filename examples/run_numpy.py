@@ -10,10 +10,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from jmp_deploy import Engine
 from jmp_deploy.core import artifact
 from jmp_deploy.core.images import Preprocess, find_images, load_batch
 from jmp_deploy.core.outputs import output_named
-from jmp_deploy.engine.runtime import Engine
 
 
 def main(arguments: list[str]) -> None:

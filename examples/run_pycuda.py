@@ -14,7 +14,7 @@ import numpy as np
 import pycuda.driver as cuda
 from pycuda import gpuarray
 
-from jmp_deploy.engine.runtime import Engine
+from jmp_deploy import Engine
 
 
 def main(folder: str) -> np.ndarray:

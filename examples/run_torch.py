@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from jmp_deploy.engine.runtime import Engine
+from jmp_deploy import Engine
 
 
 def main(folder: str) -> None:

@@ -1,6 +1,6 @@
 """Run an engine: numpy, a TensorRT flavour and cuda-bindings are all that it takes.
 
-    from jmp_deploy.engine.runtime import Engine
+    from jmp_deploy import Engine
 
     with Engine("artifacts/deit_s") as engine:
         logits = engine.infer(images)["logits"]            # numpy in, numpy out, any batch

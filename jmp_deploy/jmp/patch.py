@@ -110,7 +110,7 @@ class JMPBlocks(nn.Module):
         return ModelError(
             "the blocks of a JMP-patched model cannot be run one by one: tokens are lost between",
             "call the model as a whole, without gradient checkpointing and intermediate features, "
-            "or take JMP out first with jmp_deploy.jmp.patch.unpatch(model)",
+            "or take JMP out first with jmp_deploy.unpatch(model)",
         )
 
 
@@ -152,7 +152,7 @@ def patch(
         schedule = parse(schedule, shape)
     check_last_prefix_only(schedule, shape)
     if isinstance(model.blocks, JMPBlocks):
-        raise ModelError("the model is patched already", "call jmp_deploy.jmp.patch.unpatch(model)")
+        raise ModelError("the model is patched already", "call jmp_deploy.unpatch(model)")
     reductions: dict[int, TokenReduce] = {}
     for block, keep in schedule.steps:
         num_heads, head_dim, scale = family.heads(model.blocks[block])
