@@ -10,23 +10,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jmp_deploy import Engine
-from jmp_deploy.core import artifact
-from jmp_deploy.core.images import Preprocess, find_images, load_batch
+from jmp_deploy import Artifact, Engine
+from jmp_deploy.core.images import find_images, load_batch
 from jmp_deploy.core.outputs import output_named
 
 
 def main(arguments: list[str]) -> None:
     """Prints the best class, or the first features, of each photo."""
     folder, *photos = map(Path, arguments)
-    data = artifact.read(folder)
-    output = output_named(data["model"]["output"])
+    artifact = Artifact.read(folder)
+    output = output_named(artifact.model.output)
     paths = find_images(photos)
-    images = load_batch(paths, Preprocess.from_dict(data["preprocess"]))  # [B, 3, H, W] float32
+    images = load_batch(paths, artifact.preprocess)  # [B, 3, H, W] float32
     with Engine(folder) as engine:
         rows = engine.infer(images)[output.name]  # any B: split and padded as the engine needs
     for path, row in zip(paths, rows, strict=True):
-        print(path, output.words(output.answer(row, data["class_names"], topk=1)))
+        print(path, output.words(output.answer(row, artifact.class_names, topk=1)))
 
 
 if __name__ == "__main__":

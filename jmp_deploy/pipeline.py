@@ -141,7 +141,7 @@ def build(
         shutil.rmtree(staging, ignore_errors=True)
         if is_new and not any(options.out.iterdir()):
             options.out.rmdir()
-    return artifact.read(options.out)
+    return Artifact.read(options.out)
 
 
 _TWIN = "fp16.onnx"

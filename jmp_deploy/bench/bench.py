@@ -14,7 +14,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..core import artifact
 from ..core.artifact import Artifact
 from ..core.device import gpus
 from ..core.errors import (
@@ -90,7 +89,7 @@ def bench(
     """
     threads = options.threads or cpu_count()
     folders = [options.folder, *([options.against] if options.against else [])]
-    artifacts = [artifact.read(folder) for folder in folders]
+    artifacts = [Artifact.read(folder) for folder in folders]
     batches = choose_batches(artifacts, options.batches)
     chosen = choose_backends(artifacts, options.backends)
     uses_gpu = "engine" in chosen or ("torch" in chosen and bool(gpus()))

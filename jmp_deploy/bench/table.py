@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from ..core import artifact
 from ..core.artifact import Artifact, Flavour, Jmp
 from ..core.errors import ArtifactError
 from ..jmp.latency import FORMAT, LatencyTable
@@ -84,7 +83,7 @@ def measure_table(
         JmpDeployError: as `bench`; a model that cannot be exported.
     """
     threads = options.threads or cpu_count()
-    measured = artifact.read(options.folder)
+    measured = Artifact.read(options.folder)
     batches = choose_batches([measured], options.batches)
     if options.backend == "torch":
         raise ArtifactError("a table is measured with engine or onnxruntime, not with torch")

@@ -28,12 +28,12 @@ def add(commands: Any) -> None:
 
 
 def _inspect(given: argparse.Namespace) -> int:
-    from ..core import artifact
+    from ..core.artifact import Artifact
     from .inspection import inspect_artifact, inspect_file
 
     parts: list[RenderableType] = []
     if given.path.is_dir():
-        found = artifact.read(given.path)
+        found = Artifact.read(given.path)
         result = inspect_artifact(found)
         parts += [*build.summary(found), show.styled("all files are as they were built", "green")]
     else:

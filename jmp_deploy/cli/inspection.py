@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import artifact
+from ..core.artifact import Artifact
 from ..core.device import gpus
 from ..core.errors import ArtifactError, JmpDeployError
 from ..engine import builder
@@ -62,7 +63,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         return result
     if path.suffix in (".engine", ".plan"):
         beside = path.parent / artifact.FILE
-        found = artifact.read(path.parent) if beside.is_file() else None
+        found = Artifact.read(path.parent) if beside.is_file() else None
         if found and path.name in found.files:
             found.verify(path.name)
         facts = found.engine if found else None

@@ -36,9 +36,8 @@ def add(commands: Any) -> None:
 
 
 def _report(given: argparse.Namespace) -> int:
-    from ..core import artifact
 
-    found = artifact.read(given.folder)
+    found = Artifact.read(given.folder)
     found.verify()
     compared = _compared(given.compare) if given.compare else None
     value = {"manifest": found.to_json(), "compare": compared}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.artifact import Artifact
 from ..core.errors import fail
 from . import flags, show
 
@@ -97,10 +98,9 @@ def _warnings_as_lines() -> Iterator[None]:
 def _rebuild(folder: Path) -> None:
     """Makes the engine of an artifact anew where it does not fit."""
     from ..bench.int8 import settle
-    from ..core import artifact
     from ..engine.stage import rebuild, why_rebuild
 
-    found = artifact.read(folder)
+    found = Artifact.read(folder)
     reason = why_rebuild(found)
     if reason is None:
         return

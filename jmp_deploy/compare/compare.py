@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import interrupt
-from ..core.artifact import PORTABLE, Artifact, Reference, read
+from ..core.artifact import PORTABLE, Artifact, Reference
 from ..core.errors import ArtifactError, ImageError, JmpDeployError
 from ..core.images import UNREADABLE_LIMIT, Preprocess, open_image, preprocess
 from ..engine.backends import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
@@ -73,7 +73,7 @@ def compare_artifact(
         JmpDeployError: fewer than two backends can run, or one that was asked for cannot; no image
             can be read.
     """
-    artifact = read(folder)
+    artifact = Artifact.read(folder)
     quiet_polygraphy()
     precision = artifact.precision
     photos, reference = _input(artifact, images, limit)

@@ -312,6 +312,43 @@ class Artifact:
         if not least <= best <= most:
             raise ValueError(f"batch {least}, {best}, {most} is not min <= opt <= max")
 
+    @staticmethod
+    def read(folder: Path | str) -> Artifact:
+        """Reads and checks the manifest of an artifact folder (not yet its files: see `verify`).
+
+        Raises:
+            ArtifactError: no folder, no manifest, or one that this version cannot read.
+        """
+        folder = Path(folder)
+        path = folder / FILE
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"no such artifact folder: {folder}",
+                "make one with `python -m jmp_deploy build MODEL`",
+            )
+        again = "build the artifact again"
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ArtifactError(f"{path} is too large for a manifest", again)
+            data = msgspec.json.decode(path.read_bytes())
+            found = data.get("format") if isinstance(data, dict) else None
+            if found != FORMAT:
+                shown = found if isinstance(found, int) else "unknown"
+                raise ArtifactError(
+                    f"{path} has format {shown}, jmp_deploy {__version__} reads {FORMAT}",
+                    f"{again} with this version",
+                )
+            _refuse_odd_strings(data, path)
+            return msgspec.convert({**data, "folder": folder}, Artifact)
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"{folder} has no {FILE}: it is not an artifact, or its build did not end",
+                "make one with `python -m jmp_deploy build MODEL -o DIR`",
+            ) from error
+        except (OSError, msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+            reason = str(error) or type(error).__name__
+            raise ArtifactError(f"{path} cannot be read: {reason}", again) from error
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one input image."""
@@ -408,41 +445,6 @@ class Artifact:
         _refuse_odd_strings(written.to_json(), self.path(FILE))
         write_json(self.path(FILE), written.to_json())
         return written
-
-
-def read(folder: Path) -> Artifact:
-    """Reads and checks the manifest of an artifact folder (not yet its files: see `verify`).
-
-    Raises:
-        ArtifactError: no folder, no manifest, or one that this version cannot read.
-    """
-    path = folder / FILE
-    if not folder.is_dir():
-        raise ArtifactError(
-            f"no such artifact folder: {folder}", "make one with `python -m jmp_deploy build MODEL`"
-        )
-    again = "build the artifact again"
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ArtifactError(f"{path} is too large for a manifest", again)
-        data = msgspec.json.decode(path.read_bytes())
-        found = data.get("format") if isinstance(data, dict) else None
-        if found != FORMAT:
-            shown = found if isinstance(found, int) else "unknown"
-            raise ArtifactError(
-                f"{path} has format {shown}, jmp_deploy {__version__} reads {FORMAT}",
-                f"{again} with this version",
-            )
-        _refuse_odd_strings(data, path)
-        return msgspec.convert({**data, "folder": folder}, Artifact)
-    except FileNotFoundError as error:
-        raise ArtifactError(
-            f"{folder} has no {FILE}: it is not an artifact, or its build did not end",
-            "make one with `python -m jmp_deploy build MODEL -o DIR`",
-        ) from error
-    except (OSError, msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        reason = str(error) or type(error).__name__
-        raise ArtifactError(f"{path} cannot be read: {reason}", again) from error
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import artifact
-from ..core.artifact import EngineFacts, PluginFile
+from ..core.artifact import Artifact, EngineFacts, PluginFile
 from ..core.errors import ArtifactError, EngineError
 from .api import FLAVOURS, MODULES, TITLES, installed
 
@@ -90,7 +90,7 @@ def locate(path: Path, *, use_manifest: bool = True, flavour: str | None = None)
             "GPU and plugin that it needs",
             "run it from the artifact's folder, or without the check: --no-manifest",
         )
-    found = artifact.read(plan.parent)
+    found = Artifact.read(plan.parent)
     if found.engine is None:
         raise ArtifactError(
             f"{plan.parent} has no engine: {found.no_engine}", f"build it again: {found.rebuild}"

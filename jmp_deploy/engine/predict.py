@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import artifact
 from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, EngineError, ImageError, NonFiniteError
 from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
@@ -89,7 +88,7 @@ def predict(
         EngineError: nothing can run it here.
     """
     options = options or Options()
-    found = artifact.read(path) if options.use_manifest else None
+    found = Artifact.read(path) if options.use_manifest else None
     if found and found.is_random and not options.allow_random:
         raise ArtifactError(
             f"{path} has random weights: its answers mean nothing",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, ScheduleError
 from ..core.files import atomic_path, write_bytes
 from ..core.images import SUFFIXES, Preprocess, find_images, open_image, preprocess
@@ -236,10 +237,9 @@ def _load(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[str, A
 def _load_artifact(
     options: VisualizeOptions, folder: Path
 ) -> tuple[nn.Module, Preprocess, dict[str, Any]]:
-    from ..core import artifact
     from .models import restore_model
 
-    found = artifact.read(folder)
+    found = Artifact.read(folder)
     if found.jmp is None:
         raise ArtifactError(
             f"{folder} was built without JMP: there is nothing to draw",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.artifact import ENGINE, PORTABLE, Artifact, read
+from ..core.artifact import ENGINE, PORTABLE, Artifact
 from ..core.device import gpus
 from ..core.errors import ArtifactError, EngineError
 from ..core.outputs import Output, output_named
@@ -60,7 +60,7 @@ def load_subjects(folder: Path, against: Path | None, allow_random: bool) -> lis
         ArtifactError: broken artifacts, random weights, or two that answer different questions.
     """
     named = [(MODEL, folder)] + ([(DENSE, against)] if against else [])
-    subjects = [Subject(name, read(path)) for name, path in named]
+    subjects = [Subject(name, Artifact.read(path)) for name, path in named]
     for subject in subjects:
         if subject.artifact.is_random and not allow_random:
             raise ArtifactError(

@@ -15,7 +15,7 @@ from jmp_deploy.bench import bench, measure, stats
 from jmp_deploy.bench.measure import Participant, Series, Settings, Times
 from jmp_deploy.cli import bench as command
 from jmp_deploy.cli.main import main
-from jmp_deploy.core.artifact import read
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import ArtifactError, EngineError
 from tests.fakes.bench import QUICK, FakeBackend, FakeSource, artifact
 
@@ -311,7 +311,7 @@ def test_batches_are_those_of_both_profiles(tmp_path):
         artifact(tmp_path / "w", batch=(1, 8, 64)),
         artifact(tmp_path / "n", batch=(4, 8, 16)),
     )
-    both = [read(folder) for folder in (wide, narrow)]
+    both = [Artifact.read(folder) for folder in (wide, narrow)]
     assert bench.choose_batches(both[:1], ()) == (1, 8, 32)
     assert bench.choose_batches(both, ()) == (8,)
     assert bench.choose_batches(both[:1], (64, 2, 64)) == (64, 2)
@@ -342,7 +342,7 @@ def runnable(tmp_path):
     for name in ("dense", "jmp"):
         folder = artifact(tmp_path / name, batch=(1, 2, 4))
         onnx.save(onnx.parser.parse_model(text), folder / "model.onnx")
-        read(folder).write()
+        Artifact.read(folder).write()
         folders.append(folder)
     return folders
 
@@ -449,7 +449,7 @@ def test_pytorch_is_measured_too(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(models, "restore_model", lambda data: tiny_vit(depth=2))
     folder = artifact(tmp_path / "a", side=32)
-    model = torch_timed.TorchModel(read(folder), 1)
+    model = torch_timed.TorchModel(Artifact.read(folder), 1)
     times = model.prepare(2, False)()
     assert times.total > 0 and times.compute is None and "FP32" in model.library
     model.close()

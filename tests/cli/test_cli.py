@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from jmp_deploy import pipeline
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import compare
-from jmp_deploy.core import artifact as manifest
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import gpus
 from jmp_deploy.engine import backends, builder
 from jmp_deploy.export import export
@@ -45,8 +45,8 @@ def fails(capsys, arguments, message, code=2):
 
 
 def test_build_leaves_a_whole_artifact(built):
-    data = manifest.read(built).to_json()
-    manifest.read(built).verify()
+    data = Artifact.read(built).to_json()
+    Artifact.read(built).verify()
     names = {"model.onnx", "model.trt.onnx", "reference.npz", "manifest.json"}
     if builder.installed("rtx"):
         names |= {"model.engine", "build.log"}
@@ -66,7 +66,7 @@ def test_build_says_what_it_does_and_marks_random_weights(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "exporting to ONNX" in printed.err
     assert "RANDOM WEIGHTS" in printed.out and "dense baseline" in printed.out
-    data = manifest.read(out).to_json()
+    data = Artifact.read(out).to_json()
     assert data["jmp"] is None and data["engine"] is None
     assert data["no_engine"] == "no engine was asked for (--engine none)"
     err = fails(capsys, ["run", out, out], "has random weights: its answers mean nothing")
@@ -78,7 +78,7 @@ def test_options_reach_the_model(tmp_path):
     options = ["--keep-rate", "0.5", "--blocks", "3,6", "--strategy", "merge", "--batch", "4"]
     options += ["--granularity", "sample", "--no-proportional", "--img-size", "160"]
     assert main([*command, *options, "-o", str(tmp_path / "a")]) == 0
-    data = manifest.read(tmp_path / "a").to_json()
+    data = Artifact.read(tmp_path / "a").to_json()
     assert data["jmp"]["schedule"] == [[3, 50], [6, 25]] and data["jmp"]["tau"] == -1.0
     assert data["jmp"]["granularity"] == "sample" and not data["jmp"]["proportional"]
     assert data["batch"] == [4, 4, 4] and data["model"]["image_size"] == 160
@@ -95,7 +95,7 @@ def test_run_gives_classes(built, photos, tmp_path, capsys):
     for record in records:
         first, second = record["top"]
         assert 1 >= first["score"] >= second["score"] > 0
-        assert first["label"] == manifest.read(built).class_names[first["index"]]
+        assert first["label"] == Artifact.read(built).class_names[first["index"]]
     assert "onnxruntime" in capsys.readouterr().out
 
 
@@ -105,7 +105,7 @@ def test_run_equals_pytorch(built, photos, tmp_path):
     from jmp_deploy.core.images import load_batch
     from jmp_deploy.jmp.models import restore_model
 
-    found = manifest.read(built)
+    found = Artifact.read(built)
     batch = load_batch(photos, found.preprocess)
     want = restore_model(found)(torch.from_numpy(batch)).softmax(-1).max(-1)
     main(["run", str(built), *map(str, photos), "--topk", "1", "--json", str(tmp_path / "r.json")])
@@ -149,7 +149,7 @@ def test_compare_notices_another_model(artifact):
     values = onnx.numpy_helper.to_array(weight)
     weight.raw_data = values[::-1].tobytes()
     export.save_model(proto, artifact / "model.onnx")
-    manifest.read(artifact).write()
+    Artifact.read(artifact).write()
     assert main(["compare", str(artifact)]) == 1
 
 
@@ -308,7 +308,7 @@ def test_a_check_that_fails_keeps_the_artifact(tmp_path, monkeypatch, capsys):
     out = tmp_path / "a"
     arguments = [str(out) if word == "OUT" else word for word in BUILD]
     fails(capsys, arguments, "does not agree with PyTorch", code=1)
-    assert (out / "model.onnx").is_file() and not manifest.read(out).check.ok
+    assert (out / "model.onnx").is_file() and not Artifact.read(out).check.ok
 
 
 @pytest.mark.parametrize("stage", ["export", "engine"])

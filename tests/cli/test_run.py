@@ -17,7 +17,7 @@ from PIL import Image
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact, device
-from jmp_deploy.core.artifact import EngineFacts
+from jmp_deploy.core.artifact import Artifact, EngineFacts
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.core.images import load_batch
@@ -62,7 +62,7 @@ def test_the_engine_answers_what_its_function_says(world, pictures, tmp_path, ca
     folder, out = world.artifact(), tmp_path / "out.json"
     code, shown, _ = run(capsys, folder, pictures, "--json", out)
     assert code == 0 and "run with engine (Fake GPU is here)" in shown
-    spec = artifact.read(folder).preprocess
+    spec = Artifact.read(folder).preprocess
     paths = sorted(pictures.glob("*.png"))
     expected = answer(load_batch(paths, spec))
     records = json.loads(out.read_text())
@@ -96,7 +96,7 @@ def test_polygraphy_s_runner_asks_the_same_first(world, monkeypatch):
     monkeypatch.setattr(api, "load", lambda flavour: world.trt)
     folder = world.artifact(version="10.3.0.26", targets=["sm_87"])
     with pytest.raises(EngineError, match=r"expected 10\.3\.0\.26.*expected sm_87") as caught:
-        backends.open_runner(artifact.read(folder), "engine").activate()
+        backends.open_runner(Artifact.read(folder), "engine").activate()
     assert "--rebuild" in caught.value.hint
 
 
@@ -150,7 +150,7 @@ def test_rebuild_makes_the_engine_anew_only_where_it_does_not_fit(
 ):
     folder = world.artifact(version="10.3.0.26", plugin_layers=0)
     (folder / artifact.DEPLOYABLE).write_bytes(b"onnx")
-    old = artifact.read(folder).write()
+    old = Artifact.read(folder).write()
     built = []
 
     def build_engine(model, target, flavour, spec, **options):
@@ -164,7 +164,7 @@ def test_rebuild_makes_the_engine_anew_only_where_it_does_not_fit(
     code, _, err = run(capsys, folder, pictures, "--rebuild")
     assert code == 0 and built == [("tensorrt", (1, 4, 8), (3, 4, 4), None)]
     assert "made anew: TensorRT version: expected 10.3.0.26, found 10.13.0.35" in err
-    new = artifact.read(folder)
+    new = Artifact.read(folder)
     new.verify()
     assert new.engine.version == "10.13.0.35"
     assert replace(new, engine=old.engine, no_engine=old.no_engine, files=old.files) == old
@@ -181,7 +181,7 @@ def test_rebuild_makes_the_engine_anew_only_where_it_does_not_fit(
 def test_a_rebuild_that_fails_leaves_everything_as_it_was(world, pictures, monkeypatch, capsys):
     folder = world.artifact(version="10.3.0.26")
     (folder / artifact.DEPLOYABLE).write_bytes(b"onnx")
-    artifact.read(folder).write()
+    Artifact.read(folder).write()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def fail(*arguments, **options):
@@ -202,13 +202,13 @@ def test_tensorrt_rtx_really_rebuilds(built, tmp_path, photos, capsys, monkeypat
     monkeypatch.undo()  # the real machine
     folder = tmp_path / "copy"
     shutil.copytree(built, folder)
-    assert stage.why_rebuild(artifact.read(folder)) is None
+    assert stage.why_rebuild(Artifact.read(folder)) is None
     (folder / artifact.ENGINE).write_bytes(b"damaged")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         code, _, err = run(capsys, folder, photos[0], "--rebuild")
     assert code == 0 and "made anew" in err
-    new, old = artifact.read(folder), artifact.read(built)
+    new, old = Artifact.read(folder), Artifact.read(built)
     new.verify()
     assert new.engine.plugin_layers == old.engine.plugin_layers > 0
     assert new.engine.targets == old.engine.targets

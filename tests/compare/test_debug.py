@@ -15,7 +15,7 @@ from jmp_deploy.cli.main import main
 from jmp_deploy.compare import debug, trace
 from jmp_deploy.compare.trace import Backend, block_tensors, trace_onnx, trace_torch
 from jmp_deploy.core import artifact
-from jmp_deploy.core.artifact import EngineFacts, EngineOptions, PluginFile
+from jmp_deploy.core.artifact import Artifact, EngineFacts, EngineOptions, PluginFile
 from jmp_deploy.core.errors import GraphError
 from jmp_deploy.engine import backends, builder, stage
 from jmp_deploy.export.export import add_bodies
@@ -79,7 +79,7 @@ def test_both_backends_show_the_same(form):
 def test_a_sound_model_has_no_block_outside(form):
     folder, model = form
     a, b = Backend("torch", None, model), Backend("onnxruntime", None)
-    found = debug.examine(artifact.read(folder), a, b, IMAGES, 0.99999)
+    found = debug.examine(Artifact.read(folder), a, b, IMAGES, 0.99999)
     assert found["first"] is None and found["cause"] is None
     assert [row["stage"] for row in found["stages"]] == [
         "embedding",
@@ -115,7 +115,7 @@ def test_the_order_of_the_backends_does_not_hide_the_fault(half, tmp_path):
     source, model = half
     folder = broken_copy(source, tmp_path / "a", 1, "fc2", lambda w: w * 3)
     a, b = Backend("onnxruntime", None), Backend("torch", None, model)
-    found = debug.examine(artifact.read(folder), a, b, IMAGES, 0.999)
+    found = debug.examine(Artifact.read(folder), a, b, IMAGES, 0.999)
     assert found["cause"] == "blocks.1" and found["a"] == "onnxruntime"
 
 
@@ -138,7 +138,7 @@ def test_the_engine_is_built_anew_with_its_blocks_marked(half, tmp_path, monkeyp
     source, model = half
     folder = broken_copy(source, tmp_path / "a", 4, "fc1", lambda w: -w, file=artifact.DEPLOYABLE)
     facts = EngineFacts("rtx", "1", ("sm_86",), "fp16")
-    made = replace(artifact.read(folder), engine=facts)
+    made = replace(Artifact.read(folder), engine=facts)
     asked = []
 
     def build_engine(onnx_file, target, flavour, spec, *, plugin=None):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from jmp_deploy.core import artifact as files
-from jmp_deploy.core.artifact import EngineOptions, Int8, Speed, Stage, read
+from jmp_deploy.core.artifact import Artifact, EngineOptions, Int8, Speed, Stage
 from jmp_deploy.core.errors import ArtifactError
 from tests.fakes.artifacts import ENGINE, JMP, make_artifact, write_artifact
 
@@ -33,7 +33,7 @@ def whole(tmp_path):
 
 
 def test_what_is_written_is_read(whole):
-    assert read(whole.folder) == whole
+    assert Artifact.read(whole.folder) == whole
     data = json.loads((whole.folder / files.FILE).read_text())
     assert data == whole.to_json() and data["format"] == files.FORMAT
     assert data["jmp"]["schedule"] == [[1, 2]] and "folder" not in data
@@ -75,7 +75,7 @@ def test_what_is_odd_is_refused_in_one_printable_sentence(whole, change):
     data = {**whole.to_json(), **change}
     (whole.folder / files.FILE).write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match=r"manifest\.json") as caught:
-        read(whole.folder)
+        Artifact.read(whole.folder)
     assert caught.value.message.isprintable() and "build the artifact again" in caught.value.hint
 
 
@@ -85,7 +85,7 @@ def test_what_is_odd_is_refused_in_one_printable_sentence(whole, change):
 def test_what_is_no_manifest_is_refused(tmp_path, content):
     (tmp_path / files.FILE).write_bytes(content)
     with pytest.raises(ArtifactError, match=r"manifest\.json") as caught:
-        read(tmp_path)
+        Artifact.read(tmp_path)
     assert caught.value.message.isprintable()
 
 
@@ -95,7 +95,7 @@ def test_every_key_is_needed_that_has_no_default(whole):
         del data[key]
         (whole.folder / files.FILE).write_text(json.dumps(data))
         with pytest.raises(ArtifactError, match=key):
-            read(whole.folder)
+            Artifact.read(whole.folder)
 
 
 def test_a_string_that_could_not_be_read_back_is_not_written(tmp_path):
@@ -109,7 +109,7 @@ def test_figures_that_are_not_finite_become_null(tmp_path):
     made = make_artifact(tmp_path)
     pair = {"cosine": float("nan"), "max_abs": float("inf")}
     replace(made, check=replace(made.check, ok=False, pairs=(pair,))).write()
-    assert read(tmp_path).check.pairs[0] == {"cosine": None, "max_abs": None}
+    assert Artifact.read(tmp_path).check.pairs[0] == {"cosine": None, "max_abs": None}
 
 
 def test_an_altered_file_is_noticed(tmp_path):

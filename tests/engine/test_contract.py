@@ -111,7 +111,7 @@ def test_nvidia_s_bindings_have_every_name(version):
 
 
 def test_a_misspelt_name_is_not_in_the_table():
-    names = used_names(SEAM.read_text("utf-8") + PLANTED, trt_api.OBJECT_NAMES)
+    names = used_names(SEAM.read_text("utf-8") + PLANTED, api.OBJECT_NAMES)
     table = json.loads(TABLE.read_text("utf-8"))["names"]
     assert {"IExecutionContext.execute_async_v4", "TensorIOModes"} < names - set(table)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from jmp_deploy.core import artifact as files
-from jmp_deploy.core.artifact import EngineFacts, EngineOptions, Int8, Speed, read
+from jmp_deploy.core.artifact import Artifact, EngineFacts, EngineOptions, Int8, Speed
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.engine import builder, stage
 from tests.fakes.artifacts import JMP, make_artifact
@@ -60,7 +60,7 @@ def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, th
             assert spec.options == OPTIONS and spec.batch == (1, 2, 4)
             assert cache == "warm" or (turn, cache) == (0, "")
         assert [one[1].precision, two[1].precision] == ["int8", "fp16"]
-        found = read(tmp_path)
+        found = Artifact.read(tmp_path)
         found.verify()
         assert found == made and found.engine.precision == winner
         assert found.int8.speed == Speed(winner, f"{winner} of ['fp16', 'int8']")
@@ -80,7 +80,7 @@ def test_a_missing_plugin_layer_is_noticed_and_nothing_changes(tmp_path, built, 
     monkeypatch.setattr(stage, "find_plugin", lambda: (None, None))
     with pytest.raises(EngineError, match="0 plugin layers, expected 1"):
         stage.rebuild(made, settle_for("int8"))
-    assert read(tmp_path) == made and (tmp_path / files.ENGINE).read_text() == "old"
+    assert Artifact.read(tmp_path) == made and (tmp_path / files.ENGINE).read_text() == "old"
     assert not list(tmp_path.glob(".staging*"))
 
 

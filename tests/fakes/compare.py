@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from jmp_deploy.core import artifact
-from jmp_deploy.core.artifact import Jmp
+from jmp_deploy.core.artifact import Artifact, Jmp
 from jmp_deploy.export.export import export_onnx
 from jmp_deploy.export.fp16 import to_fp16
 from jmp_deploy.export.fuse import to_deployable
@@ -79,4 +79,4 @@ def plant(
     values = onnx.numpy_helper.to_array(weight)
     weight.CopyFrom(onnx.numpy_helper.from_array(change(values.copy()), weight.name))
     onnx.save_model(proto, folder / file)
-    artifact.read(folder).write()
+    Artifact.read(folder).write()

@@ -16,6 +16,7 @@ from jmp_deploy.bench import int8 as int8_speed
 from jmp_deploy.cli.build import int8_rows
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import gpus
 from jmp_deploy.core.errors import CalibrationError, EngineError
 from jmp_deploy.core.images import Preprocess
@@ -116,7 +117,7 @@ def test_the_artifact_is_whole_and_a_cache_rebuilds_it_bit_for_bit(tiny, tmp_pat
 
 def test_share_of_macs_is_counted_by_what_runs(dense):
     """By hand: 17 tokens, 12 C*C per token and block in linear layers."""
-    data = artifact.read(dense)
+    data = Artifact.read(dense)
     linear = 3 * 17 * 12 * 48 * 48
     assert data["int8"]["macs_share"] == pytest.approx(linear / data["macs"]["dense"])
     values = 3 * 17 * (3 * 48 + 192)
@@ -125,14 +126,14 @@ def test_share_of_macs_is_counted_by_what_runs(dense):
 
 
 def test_the_check_holds_int8_and_its_twin_against_pytorch(dense):
-    data = artifact.read(dense)
+    data = Artifact.read(dense)
     ours, twin = data["check"]["pairs"]
     assert data["check"]["ok"] and "FP16 twin" in twin["b"]
     assert 0.99 <= ours["cosine"] < twin["cosine"] and twin["cosine"] >= 0.999
 
 
 def test_the_artifact_runs_on_onnx_runtime(dense):
-    data = artifact.read(dense)
+    data = Artifact.read(dense)
     reference = np.load(dense / "reference.npz")
     backends.quiet_polygraphy()
     with backends.open_runner(dense, data, "onnxruntime") as runner:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jmp_deploy.core import artifact
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.images import load_batch
 from jmp_deploy.engine.runtime import Engine
 from tests.fakes.engine import make_world, world  # noqa: F401
@@ -32,7 +32,7 @@ def test_numpy(world, tmp_path, capsys):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     folder = world.artifact()
     load("run_numpy.py").main([str(folder), str(tmp_path / "a.png")])
-    spec = artifact.read(folder).preprocess
+    spec = Artifact.read(folder).preprocess
     logits = answer(load_batch([tmp_path / "a.png"], spec))[0]
     share = np.exp(logits.max()) / np.exp(logits).sum()
     assert capsys.readouterr().out == f"{tmp_path / 'a.png'} {share:6.1%}  {logits.argmax()}\n"

@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from jmp_deploy.cli.main import main
-from jmp_deploy.core import artifact
-from jmp_deploy.core.artifact import Weights
+from jmp_deploy.core.artifact import Artifact, Weights
 from jmp_deploy.validate import loader
 from tests.core.test_lean_imports import TOOLS, python
 from tests.fakes import validation
@@ -238,7 +237,7 @@ def test_random_weights_are_refused(world, tmp_path, capsys):
 def test_what_is_no_baseline_is_refused_and_doubts_are_noted(world, tmp_path, capsys):
     folder, _, _ = world
     command = ("validate", folder / "jmp", "--data", folder / "data", "--against")
-    spec = replace(artifact.read(folder / "jmp").preprocess, resize=9)
+    spec = replace(Artifact.read(folder / "jmp").preprocess, resize=9)
     validation.write_artifact(tmp_path / "other", validation.weights(CLASSES), preprocess=spec)
     err = fails(capsys, *command, tmp_path / "other", message="its preprocessing is")
     assert "--dense" in err
@@ -520,7 +519,7 @@ def test_a_vision_transformer_with_jmp_against_pytorch(built, photos, tmp_path):
     from jmp_deploy.core.images import load_batch
     from jmp_deploy.jmp.models import restore_model
 
-    found = artifact.read(built)
+    found = Artifact.read(built)
     batch = load_batch(photos, found.preprocess)
     said = restore_model(found)(torch.from_numpy(batch)).argmax(-1).tolist()
     synsets = found.synsets
