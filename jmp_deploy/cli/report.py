@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
 
 
 def _report(given: argparse.Namespace) -> int:
+    from ..core.artifact import Artifact
 
     found = Artifact.read(given.folder)
     found.verify()
