@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.artifact import Artifact
 from ..core.errors import fail
 from . import flags, show
 
@@ -98,6 +97,7 @@ def _warnings_as_lines() -> Iterator[None]:
 def _rebuild(folder: Path) -> None:
     """Makes the engine of an artifact anew where it does not fit."""
     from ..bench.int8 import settle
+    from ..core.artifact import Artifact
     from ..engine.stage import rebuild, why_rebuild
 
     found = Artifact.read(folder)
