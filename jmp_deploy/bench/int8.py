@@ -18,6 +18,7 @@ import numpy as np
 
 from ..core import artifact, interrupt
 from ..core.files import sha256
+from ..core.images import INPUT
 
 GAIN = 1.05
 """INT8 must be this much faster to replace FP16: less is within what clocks and other work on a
@@ -112,7 +113,7 @@ def time_engines(
             runner = stack.enter_context(backends.open_runner(folder, data, "engine"))
 
             def run(runner: Any = runner) -> float:
-                feed = {backends.INPUT: on_gpu}
+                feed = {INPUT: on_gpu}
                 runner.infer(feed, check_inputs=False, copy_outputs_to_host=False)
                 return 1000 * float(runner.last_inference_time())
 

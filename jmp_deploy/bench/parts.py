@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.images import INPUT
 from ..jmp.schedule import ModelShape
 
-INPUT = "images"
-"""Of every part: the engine's builder and our runners know an input by this name."""
 ATTENTION, MLP, DENSE = "attention", "mlp", "dense"
 
 

@@ -17,8 +17,16 @@ import numpy as np
 
 from ..core import artifact, interrupt
 from ..core.errors import ArtifactError, ImageError, JmpDeployError
-from ..core.images import UNREADABLE_LIMIT, Preprocess, open_image, preprocess
-from ..engine.backends import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
+from ..core.images import (
+    INPUT,
+    UNREADABLE_LIMIT,
+    Preprocess,
+    join,
+    open_image,
+    preprocess,
+    split,
+)
+from ..engine.backends import open_runner, pick_backend, quiet_polygraphy
 from .measures import TABLE, TOLERANCES, Pair, measure
 from .trace import Backend
 
@@ -302,8 +310,9 @@ def _reductions(
         import onnx
     except ImportError:
         return None, "onnx is not installed"
+    from ..jmp.trace import trace_torch
     from . import reductions
-    from .trace import trace_onnx, trace_torch
+    from .trace import trace_onnx
 
     try:
         proto = onnx.load_model(folder / artifact.PORTABLE)
@@ -323,12 +332,12 @@ def _debug(
     tolerance: float,
 ) -> tuple[list[dict[str, Any]] | None, str | None]:
     """(conclusions, None), or (None, why there are none): the pairs outside, else the first."""
-    from .debug import examine
-
     outside = [pair for pair in pairs if not pair.ok] or pairs[:1]
     wanted = dict.fromkeys((pair.a, pair.b) for pair in outside)
     by_name = {backend.name: backend for backend in chosen}
     try:
+        from .debug import examine
+
         found = [
             examine(folder, data, by_name[a], by_name[b], images, tolerance) for a, b in wanted
         ]

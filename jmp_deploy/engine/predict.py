@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import artifact
 from ..core.errors import ArtifactError, EngineError, ImageError, NonFiniteError
-from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
+from ..core.images import INPUT, UNREADABLE_LIMIT, Preprocess, find_images, load_batch
 from ..core.stats import softmax
 from . import backends
 from .runtime import Engine, require_finite
@@ -139,7 +139,7 @@ def _open(
 
 
 def _of_engine(engine: Engine, output: str) -> Run:
-    return lambda batch: engine.infer({backends.INPUT: batch})[output]
+    return lambda batch: engine.infer({INPUT: batch})[output]
 
 
 def _assumed(engine: Engine) -> Preprocess:

@@ -12,11 +12,13 @@ import torch
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import debug, trace
-from jmp_deploy.compare.trace import Backend, block_tensors, trace_onnx, trace_torch
+from jmp_deploy.compare.trace import Backend, trace_onnx
 from jmp_deploy.core import artifact
 from jmp_deploy.core.errors import GraphError
 from jmp_deploy.engine import backends, builder
 from jmp_deploy.export.export import add_bodies
+from jmp_deploy.export.graph import block_tensors, mark
+from jmp_deploy.jmp.trace import trace_torch
 from jmp_deploy.plugin import library as plugin
 from tests.fakes.compare import IMAGES, artifact_of, plant
 
@@ -175,7 +177,7 @@ def test_a_real_builder_takes_the_marked_model(half, tmp_path):
     folder, _ = half
     proto = onnx.load_model(folder / artifact.DEPLOYABLE)
     names = [place.out for place in block_tensors(proto)]
-    onnx.save_model(trace.mark(proto, names), tmp_path / "marked.onnx")
+    onnx.save_model(mark(proto, names), tmp_path / "marked.onnx")
     spec = builder.EngineSpec(batch=PROFILE, image=(3, 32, 32), targets=("sm_86",))
     library = plugin.plugin_library()
     target = tmp_path / "e"
