@@ -15,10 +15,12 @@ from jmp_deploy.compare import debug, trace
 from jmp_deploy.compare.trace import Backend, trace_onnx
 from jmp_deploy.core import artifact
 from jmp_deploy.core.errors import GraphError
+from jmp_deploy.core.images import Preprocess, load_batch
 from jmp_deploy.engine import backends, builder
 from jmp_deploy.export.export import add_bodies
 from jmp_deploy.export.graph import block_tensors, mark
-from jmp_deploy.jmp.trace import trace_torch
+from jmp_deploy.jmp.trace import owners, trace_torch
+from jmp_deploy.jmp.visualize import picture
 from jmp_deploy.plugin import library as plugin
 from tests.fakes.compare import IMAGES, artifact_of, plant
 
@@ -72,6 +74,21 @@ def test_both_backends_show_the_same(form):
         np.testing.assert_allclose(x.importance, y.importance, atol=1e-4)
         best = np.sort(np.argsort(-x.rating, axis=1, kind="stable")[:, : x.kept.shape[1]], axis=1)
         np.testing.assert_array_equal(best, x.kept)  # the rating is what chose
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "dense"], indirect=True)
+def test_visualize_draws_patches_in_the_tokens_that_compare_finds(form, photos):
+    folder, model = form
+    spec = Preprocess.from_dict(artifact.read(folder)["preprocess"])
+    seen = trace_onnx(portable(folder), load_batch(photos, spec), PROFILE)
+    found = owners(seen.choices, 16, len(photos))
+    for image, path in enumerate(photos):
+        drawn = picture(model, path, spec).stages
+        assert [stage.block for stage in drawn] == [choice.block for choice in seen.choices]
+        for stage, choice, after in zip(drawn, seen.choices, found[1:], strict=True):
+            np.testing.assert_array_equal(stage.seat, after[image])
+            fate = choice.fate[image]
+            assert (stage.merged, stage.pruned) == ((fate >= 0).sum(), (fate < 0).sum())
 
 
 def test_a_sound_model_has_no_block_outside(form):

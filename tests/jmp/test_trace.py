@@ -68,7 +68,7 @@ def model(request):
 
 @pytest.fixture
 def spied(model):
-    """(model, inputs and attributes of every reduction as the model, unwatched, runs it, output)."""
+    """(model, what each of its reductions is called with while nobody watches)."""
     calls, own = [], model.blocks.reduce
 
     def spy(*arguments):
@@ -77,9 +77,9 @@ def spied(model):
 
     model.blocks.reduce = spy
     with torch.inference_mode():
-        output = model(torch.from_numpy(IMAGES))
+        model(torch.from_numpy(IMAGES))
     model.blocks.reduce = own
-    return model, calls, output
+    return model, calls
 
 
 def test_forms_cover_every_setting_of_a_reduction():
@@ -112,7 +112,7 @@ def test_a_watched_model_computes_the_same_bits(model, blocks):
 
 def test_patches_are_in_the_tokens_that_the_oracle_puts_them_in(spied):
     """Each reduction decided anew in float64, patches carried along one by one."""
-    model, calls, _ = spied
+    model, calls = spied
     prefix = next(iter(model.blocks.reductions.values())).num_prefix
     alike = np.ones(len(IMAGES), bool)  # images in which no decision was a near tie so far
     tokens = [[[patch] for patch in range(16)] for _ in IMAGES]
