@@ -22,10 +22,10 @@ from jmp_deploy.core.files import atomic_path
 from jmp_deploy.core.outputs import output_of
 from jmp_deploy.jmp.families import family_of, written_out_attention
 from jmp_deploy.jmp.models import LoadedModel
-from jmp_deploy.jmp.node import TokenReduce
 from jmp_deploy.jmp.patch import JMPBlocks, patch, unpatch
-from jmp_deploy.jmp.reduction import apply_plan, make_plan
+from jmp_deploy.jmp.reduction import Plan
 from jmp_deploy.jmp.schedule import ModelShape, Schedule, improved, macs, resolve
+from jmp_deploy.jmp.trace import watch
 
 BATCH = 50
 
@@ -139,26 +139,18 @@ def shares(
 ) -> list[dict[str, float]]:
     """For each reduction: block, tokens kept, and percent of the leaving tokens merged / pruned."""
     counts: dict[int, list[float]] = {}
-    order = [block for block, _ in schedule.steps]
-    with reduced(loaded, schedule, method), torch.inference_mode():
-        calls = 0
 
-        def counting(
-            x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            nonlocal calls
-            plan = make_plan(qkv, size, attributes)
-            merged = counts.setdefault(order[calls % len(order)], [0.0, 0.0, 1.0])
-            merged[0] += float(plan.merged.sum())
-            merged[1] += plan.merged.numel()
-            merged[2] = min(merged[2], float(plan.similarity.min()))
-            calls += 1
-            return apply_plan(x, size, plan, attributes.num_prefix, attributes.merge_weight)
+    def count(block: int, x: Tensor, plan: Plan, outputs: tuple[Tensor, ...]) -> None:
+        merged = counts.setdefault(block, [0.0, 0.0, 1.0])
+        merged[0] += float(plan.merged.sum())
+        merged[1] += plan.merged.numel()
+        merged[2] = min(merged[2], float(plan.similarity.min()))
 
-        loaded.model.blocks.reduce = counting
+    model = loaded.model
+    with reduced(loaded, schedule, method), watch(model, count), torch.inference_mode():
         for start in range(0, len(samples), BATCH):
             images = batch(samples.images[start : start + BATCH], loaded.preprocess)
-            loaded.model(torch.from_numpy(images))
+            model(torch.from_numpy(images))
     return [
         {
             "block": block,

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.artifact import PORTABLE, Artifact
 from ..core.errors import EngineError
-from ..engine.backends import INPUT
+from ..core.images import INPUT
 from ..engine.fit import locate
 from .backend import Backend, noise
 from .measure import Times

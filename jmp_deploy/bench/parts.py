@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core.artifact import Artifact
+from ..core.images import INPUT
 from ..jmp.schedule import ModelShape
 
-INPUT = "images"
-"""Of every part: the engine's builder and our runners know an input by this name."""
 ATTENTION, MLP, DENSE = "attention", "mlp", "dense"
 
 

@@ -13,20 +13,12 @@ import numpy as np
 
 from ..core import interrupt
 from ..core.errors import GraphError
-from ..engine.backends import INPUT
-from ..jmp.node import DOMAIN
+from ..core.images import INPUT
+from ..export.graph import SHOWN, as_planned, block_tensors, show_choices
+from ..jmp.node import DOMAIN, reduction_name
+from ..jmp.trace import Block, Trace, make_choice
 from .measures import TOLERANCES, relative
-from .trace import (
-    SHOWN,
-    Block,
-    Trace,
-    as_planned,
-    block_tensors,
-    make_choice,
-    reduction_name,
-    session_runner,
-    show_choices,
-)
+from .trace import session_runner
 
 if TYPE_CHECKING:
     import onnx

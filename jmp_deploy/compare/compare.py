@@ -18,8 +18,16 @@ import numpy as np
 from ..core import interrupt
 from ..core.artifact import PORTABLE, Artifact, Reference
 from ..core.errors import ArtifactError, ImageError, JmpDeployError
-from ..core.images import UNREADABLE_LIMIT, Preprocess, open_image, preprocess
-from ..engine.backends import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
+from ..core.images import (
+    INPUT,
+    UNREADABLE_LIMIT,
+    Preprocess,
+    join,
+    open_image,
+    preprocess,
+    split,
+)
+from ..engine.backends import open_runner, pick_backend, quiet_polygraphy
 from .measures import TABLE, TOLERANCES, Pair, measure
 from .trace import Backend
 
@@ -287,8 +295,9 @@ def _reductions(
         import onnx
     except ImportError:
         return None, "onnx is not installed"
+    from ..jmp.trace import trace_torch
     from . import reductions
-    from .trace import trace_onnx, trace_torch
+    from .trace import trace_onnx
 
     try:
         proto = onnx.load_model(artifact.path(PORTABLE))
@@ -307,12 +316,12 @@ def _debug(
     min_cosine: float | None,
 ) -> tuple[list[dict[str, Any]] | None, str | None]:
     """(conclusions, None), or (None, why there are none): the pairs outside, else the first."""
-    from .debug import examine
-
     outside = [pair for pair in pairs if not pair.ok] or pairs[:1]
     wanted = dict.fromkeys((pair.a, pair.b) for pair in outside)
     by_name = {backend.name: backend for backend in chosen}
     try:
+        from .debug import examine
+
         found = [examine(artifact, by_name[a], by_name[b], images, min_cosine) for a, b in wanted]
     except ModuleNotFoundError as error:
         return None, f"blocks cannot be looked at without {error.name}"

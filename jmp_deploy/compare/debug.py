@@ -26,19 +26,11 @@ import numpy as np
 from ..core.artifact import DEPLOYABLE, ENGINE, PORTABLE, TWIN_DEPLOYABLE, Artifact
 from ..core.errors import ArtifactError, EngineError
 from ..engine.backends import engine_runner, infer
+from ..export.graph import block_tensors, mark, prefix_tokens
+from ..jmp.trace import Block, Trace, owners, trace_torch
 from .alone import PARTS, by_itself, limit_of, own_error
 from .measures import TINY, TOLERANCES, cosines, relative
-from .reductions import owners
-from .trace import (
-    Backend,
-    Block,
-    Trace,
-    block_tensors,
-    mark,
-    prefix_tokens,
-    trace_onnx,
-    trace_torch,
-)
+from .trace import Backend, trace_onnx
 
 if TYPE_CHECKING:
     import onnx
@@ -297,7 +289,7 @@ def _nearest(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
 def _owners(trace: Trace, block: int | None) -> NDArray[Any]:
     entry = trace.blocks[0].entry
     done = [c for c in trace.choices or () if block is not None and c.block <= block]
-    return owners(done, entry.shape[1] - trace.num_prefix, len(entry))
+    return owners(done, entry.shape[1] - trace.num_prefix, len(entry))[-1]
 
 
 def _cause(

@@ -10,18 +10,18 @@ see different tokens, and what follows is inherited.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.errors import GraphError
+from ..jmp.trace import patch_ids
 from .measures import TABLE, TINY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .trace import Choice, Trace
+    from ..jmp.trace import Choice, Trace
 
 
 def report(a: Trace, b: Trace, precision: str) -> dict[str, Any]:
@@ -73,39 +73,6 @@ def report(a: Trace, b: Trace, precision: str) -> dict[str, Any]:
         "nodes": nodes,
     }
     return {**result, "verdict": _verdict(result, precision)}
-
-
-def patch_ids(choices: Sequence[Choice], patches: int, images: int) -> list[NDArray[Any]]:
-    """The image's patches that are left before the first reduction, and after each.
-
-    Returns:
-        One [B, tokens] per step: index of the patch that each patch token stands at, ascending.
-    """
-    found = [np.broadcast_to(np.arange(patches), (images, patches))]
-    for choice in choices:
-        found.append(np.take_along_axis(found[-1], choice.kept, axis=1))
-    return found
-
-
-def owners(choices: Sequence[Choice], patches: int, images: int) -> NDArray[Any]:
-    """After these reductions, the token that each patch of the image is part of.
-
-    Returns:
-        [B, patches] index of the patch that the token stands at, -1 where it was pruned.
-    """
-    owner = np.broadcast_to(np.arange(patches), (images, patches)).copy()
-    for choice, ids in zip(choices, patch_ids(choices, patches, images), strict=False):
-        rows = np.arange(images)[:, None]
-        every = np.arange(ids.shape[1])
-        rest = np.stack([np.setdiff1d(every, kept) for kept in choice.kept])
-        stays = np.take_along_axis(ids, choice.kept, axis=1)
-        into = np.take_along_axis(stays, np.maximum(choice.fate, 0), axis=1)
-        # One place more, for patches that were pruned before: index -1.
-        becomes = np.full((images, patches + 1), -1)
-        becomes[rows, stays] = stays
-        becomes[rows, np.take_along_axis(ids, rest, axis=1)] = np.where(choice.fate < 0, -1, into)
-        owner = np.take_along_axis(becomes, np.where(owner < 0, patches, owner), axis=1)
-    return owner
 
 
 def _node(

@@ -4,7 +4,6 @@ ONNX Runtime. Needs neither PyTorch nor timm nor ONNX tools."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,12 @@ import numpy as np
 from ..core.artifact import ENGINE, PORTABLE, Artifact
 from ..core.device import gpus
 from ..core.errors import EngineError, MissingPackageError, install_command
+from ..core.images import INPUT, join, split
 from .api import MODULES, installed
 from .fit import EngineFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-INPUT = "images"
 
 
 def pick_backend(artifact: Artifact, wanted: str = "auto") -> tuple[str, str]:
@@ -100,23 +98,6 @@ def infer(runner: Any, images: NDArray[np.float32], batch: tuple[int, int, int])
         # copied: a TensorRT runner writes the next batch into the same buffers
         parts.append({name: np.array(value) for name, value in outputs.items()})
     return join(parts, len(images))
-
-
-def split(images: NDArray[np.float32], size: int, least: int) -> list[NDArray[np.float32]]:
-    """Batches of at most `size` images; a last one below `least` is padded with its last image."""
-    pieces = [images[start : start + size] for start in range(0, len(images), size)]
-    missing = least - len(pieces[-1])
-    if missing > 0:
-        pieces[-1] = np.concatenate([pieces[-1], np.repeat(pieces[-1][-1:], missing, axis=0)])
-    return pieces
-
-
-def join(parts: Sequence[Mapping[str, Any]], count: int) -> dict[str, NDArray[Any]]:
-    """The outputs of `split` batches as one, without the padding: name -> [count, ...]."""
-    return {
-        name: np.concatenate([np.asarray(part[name]) for part in parts])[:count]
-        for name in parts[0]
-    }
 
 
 def quiet_polygraphy() -> None:

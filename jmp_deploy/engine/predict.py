@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, EngineError, ImageError, NonFiniteError
-from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
+from ..core.images import INPUT, UNREADABLE_LIMIT, Preprocess, find_images, load_batch
 from ..core.outputs import TOPK, Output, output_named
 from . import backends
 from .runtime import Engine, require_finite
@@ -143,7 +143,7 @@ def _open(
 
 
 def _of_engine(engine: Engine, output: Output) -> Run:
-    return lambda batch: engine.infer({backends.INPUT: batch})[output.name]
+    return lambda batch: engine.infer({INPUT: batch})[output.name]
 
 
 def _assumed(engine: Engine) -> Preprocess:

@@ -148,7 +148,7 @@ def _name_reductions(proto: onnx.ModelProto, blocks: nn.Module) -> None:
     if len(nodes) != len(indices):
         raise GraphError(f"{len(indices)} reductions went in, {len(nodes)} came out of the export")
     for graph_node, index in zip(nodes, indices, strict=True):
-        graph_node.name = f"blocks.{index}.token_reduce"
+        graph_node.name = node.reduction_name(index)
 
 
 def _strip_debug_info(proto: onnx.ModelProto) -> None:

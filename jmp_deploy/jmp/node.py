@@ -148,6 +148,11 @@ class TokenReduce:
         return cls(**values)
 
 
+def reduction_name(block: int) -> str:
+    """Name of the node that is a block's reduction."""
+    return f"blocks.{block}.token_reduce"
+
+
 def body(attributes: TokenReduce, parts: int) -> onnx.FunctionProto:
     """The portable implementation of the node as an ONNX local function (see node_body.py).
 

@@ -57,8 +57,18 @@ def token_reduce(
     Raises:
         ScheduleError: fewer than K patch tokens come in.
     """
+    return planned_reduce(x, qkv, size, attributes)[1]
+
+
+def planned_reduce(
+    x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
+) -> tuple[Plan, tuple[Tensor, Tensor, Tensor]]:
+    """`token_reduce` and what it decided; arguments and errors as there.
+
+    Whoever wants to see decisions takes them from here: they are those of the result.
+    """
     plan = make_plan(qkv, size, attributes)
-    return apply_plan(x, size, plan, attributes.num_prefix, attributes.merge_weight)
+    return plan, apply_plan(x, size, plan, attributes.num_prefix, attributes.merge_weight)
 
 
 def make_plan(qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
@@ -95,7 +105,7 @@ def make_plan(qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
 
 
 def apply_plan(
-    x: Tensor, size: Tensor, plan: Plan, num_prefix: int, merge_weight: float = 1.0
+    x: Tensor, size: Tensor, plan: Plan, num_prefix: int, merge_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merges and prunes as planned; arguments and results as for `token_reduce`.
 

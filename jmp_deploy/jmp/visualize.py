@@ -1,7 +1,6 @@
 """What became of every patch of a photo: the reductions of a model, traced back to the image.
 
-`trace` runs a patched model and follows its tokens; `visualize` loads, traces, and writes pictures
-(`visualize_draw`) and a page (`visualize_page`).
+Loads a model, traces it (trace.py), and writes pictures and a page (draw.py).
 """
 
 from __future__ import annotations
@@ -17,56 +16,10 @@ from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, ScheduleError
 from ..core.files import atomic_path, write_bytes
 from ..core.images import SUFFIXES, Preprocess, find_images, open_image, preprocess
+from .trace import Picture, stages, trace_torch
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import nn
-
-GONE, KEPT, MERGED, PRUNED = range(4)
-"""Fate of a patch in a stage; GONE: pruned in an earlier one."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One reduction of one image. Patches are counted row by row; there are M of them.
-
-    Attributes:
-        block: 0-based.
-        tokens: patch tokens that come in.
-        kept, merged, pruned: tokens by what becomes of them; they add up to `tokens`.
-        fate: [M] uint8, GONE, KEPT, MERGED or PRUNED, by the token that the patch is in.
-        importance: [M] float64, of that token; NaN where GONE.
-        seat: [M] int64, the patch at which the token sits that the patch is in afterwards; -1 if
-            GONE or PRUNED. A token sits where its critical token began.
-        moves: (from, to) patches: seats of the merged tokens and of their targets.
-    """
-
-    block: int
-    tokens: int
-    kept: int
-    merged: int
-    pruned: int
-    fate: NDArray[np.uint8]
-    importance: NDArray[np.float64]
-    seat: NDArray[np.int64]
-    moves: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One image and its stages.
-
-    Attributes:
-        name: of the file.
-        pixels: [H, W, 3] uint8, as the model sees it.
-        grid: rows and columns of patches.
-        stages: in the order of the blocks.
-    """
-
-    name: str
-    pixels: NDArray[np.uint8]
-    grid: tuple[int, int]
-    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True)
@@ -101,7 +54,7 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
         ArtifactError: an artifact that is dense or broken, an output that cannot be written.
         ImageError, ModelError, ScheduleError, WeightsError: as the names say.
     """
-    from . import draw, visualize_page
+    from . import draw
 
     paths = find_images(options.images)
     kind = options.out.suffix.lower()
@@ -134,7 +87,7 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
                 files.append(target)
     if kind != ".png":
         page = options.out if kind == ".html" else options.out / "index.html"
-        write_bytes(page, visualize_page.page(pictures, caption).encode())
+        write_bytes(page, draw.page(pictures, caption).encode())
         files.append(page)
     return {
         "files": [str(path) for path in files],
@@ -150,79 +103,9 @@ def picture(model: nn.Module, path: Path, spec: Preprocess) -> Picture:
     image = preprocess(open_image(path), spec)
     mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
     seen = np.clip((image * std + mean) * 255, 0, 255).round().astype(np.uint8)
-    stages = trace(model, image[None])[0]
+    (found,) = stages(trace_torch(model, image[None]).choices or ())
     rows, columns = family_of(model).patch_embed(model).grid_size
-    return Picture(path.name, seen.transpose(1, 2, 0), (rows, columns), stages)
-
-
-def trace(model: nn.Module, images: NDArray[np.float32]) -> list[tuple[Stage, ...]]:
-    """The stages of each image.
-
-    Args:
-        model: patched.
-        images: [B, 3, H, W].
-    """
-    import torch
-
-    from .patch import model_shape
-    from .reduction import Plan, apply_plan, make_plan
-
-    plans: list[Plan] = []
-
-    def reduce(x: Any, qkv: Any, size: Any, attributes: Any) -> Any:
-        plan = make_plan(qkv, size, attributes)
-        plans.append(plan)
-        return apply_plan(x, size, plan, attributes.num_prefix)
-
-    blocks = model.blocks
-    before = blocks.reduce
-    blocks.reduce = reduce
-    try:
-        with torch.inference_mode():
-            model(torch.from_numpy(images))
-    finally:
-        blocks.reduce = before
-    numbers = sorted(blocks.reductions)
-    patches = model_shape(model).num_patches
-    return [_follow(plans, numbers, sample, patches) for sample in range(len(images))]
-
-
-def _follow(plans: Sequence[Any], blocks: Sequence[int], sample: int, patches: int) -> Any:
-    """Stages of one sample: `token` says which token of the sequence each patch is in, or -1."""
-    token = np.arange(patches)
-    seats = np.arange(patches)  # of each token
-    stages = []
-    for block, plan in zip(blocks, plans, strict=True):
-        kept, rest, target, merged, importance = (
-            getattr(plan, name)[sample].cpu().numpy()
-            for name in ("kept", "rest", "target", "merged", "importance")
-        )
-        count = len(seats)
-        fate_of = np.full(count, KEPT, np.uint8)
-        fate_of[rest] = np.where(merged, MERGED, PRUNED)
-        after = np.full(count, -1)
-        after[kept] = np.arange(len(kept))
-        after[rest[merged]] = target[merged]
-        alive = token >= 0
-        fate = np.where(alive, fate_of[token], GONE).astype(np.uint8)
-        weight = np.where(alive, importance[token].astype(np.float64), np.nan)
-        moves = zip(seats[rest[merged]], seats[kept[target[merged]]], strict=True)
-        token = np.asarray(np.where(alive, after[token], -1))
-        seats = seats[kept]
-        stages.append(
-            Stage(
-                block=block,
-                tokens=count,
-                kept=len(kept),
-                merged=int(merged.sum()),
-                pruned=int((~merged).sum()),
-                fate=fate,
-                importance=weight,
-                seat=np.where(token >= 0, seats[token], -1),
-                moves=tuple((int(a), int(b)) for a, b in moves),
-            )
-        )
-    return tuple(stages)
+    return Picture(path.name, seen.transpose(1, 2, 0), (rows, columns), found)
 
 
 def _load(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[str, Any]]:

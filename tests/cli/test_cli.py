@@ -19,6 +19,7 @@ from jmp_deploy.cli.main import main
 from jmp_deploy.compare import compare
 from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import gpus
+from jmp_deploy.core.images import INPUT
 from jmp_deploy.engine import backends, builder
 from jmp_deploy.export import export
 
@@ -391,8 +392,8 @@ def test_batches_are_split_and_padded_to_the_profile():
 
     class Runner:
         def infer(self, feed):
-            calls.append(len(feed[backends.INPUT]))
-            return {"y": feed[backends.INPUT] * 2}
+            calls.append(len(feed[INPUT]))
+            return {"y": feed[INPUT] * 2}
 
     images = np.arange(11, dtype=np.float32).reshape(11, 1)
     out = backends.infer(Runner(), images, (2, 4, 5))["y"]

@@ -13,12 +13,17 @@ import torch
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import debug, trace
-from jmp_deploy.compare.trace import Backend, block_tensors, trace_onnx, trace_torch
+from jmp_deploy.compare.trace import Backend, trace_onnx
 from jmp_deploy.core import artifact
 from jmp_deploy.core.artifact import Artifact, EngineFacts, EngineOptions, PluginFile
 from jmp_deploy.core.errors import GraphError
-from jmp_deploy.engine import backends, builder, stage
+from jmp_deploy.core.images import load_batch
+from jmp_deploy.engine import backends, builder
+from jmp_deploy.engine import stage as engine_stage
 from jmp_deploy.export.export import add_bodies
+from jmp_deploy.export.graph import block_tensors, mark
+from jmp_deploy.jmp.trace import owners, trace_torch
+from jmp_deploy.jmp.visualize import picture
 from jmp_deploy.plugin import library as plugin
 from tests.fakes.compare import IMAGES, artifact_of, plant
 
@@ -74,6 +79,21 @@ def test_both_backends_show_the_same(form):
         np.testing.assert_allclose(x.importance, y.importance, atol=1e-4)
         best = np.sort(np.argsort(-x.rating, axis=1, kind="stable")[:, : x.kept.shape[1]], axis=1)
         np.testing.assert_array_equal(best, x.kept)  # the rating is what chose
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "dense"], indirect=True)
+def test_visualize_draws_patches_in_the_tokens_that_compare_finds(form, photos):
+    folder, model = form
+    spec = Artifact.read(folder).preprocess
+    seen = trace_onnx(portable(folder), load_batch(photos, spec), PROFILE)
+    found = owners(seen.choices, 16, len(photos))
+    for image, path in enumerate(photos):
+        drawn = picture(model, path, spec).stages
+        assert [stage.block for stage in drawn] == [choice.block for choice in seen.choices]
+        for stage, choice, after in zip(drawn, seen.choices, found[1:], strict=True):
+            np.testing.assert_array_equal(stage.seat, after[image])
+            fate = choice.fate[image]
+            assert (stage.merged, stage.pruned) == ((fate >= 0).sum(), (fate < 0).sum())
 
 
 def test_a_sound_model_has_no_block_outside(form):
@@ -159,7 +179,7 @@ def test_the_engine_is_built_anew_with_its_blocks_marked(half, tmp_path, monkeyp
 
     monkeypatch.setattr(builder, "build_engine", build_engine)
     monkeypatch.setattr(debug, "engine_runner", engine_runner)
-    monkeypatch.setattr(stage, "find_plugin", lambda: ("library.so", PLUGIN))
+    monkeypatch.setattr(engine_stage, "find_plugin", lambda: ("library.so", PLUGIN))
     for a in (Backend("torch", None, model), Backend("onnxruntime", None)):
         found = debug.examine(made, a, Backend("engine", None), IMAGES, 0.999)
         assert found["first"] == "blocks.4" and found["alone"] is None
@@ -177,7 +197,7 @@ def test_a_real_builder_takes_the_marked_model(half, tmp_path):
     folder, _ = half
     proto = onnx.load_model(folder / artifact.DEPLOYABLE)
     names = [place.out for place in block_tensors(proto)]
-    onnx.save_model(trace.mark(proto, names), tmp_path / "marked.onnx")
+    onnx.save_model(mark(proto, names), tmp_path / "marked.onnx")
     spec = builder.EngineSpec(PROFILE, (3, 32, 32), EngineOptions(("sm_86",)))
     library = plugin.plugin_library()
     target = tmp_path / "e"

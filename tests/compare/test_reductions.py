@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jmp_deploy.compare.reductions import owners, patch_ids, report
-from jmp_deploy.compare.trace import Choice, Trace
+from jmp_deploy.compare.reductions import report
 from jmp_deploy.core.errors import GraphError
+from jmp_deploy.jmp.trace import Choice, Trace, owners, patch_ids
 
 
 def choose(rating, keep, *, block=2, importance=None, selection="importance", fate=None):
@@ -127,7 +127,7 @@ def test_owners_against_a_walk_over_single_patches():
         fate = random.integers(-1, keep, (images, tokens - keep))
         choices.append(choose(random.normal(size=(images, tokens)), keep, fate=fate))
         tokens = keep
-    found = owners(choices, patches, images)
+    found = owners(choices, patches, images)[-1]
     for image in range(images):
         members = [{patch} for patch in range(patches)]  # of every token
         stands = list(range(patches))

@@ -14,9 +14,19 @@ from PIL import Image
 from jmp_deploy.cli.main import main
 from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.core.images import Preprocess
-from jmp_deploy.jmp import draw, models, schedule, visualize_page
+from jmp_deploy.jmp import draw, models, schedule
 from jmp_deploy.jmp.patch import model_shape, patch
-from jmp_deploy.jmp.visualize import GONE, KEPT, MERGED, PRUNED, Picture, picture, trace
+from jmp_deploy.jmp.trace import (
+    GONE,
+    KEPT,
+    MERGED,
+    PRUNED,
+    Picture,
+    Stage,
+    stages,
+    trace_torch,
+)
+from jmp_deploy.jmp.visualize import picture
 from tests.fakes.artifacts import RANDOM_WEIGHTS, write_artifact
 from tests.fakes.models import tiny_vit
 
@@ -33,18 +43,22 @@ def patched(tau: float, **options):
     return patch(model, schedule.parse(STEPS, model_shape(model)), tau=tau)
 
 
+def traced(model) -> list[tuple[Stage, ...]]:
+    return stages(trace_torch(model, images()).choices)
+
+
 def some_tau() -> float:
     """A threshold at which the tiny model both merges and prunes."""
     for tau in np.linspace(0.2, 0.95, 16):
-        stages = [s for sample in trace(patched(float(tau)), images()) for s in sample]
-        if sum(s.merged for s in stages) and sum(s.pruned for s in stages):
+        found = [s for sample in traced(patched(float(tau))) for s in sample]
+        if sum(s.merged for s in found) and sum(s.pruned for s in found):
             return float(tau)
     raise AssertionError("no threshold with both")
 
 
 @pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}])
 def test_every_token_is_accounted_for_once_in_every_stage(options):
-    for sample in trace(patched(some_tau(), **options), images()):
+    for sample in traced(patched(some_tau(), **options)):
         assert [(s.block, s.tokens, s.kept) for s in sample] == [(1, 16, 11), (2, 11, 7), (4, 7, 3)]
         for stage in sample:
             assert stage.kept + stage.merged + stage.pruned == stage.tokens
@@ -54,7 +68,7 @@ def test_every_token_is_accounted_for_once_in_every_stage(options):
 
 def test_patches_are_followed_through_all_stages():
     both = 0
-    for sample in trace(patched(some_tau()), images()):
+    for sample in traced(patched(some_tau())):
         seat_before = np.arange(16)
         for stage in sample:
             gone = np.isin(stage.fate, (GONE, PRUNED))
@@ -90,17 +104,10 @@ def test_group_sizes_are_those_that_the_model_computes():
     with torch.inference_mode():
         model(torch.from_numpy(images()))
     model.blocks.reduce = plain
-    for index, sample in enumerate(trace(model, images())):
+    for index, sample in enumerate(traced(model)):
         for number, stage in enumerate(sample):
             counted = np.bincount(stage.seat[stage.seat >= 0], minlength=16)
             assert counted[counted > 0].tolist() == sizes[number][index].tolist()
-
-
-def test_tracing_leaves_the_model_as_it_was():
-    model = patched(0.5)
-    before = model.blocks.reduce
-    trace(model, images())
-    assert model.blocks.reduce is before
 
 
 @pytest.fixture
@@ -147,7 +154,7 @@ def test_heat_is_brightest_where_importance_is_highest(pictures):
 
 
 def test_page_is_self_contained_and_escapes_names(pictures):
-    text = visualize_page.page(pictures, CAPTION)
+    text = draw.page(pictures, CAPTION)
     assert "//" not in re.sub(r"base64,[^\"]*", "", text), "no address, not even a relative one"
     sources = re.findall(r'src="([^"]*)"', text)
     assert all(source.startswith("data:image/png;base64,") for source in sources)

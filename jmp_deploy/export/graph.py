@@ -1,0 +1,129 @@
+"""An exported model's graph, read: its reductions, its blocks, and what to show of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.errors import GraphError
+from ..jmp.node import DOMAIN, TokenReduce, reduction_name
+from ..jmp.trace import DECIDED, Block
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+SHOWN = (*DECIDED, "rest")
+"""Tensors of the portable body (body.py) that tell what a reduction decided."""
+
+
+def mark(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """The model with these tensors, and no others, as outputs."""
+    from polygraphy.backend.onnx import modify_outputs
+
+    return modify_outputs(proto, outputs=list(names))
+
+
+def show_choices(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Gives every reduction of a portable model further outputs NODE.kept, .rating, .importance.
+
+    The body is a local function, so its inner tensors become outputs of the function; the
+    alternative, the inliner of onnx, would rename them all.
+
+    Returns:
+        The reductions' nodes, in graph order; the model is changed in place.
+    """
+    nodes = [n for n in proto.graph.node if n.domain == DOMAIN]
+    if nodes and len(proto.functions) != 1:
+        raise GraphError("the model's reductions have no body: is it the deployable one?")
+    for function in proto.functions:
+        function.output.extend(SHOWN)
+    for graph_node in nodes:
+        graph_node.output.extend(f"{graph_node.name}.{what}" for what in SHOWN)
+    return nodes
+
+
+def prefix_tokens(proto: onnx.ModelProto) -> int:
+    """P of a model: tokens that its class, distillation and register parameters stand for."""
+    for graph_node in proto.graph.node:
+        if graph_node.domain == DOMAIN:
+            return node_attributes(graph_node).num_prefix
+    names = ("cls_token", "dist_token", "reg_token")
+    return sum(int(w.dims[1]) for w in proto.graph.initializer if w.name in names)
+
+
+def block_tensors(proto: onnx.ModelProto) -> list[Block]:
+    """Names of every block's tensors, portable or deployable.
+
+    They are found by the blocks' two LayerNorms: the ones whose input something else reads too,
+    the residual sum. (Not by their weights' names: the exporter gives equal weights one name, and
+    in an untrained model all are equal.)
+
+    Raises:
+        GraphError: the blocks are not to be found.
+    """
+    readers = Counter(name for n in proto.graph.node for name in set(n.input))
+    inputs = [n.input[0] for n in proto.graph.node if n.op_type == "LayerNormalization"]
+    norms = [name for name in inputs if readers[name] > 1]
+    entries, reduced = norms[0::2], norms[1::2]
+    # The last block's output is the residual sum over what its MLP reads.
+    sums = [
+        n.output[0] for n in proto.graph.node if n.op_type == "Add" and norms[-1:] == [*n.input][:1]
+    ]
+    reductions = {n.name: n for n in proto.graph.node if n.domain == DOMAIN}
+    places = []
+    for index, (entry, after) in enumerate(zip(entries, reduced, strict=False)):
+        node = reductions.pop(reduction_name(index), None)
+        if node is not None and node.output[0] != after:
+            break
+        attended = node.input[0] if node is not None else after
+        out = [*entries, *sums][index + 1 :][:1]
+        places += [Block(entry, attended, after, *out)] if out else []
+    if not places or len(entries) != len(reduced) or len(places) != len(entries) or reductions:
+        raise GraphError(
+            "the model's blocks cannot be told apart: each needs two LayerNormalization nodes on "
+            "the residual stream",
+            "build it again with this version of jmp_deploy",
+        )
+    return places
+
+
+def as_planned(
+    name: str, prefix: int, values: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    """The body's tensors in the form of `reduction.Plan`.
+
+    In the body a token is [B, L, 1] and counted with the prefix, and those that leave come in the
+    order of their rating.
+    """
+    flat = {what: values[f"{name}.{what}"][..., 0] for what in SHOWN}
+    order = np.argsort(flat["rest"], axis=1)
+    planned = {
+        "kept": flat["kept"] - prefix,
+        "rating": flat["rating"][:, prefix:],
+        "importance": flat["importance"][:, prefix:],
+        "target": np.take_along_axis(flat["target"] - prefix, order, axis=1),
+        "merged": np.take_along_axis(flat["merged"], order, axis=1),
+    }
+    return {f"{name}.{what}": value for what, value in planned.items()}
+
+
+def node_attributes(graph_node: onnx.NodeProto) -> TokenReduce:
+    """Attributes of a reduction, portable or deployable; GraphError if not as expected."""
+    from onnx.helper import get_attribute_value
+
+    values = {a.name: get_attribute_value(a) for a in graph_node.attribute}
+    # the deployable model's nodes name their plugin too
+    own = {name: value for name, value in values.items() if not name.startswith("plugin_")}
+    return TokenReduce.from_onnx(own)
+
+
+def block_of(name: str) -> int:
+    """The block whose reduction has this name; raises GraphError if it does not say one."""
+    try:
+        return int(name.split(".")[1])
+    except (IndexError, ValueError) as error:
+        raise GraphError(f"the reduction {name!r} does not say its block", "build again") from error
