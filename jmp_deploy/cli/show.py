@@ -208,7 +208,7 @@ class Progress:
         )
         self.began = time.monotonic()
         self.task: TaskID | None = None
-        self.label = ""
+        self.label = self.line = ""
         if stage:
             self.stage(stage)
 
@@ -231,7 +231,7 @@ class Progress:
         self.finish()
         self.label, self.started = LABELS.get(name, name), time.monotonic()
         self.phase: str | None = None
-        self.share, self.words, self.shown = 0.0, "", 0.0
+        self.words, self.shown = "", 0.0
         self.task = self.bar.add_task(self.label, total=None)
 
     def steps(self, phase: str, done: int, total: int) -> None:
@@ -250,19 +250,22 @@ class Progress:
         assert self.task is not None
         self.bar.update(self.task, description=words + detail, completed=share, total=1.0)
         now, every = time.monotonic(), LINE_EVERY if self.lines else REDRAW_EVERY
-        due = words != self.words or now - self.shown > every or share >= 1 > self.share
-        self.share = share
-        if not due:
-            return
-        self.words, self.shown = words, now
-        self.bar.refresh()
-        if self.lines:
-            self.console.print(f"{now - self.began:5.0f} s  {share:4.0%}  {words}{detail}")
+        self.line = f"{now - self.began:5.0f} s  {share:4.0%}  {words}{detail}"
+        if words != self.words or now - self.shown > every:
+            self.words, self.shown = words, now
+            self.bar.refresh()
+            self._say()
 
     def finish(self) -> None:
-        """Ends the stage well; one with shares has said itself how far it came."""
+        """Ends the stage well; one with shares says itself how far it came."""
         if self.task is not None and not self.words:
             self.bar.update(self.task, completed=1, total=1)
-            if self.lines:
-                self.console.print(f"{self.label}: {time.monotonic() - self.started:.1f} s")
+            self.line = f"{self.label}: {time.monotonic() - self.started:.1f} s"
+        self._say()
         self.task = None
+
+    def _say(self) -> None:
+        """Prints the line that is due, once."""
+        if self.lines and self.line:
+            self.console.print(self.line)
+        self.line = ""

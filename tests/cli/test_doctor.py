@@ -135,7 +135,7 @@ def test_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_offline_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(probes.urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("asked"))
     assert "HF_HUB_OFFLINE" in next(iter(probes.AREAS["network"]())).found
 
 
@@ -150,7 +150,7 @@ class Absent:
         if name.partition(".")[0] in HEAVY:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
-from jmp_deploy import doctor
+from jmp_deploy.cli import doctor
 from rich import print
 checks = doctor.collect()
 print(doctor.render(checks))

@@ -52,7 +52,7 @@ def test_shares_without_a_terminal_are_a_line_now_and_then(lines, clock):
         clock(show.LINE_EVERY + 1)
         progress.update("measuring", 0.5, ", batch 8")
         progress.update("power", 0.6)
-        progress.update("power", 1.0)
+        progress.update("power", 0.9)
         progress.update("power", 1.0)
     assert lines() == [
         "    0 s    0%  measuring",
