@@ -16,6 +16,7 @@ from . import trt_api
 from .device import gpus
 from .engine import EVENT, MODULES
 from .errors import EngineError, JmpDeployError
+from .packages import import_failure
 
 
 def main() -> int:
@@ -30,6 +31,12 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        failure = import_failure(error)
+        if failure is None:
+            raise
+        _emit("error", message=failure.message, hint=failure.hint, log_says_more=False)
+        return 1
     return 0
 
 
