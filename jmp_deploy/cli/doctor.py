@@ -1,15 +1,17 @@
 """What this machine has and what it can do, with the command that mends each gap.
 
-Runs with the base install alone, in a few seconds; `probes` does the looking.
+Runs with the base install alone; in seconds, of which trying the imports takes most. `probes` does
+the looking.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import one_line
 from . import flags, probes, show
 from .probes import Check
 
@@ -69,7 +71,7 @@ def render(checks: Sequence[Check]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"ok": "green", "warn": "yellow", "missing": "red", "yes": "green", "no": "red"}
+    styles = {"ok": "green", "warn": "yellow", "yes": "green"}
     parts: list[RenderableType] = []
     for area in dict.fromkeys(check.area for check in checks):
         table = Table.grid(padding=(0, 2))
@@ -81,7 +83,9 @@ def render(checks: Sequence[Check]) -> RenderableType:
                 word: str = check.status
                 if area == CAN:
                     word = "yes" if check.status == "ok" else "no"
-                table.add_row(Text(f"  {word}", styles[word]), check.name, Text(check.found))
+                table.add_row(
+                    Text(f"  {word}", styles.get(word, "red")), check.name, Text(check.found)
+                )
         parts += [Text(area, "bold"), table, Text("")]
     fixes: dict[str, list[str]] = {}
     for check in checks:
@@ -89,9 +93,13 @@ def render(checks: Sequence[Check]) -> RenderableType:
             fixes.setdefault(check.fix, []).append(check.name)
     if fixes:
         parts.append(Text("to mend it", "bold"))
-    for command, names in fixes.items():
-        several = f"{len(names)} of the above" if len(names) > 4 else ", ".join(names)
-        parts.append(Text(f"  {several}:", "dim"))
+    # Export comes last: where PyTorch is not, that is a device, which needs none of it.
+    absent = {c.fix for c in checks if c.name in probes.EXPORT_NEEDS and c.status == "missing"}
+    for command in sorted(fixes, key=lambda command: command in absent):
+        names = fixes[command]
+        label = f"{len(names)} of the above" if len(names) > 4 else ", ".join(names)
+        label = "to export models here" if command in absent else label
+        parts.append(Text(f"  {label}:", "dim"))
         parts.append(Text(f"    {command}", no_wrap=True, overflow="ignore"))
     return Group(*parts)
 
@@ -103,22 +111,22 @@ def _guarded(area: str, probe: Callable[[], Iterator[Check]]) -> list[Check]:
     try:
         found.extend(probe())
     except Exception as error:
-        reason = f"could not be looked at: {probes.one_line(error) or type(error).__name__}"
+        reason = f"could not be looked at: {one_line(error) or type(error).__name__}"
         found.append(Check(area, area, "warn", reason))
-    return found
+    # Versions, names and messages of others may hold what a terminal would obey.
+    return [
+        replace(c, found=one_line(c.found), fix=one_line(c.fix) if c.fix else None) for c in found
+    ]
 
 
 def _abilities(checks: Sequence[Check]) -> Iterator[Check]:
     """Yes or no to each thing that one may want here, and why."""
     known = {check.name: check for check in checks}
 
-    def lacking(names: Sequence[str], *, warnings_count: bool = False) -> list[Check]:
-        bad = ("missing", "warn") if warnings_count else ("missing",)
+    def lacking(names: Sequence[str]) -> list[Check]:
         unknown = Check("", "", "missing", "not looked at")
-        found = [(name, known.get(name, unknown)) for name in names]
-        return [
-            Check(c.area, name, c.status, c.found, c.fix) for name, c in found if c.status in bad
-        ]
+        found = [replace(known.get(name, unknown), name=name) for name in names]
+        return [check for check in found if check.status in ("missing", "unfit")]
 
     def verdict(name: str, gaps: Sequence[Check], yes: str) -> Check:
         if not gaps:
@@ -142,8 +150,8 @@ def _abilities(checks: Sequence[Check]) -> Iterator[Check]:
     yield verdict("build the plugin", plugin, where)
 
     gpu = lacking(["GPU"])
-    tensorrt = lacking(["TensorRT"], warnings_count=True)
-    rtx = lacking(["TensorRT-RTX"], warnings_count=True)
+    tensorrt = lacking(["TensorRT"])
+    rtx = lacking(["TensorRT-RTX"])
     common = [*lacking(["polygraphy"]), *plugin]
     yes = f"{version('TensorRT')}, for this GPU"
     yield verdict("build with TensorRT", [*tensorrt, *gpu, *common], yes)

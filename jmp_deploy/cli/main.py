@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..core import interrupt
-from ..core.errors import JmpDeployError, fail, install_command
+from ..core.errors import BrokenPackageError, JmpDeployError, fail, one_line
 from . import (
     bench,
     build,
@@ -34,23 +34,6 @@ COMMANDS = (
     *(tune, visualize, bench, validate),
 )
 """One module each: its flags (`add`), its handler, its tables. In the order of `--help`."""
-
-EXTRAS = {
-    "torch": "export",
-    "torchvision": "export",
-    "timm": "export",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnx_graphsurgeon": "export",
-    "onnxconverter_common": "export",
-    "safetensors": "export",
-    "huggingface_hub": "export",
-    "polygraphy": "runtime",
-    "onnxruntime": "runtime",
-    "tensorrt": "tensorrt",
-    "tensorrt_rtx": "rtx",
-}
-"""Package that is missing -> extra of ours that installs it."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,28 +60,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.typed = shlex.join(["python", "-m", "jmp_deploy", *arguments])
         with interrupt.remembered():
             return int(given.handler(given))
-    except SystemExit as exit_:  # argparse: --help, --version, wrong usage
-        return exit_.code if isinstance(exit_.code, int) else 2
     except KeyboardInterrupt:
         return fail("interrupted; nothing half-written is left behind", None, 130)
-    except JmpDeployError as error:
-        return fail(error.message, error.hint, error.exit_code)
-    except ModuleNotFoundError as error:
-        name = (error.name or "").split(".")[0]
-        extra = EXTRAS.get(name)
-        hint = install_command(extra) if extra else f"pip install {name}"
-        return fail(f"this command needs {name}, which is not installed", hint, 2)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
         return fail("out of memory", "try a smaller model, image size or batch", 2)
-    except Exception as error:  # a bug of ours, or a library's: one line for the user all the same
-        if os.environ.get("JMP_DEPLOY_DEBUG"):
-            traceback.print_exc()
-        reason = str(error).strip().split("\n")[0]
-        return fail(
-            f"unexpected {type(error).__name__}: {reason}",
-            "set JMP_DEPLOY_DEBUG=1 to see where it comes from",
-            2,
-        )
+    except (Exception, SystemExit) as error:
+        return _explain(error)
+
+
+def _explain(error: BaseException) -> int:
+    """Ends the command with what went wrong; a failed import is behind many an error."""
+    from ..core.packages import import_failure
+
+    failure: JmpDeployError | None = import_failure(error)
+    if isinstance(error, JmpDeployError) and not isinstance(failure, BrokenPackageError):
+        failure = error  # who misses a package has said what for
+    elif isinstance(error, SystemExit) and not failure:  # argparse: --help, wrong usage
+        return error.code if isinstance(error.code, int) else 2
+    elif os.environ.get("JMP_DEPLOY_DEBUG"):
+        traceback.print_exception(error)
+    if failure:
+        return fail(failure.message, failure.hint, failure.exit_code)
+    # a bug of ours, or a library's: one line for the user all the same
+    return fail(
+        f"unexpected {type(error).__name__}: {one_line(error)}",
+        "set JMP_DEPLOY_DEBUG=1 to see where it comes from",
+        2,
+    )

@@ -1,12 +1,10 @@
 """Looks at this machine for `doctor`: one generator of checks per area.
 
-Nothing heavy is imported: versions come from the installed packages' metadata, and TensorRT, whose
-import can end a process, is tried in another one.
+Nothing heavy is imported here: what is installed is tried in processes of its own (`packages`).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -18,14 +16,26 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from ..core.device import gpus
-from ..core.errors import JmpDeployError, install_command
+from ..core.device import driver_cuda, gpus, jetson_linux, needs_cuda_12
+from ..core.errors import JmpDeployError, ToolchainError, install_command, one_line
+from ..core.packages import (
+    PACKAGES,
+    PAIR,
+    TENSORRT,
+    TENSORRT_RTX,
+    Package,
+    Trial,
+    cure,
+    importable,
+    installed_version,
+    try_imports,
+    unmet,
+)
 
-Status = Literal["ok", "warn", "missing"]
+Status = Literal["ok", "warn", "missing", "unfit"]
 
 MIN_DRIVER_CUDA13 = 580
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # TensorRT-RTX 1.7
@@ -38,7 +48,8 @@ class Check:
     Attributes:
         area: group that it is shown in.
         name: what was looked for.
-        status: "ok", "warn" (there, with a limit worth knowing) or "missing".
+        status: "ok", "warn" (there, with a limit worth knowing), "missing", or "unfit" (there, and
+            cannot be used).
         found: what was found, or why not; one line.
         fix: the command that mends it, or None where nothing needs mending or no command can.
     """
@@ -50,37 +61,7 @@ class Check:
     fix: str | None = None
 
 
-@dataclass(frozen=True)
-class _Package:
-    """A Python package: distribution and module name, the extra that brings it, what it is for."""
-
-    name: str
-    distribution: str
-    module: str
-    extra: str
-    optional: str = ""  # why a machine may well do without it
-
-
-PACKAGES = (
-    _Package("PyTorch", "torch", "torch", "export"),
-    _Package("torchvision", "torchvision", "torchvision", "export"),
-    _Package("timm", "timm", "timm", "export"),
-    _Package("safetensors", "safetensors", "safetensors", "export"),
-    _Package("onnx", "onnx", "onnx", "export"),
-    _Package("onnxscript", "onnxscript", "onnxscript", "export"),
-    _Package("onnx-graphsurgeon", "onnx-graphsurgeon", "onnx_graphsurgeon", "export"),
-    _Package("onnxconverter-common", "onnxconverter-common", "onnxconverter_common", "export"),
-    _Package("onnxruntime", "onnxruntime", "onnxruntime", "runtime"),
-    _Package("polygraphy", "polygraphy", "polygraphy", "runtime"),
-    _Package("cuda-bindings", "cuda-bindings", "cuda.bindings", "runtime"),
-    _Package("pycuda", "pycuda", "pycuda", "pycuda", "only to hand over buffers of pycuda"),
-)
 EXPORT_NEEDS = tuple(package.name for package in PACKAGES if package.extra == "export")
-
-
-def one_line(value: object) -> str:
-    """The first line of a text or an error; empty if there is none."""
-    return next(iter(str(value).strip().splitlines()), "")
 
 
 def _output(command: Sequence[str], timeout: float = 15.0) -> str | None:
@@ -129,24 +110,19 @@ def _machine() -> Iterator[Check]:
     yield Check(area, "disk", "ok" if disk >= 2 else "warn", f"{disk:.1f} GB free here{note}")
 
 
-def _jetson() -> bool:
-    return Path("/etc/nv_tegra_release").exists()
-
-
 def _distribution() -> str:
     name = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read("/etc/os-release"), re.MULTILINE)
     return name[1] if name else platform.release()
 
 
 def _jetpack() -> Iterator[Check]:
-    release = re.search(r"R(\d+)[^,]*, REVISION: ([\d.]+)", _read("/etc/nv_tegra_release"))
-    board = _read("/proc/device-tree/model")
-    if not release:
-        if "jetson" in board.lower():
-            yield Check("machine", "Jetson", "warn", f"{board}, without /etc/nv_tegra_release")
+    board, linux = _read("/proc/device-tree/model"), jetson_linux()
+    if not linux:
+        if linux is not None or "jetson" in board.lower():
+            found = f"{board}, without a release in /etc/nv_tegra_release"
+            yield Check("machine", "Jetson", "warn", found)
         return
-    linux = (int(release[1]), *_version(release[2]))
-    found = f"{board or 'Jetson'}, Jetson Linux {release[1]}.{release[2]}"
+    found = f"{board or 'Jetson'}, Jetson Linux {'.'.join(map(str, linux))}"
     if linux < (36, 4):
         found += ": JetPack before 6.1; its TensorRT (8.x) knows no IPluginV3"
         yield Check("machine", "Jetson", "warn", f"{found}. Flash JetPack 6.1 or newer")
@@ -168,10 +144,13 @@ def _gpu() -> Iterator[Check]:
             found += f"; TensorRT-RTX: does not build for {major}.{minor}"
         yield Check("GPU", "GPU", "ok", found)
     driver = re.search(r"Module.*?\s(\d+\.[\d.]+)", _read("/proc/driver/nvidia/version"))
-    if driver:
-        old = _version(driver[1]) < (MIN_DRIVER_CUDA13,)
-        note = f"; pip's PyTorch and TensorRT-RTX (CUDA 13) want {MIN_DRIVER_CUDA13}" if old else ""
-        yield Check("GPU", "driver", "warn" if old else "ok", driver[1] + note)
+    served = driver_cuda()
+    if driver or served:
+        found = driver[1] if driver else "version unknown"
+        found += " (CUDA {}.{})".format(*served) if served else ""
+        old = needs_cuda_12() and jetson_linux() is None  # JetPack's are made for each other
+        note = f"; PyTorch and TensorRT of CUDA 13 want {MIN_DRIVER_CUDA13}" if old else ""
+        yield Check("GPU", "driver", "warn" if old else "ok", found + note)
     if gpus():
         return
     found = "none found: no engine can run here"
@@ -185,120 +164,98 @@ def _gpu() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
+    trials = try_imports([package for package in PACKAGES if importable(package.module)])
     for package in PACKAGES:
-        version = _installed(package)
-        if version is None:
-            note = f"not installed (optional: {package.optional})" if package.optional else ""
-            fix = None if package.optional else install_command(package.extra)
-            found = note or "not installed"
-            yield Check("packages", package.name, "missing", found, fix)
+        area, name = "packages", package.name
+        if name not in trials:
+            yield _missing(package)
             continue
-        problem, fix = _known_problem(package, version)
-        status: Status = "warn" if problem else "ok"
-        yield Check(
-            "packages", package.name, status, "; ".join(filter(None, (version, problem))), fix
-        )
-
-
-def _installed(package: _Package) -> str | None:
-    """The version; "version unknown" for a module without metadata; None if not importable."""
-    if not _importable(package.module):
-        return None
-    names = [package.distribution]
-    if package.distribution == "onnxruntime":
-        names += ["onnxruntime-gpu"]
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        version = _version_of(package) or trials[name].version or "version unknown"
+        if trials[name].trouble:
+            yield _unfit(area, package, trials[name])
             continue
-    return "version unknown"
+        status, problem, fix = _known_problem(package, version)
+        yield Check(area, name, status, "; ".join(filter(None, (version, problem))), fix)
 
 
-def _known_problem(package: _Package, version: str) -> tuple[str, str | None]:
-    """(what is known to be wrong with this version here, the command against it)."""
+def _missing(package: Package) -> Check:
+    found, fix = "not installed", install_command(package.extra)
+    if package.optional:
+        return Check("packages", package.name, "missing", f"{found} (optional: {package.optional})")
+    if package.module in PAIR and jetson_linux() is not None:
+        found += "; NVIDIA has torch and torchvision for each JetPack"
+    return Check("packages", package.name, "missing", found, fix)
+
+
+def _unfit(area: str, package: Package, trial: Trial) -> Check:
+    version = _version_of(package) or "there"
+    found = trial.trouble if version in trial.trouble else f"{version}; {trial.trouble}"
+    return Check(area, package.name, "unfit", found, trial.fix)
+
+
+def _version_of(package: Package) -> str | None:
+    return next(filter(None, map(installed_version, package.distributions)), None)
+
+
+def _known_problem(package: Package, version: str) -> tuple[Status, str, str | None]:
+    """What is known to be wrong with a version that can be imported, and the command against it."""
     number = _version(version)
     if package.name == "PyTorch" and number and number < (2, 8):
-        return "the exporter needs 2.8 or newer", "python -m pip install 'torch>=2.8' torchvision"
-    if package.name == "torchvision":
-        torch = _installed(PACKAGES[0]) or ""
-        if torch.endswith("+cpu") and not version.endswith("+cpu"):
-            problem = f"a CUDA build beside PyTorch {torch}: its import fails, and timm's with it"
-            return problem, "python -m pip install --force-reinstall torch torchvision"
-    if package.name == "onnxruntime":
-        both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _has_metadata(name)]
-        if len(both) == 2:
-            fix = "python -m pip uninstall -y onnxruntime onnxruntime-gpu && python -m pip install "
-            return "onnxruntime and onnxruntime-gpu overwrite each other", fix + "onnxruntime"
-        if number and number < (1, 30):
-            upgrade = sys.version_info >= (3, 11)
-            note = "" if upgrade else ", which wants Python 3.11 or newer"
-            fix = "python -m pip install 'onnxruntime>=1.30'" if upgrade else ""
-            return f"INT8 calibration wants 1.30 or newer{note}", fix or None
-    return "", None
-
-
-def _importable(module: str) -> bool:
-    try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):  # the parent package is absent, or half removed
-        return False
-    # tensorrt-stubs leaves a folder `tensorrt` without code, which Python takes for a namespace
-    return spec is not None and spec.origin is not None
-
-
-def _has_metadata(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return "unfit", "the exporter needs 2.8 or newer", cure("torch")
+    installed = [name for name in package.distributions if installed_version(name)]
+    if len(installed) > 1:
+        fix = f"python -m pip uninstall -y {' '.join(installed)} && python -m pip install "
+        return "warn", f"{' and '.join(installed)} overwrite each other", fix + installed[0]
+    for name in installed:
+        if wanted := unmet(name):
+            return "warn", f"it asks for {', '.join(wanted)}", cure(name)
+    if package.name == "onnxruntime" and number and number < (1, 30):
+        upgrade = sys.version_info >= (3, 11)
+        note = "" if upgrade else ", which wants Python 3.11 or newer"
+        fix = "python -m pip install 'onnxruntime>=1.30'" if upgrade else ""
+        return "warn", f"INT8 calibration wants 1.30 or newer{note}", fix or None
+    return "ok", "", None
 
 
 # --- TensorRT ------------------------------------------------------------------------------------
 
 
 def _tensorrt() -> Iterator[Check]:
-    yield _tensorrt_flavour("TensorRT", "tensorrt")
-    yield _tensorrt_flavour("TensorRT-RTX", "tensorrt_rtx")
+    both = (TENSORRT, TENSORRT_RTX)
+    trials = try_imports([package for package in both if importable(package.module)])
+    for package in both:
+        area, name, rtx = "TensorRT", package.name, package is TENSORRT_RTX
+        fix: str | None = install_command(package.extra)
+        if name not in trials:
+            found = "not installed"
+            if rtx and platform.machine() != "x86_64":
+                found, fix = f"{found}; pip has it for x86-64 only", None
+            elif not rtx and jetson_linux() is not None:
+                found = "not visible to this Python; JetPack's is the system's: make the virtual "
+                found += "environment with --system-site-packages"
+                if sys.prefix != sys.base_prefix and not _sees_system():
+                    fix = "python3 -m venv --system-site-packages .venv && . .venv/bin/activate"
+            elif not rtx and not gpus():
+                found, fix = (
+                    "not installed; of no use here: it builds and runs on its GPU only",
+                    None,
+                )
+            yield Check(area, name, "missing", found, fix)
+            continue
+        version = trials[name].version
+        if trials[name].trouble:
+            yield _unfit(area, package, trials[name])
+        elif not rtx and _version(version) < (10,):
+            # a Jetson's comes with its JetPack, see there
+            found = f"{version}: before 10.0, without IPluginV3"
+            yield Check(area, name, "unfit", found, None if jetson_linux() is not None else fix)
+        else:
+            yield Check(area, name, "ok", version)
 
 
-def _tensorrt_flavour(name: str, module: str) -> Check:
-    area, rtx = "TensorRT", module == "tensorrt_rtx"
-    fix: str | None = install_command("rtx" if rtx else "tensorrt")
-    if not _importable(module):
-        found = "not installed"
-        if rtx and platform.machine() != "x86_64":
-            found, fix = "not installed; pip has it for x86-64 only", None
-        elif not rtx and _jetson():
-            found = "not visible to this Python; JetPack's is the system's: make the virtual "
-            found += "environment with --system-site-packages"
-            fix = "sudo apt-get install python3-libnvinfer"
-        elif not rtx and not gpus():
-            found, fix = "not installed; of no use here: it builds and runs on its GPU only", None
-        return Check(area, name, "missing", found, fix)
-    version, trouble = _imported_version(module)
-    if version is None:
-        return Check(area, name, "warn", f"installed, but cannot be imported: {trouble}", fix)
-    if not rtx and _version(version) < (10,):
-        found = f"{version}: before 10.0, without IPluginV3"
-        return Check(area, name, "warn", found, None if _jetson() else fix)
-    return Check(area, name, "ok", version)
-
-
-def _imported_version(module: str) -> tuple[str | None, str]:
-    """(version, "") or (None, reason). In a process of its own, which may crash or hang."""
-    code = f"import {module} as m; m.Logger; print(m.__version__)"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return None, one_line(error)
-    if done.returncode == 0 and done.stdout.strip():
-        return done.stdout.strip().splitlines()[-1], ""
-    lines = done.stderr.strip().splitlines()
-    return None, lines[-1] if lines else f"the process ended with code {done.returncode}"
+def _sees_system() -> bool:
+    setting = r"^include-system-site-packages\s*=\s*true"
+    return bool(re.search(setting, _read(f"{sys.prefix}/pyvenv.cfg"), re.MULTILINE | re.IGNORECASE))
 
 
 # --- plugin --------------------------------------------------------------------------------------
@@ -325,10 +282,13 @@ def _toolchain() -> Iterator[Check]:
 
     try:
         found = find_toolchain()
-    except JmpDeployError as error:
-        fix = install_command("rtx")
-        if _jetson():
-            fix = "sudo apt-get install cuda-toolkit libnvinfer-headers-dev"
+    except ToolchainError as error:
+        fix = install_command("nvcc")
+        if "NvInfer" in error.message:  # the wheels of TensorRT-RTX's extra have the headers
+            jetson = jetson_linux() is not None
+            fix = (
+                "sudo apt-get install libnvinfer-headers-dev" if jetson else install_command("rtx")
+            )
         yield Check("plugin", "plugin toolchain", "missing", error.message, fix)
         return
     text = f"nvcc {found.cuda_version} ({found.nvcc}), headers of TensorRT {found.tensorrt_version}"
@@ -369,7 +329,7 @@ def _hub() -> Iterator[Check]:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         yield Check(area, name, "warn", "not asked: HF_HUB_OFFLINE is set; its cache is used")
         return
-    if not _importable("huggingface_hub"):
+    if not importable("huggingface_hub"):
         yield Check(
             area, name, "missing", "huggingface_hub is not installed", install_command("export")
         )

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+from . import device
 from .paths import checkout
 
 
@@ -87,12 +89,67 @@ class MissingPackageError(JmpDeployError):
     """An optional package that this command needs is not installed."""
 
 
+class BrokenPackageError(MissingPackageError):
+    """A package that this command needs is installed, but cannot be imported."""
+
+
+FOR_CUDA_12 = ("tensorrt", "rtx", "runtime")
+"""Extras of CUDA 13 that have a twin, "-cu12", for drivers before it."""
+
+FROM_JETPACK = {
+    "tensorrt": "sudo apt-get install python3-libnvinfer",
+    "nvcc": "sudo apt-get install cuda-toolkit",
+}
+"""Extras that a Jetson has from its system instead."""
+
+
 def install_command(extra: str) -> str:
-    """The pip command for an extra: from the checkout where this runs from one."""
-    if root := checkout():
-        target = f".[{extra}]" if root == Path.cwd() else f"{root}[{extra}]"
-        return f"python -m pip install -e {shlex.quote(target)}"
-    return f"python -m pip install 'jmp-deploy[{extra}]'"
+    """The command that installs an extra here: from the checkout where this runs from one.
+
+    It goes by the machine: a driver before CUDA 13 gets the twin for CUDA 12, a PyTorch that is
+    there is kept, and a Jetson takes from JetPack what JetPack has.
+    """
+    jetson = device.jetson_linux() is not None
+    if jetson and extra in FROM_JETPACK:
+        return FROM_JETPACK[extra]
+    if extra == "export" and (jetson or _has_torch()):
+        extra = "export-no-torch"
+    if device.needs_cuda_12():
+        if extra == "nvcc":
+            return "python -m pip install 'cuda-toolkit[nvcc,cudart,cccl]>=12.6,<13'"
+        extra += "-cu12" if extra in FOR_CUDA_12 else ""
+    root = checkout()
+    if root is None:
+        return f"python -m pip install 'jmp-deploy[{extra}]'"
+    target = f".[{extra}]" if root == Path.cwd() else f"{root}[{extra}]"
+    # What is there may be of other versions than the tested ones: then pip would replace it.
+    held = "" if _has_torch() or extra.endswith(("-cu12", "-no-torch")) else constraints()
+    return f"python -m pip install -e {shlex.quote(target)}{held}"
+
+
+def constraints() -> str:
+    """The option that holds pip to the tested set of versions, where that is at hand."""
+    root = checkout()
+    if root is None or device.needs_cuda_12() or not (root / "constraints.txt").is_file():
+        return ""
+    file = root / "constraints.txt"
+    return f" -c {shlex.quote(file.name if root == Path.cwd() else str(file))}"
+
+
+def one_line(value: object) -> str:
+    """The first line of a text or an error, without control characters; empty if there is none.
+
+    What others wrote (versions, names, messages) passes through here on its way to a terminal.
+    """
+    line = next(iter(str(value).strip().splitlines()), "")
+    return "".join(char if char.isprintable() else " " for char in line).strip()
+
+
+def _has_torch() -> bool:
+    try:
+        return find_spec("torch") is not None and find_spec("torchvision") is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def fail(message: str, hint: str | None, code: int) -> int:

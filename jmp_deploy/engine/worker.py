@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.device import gpus
 from ..core.errors import EngineError, JmpDeployError
+from ..core.packages import import_failure
 from . import api
 from .builder import EVENT, MODULES
 
@@ -30,6 +31,12 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        failure = import_failure(error)
+        if failure is None:
+            raise
+        _emit("error", message=failure.message, hint=failure.hint, log_says_more=False)
+        return 1
     return 0
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core.errors import ToolchainError
+from ..core.errors import ToolchainError, install_command
 
 # Those of a release; plugins/CMakeLists.txt has the same list. 87 is Orin, 100 B200, 110 Thor.
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120")
@@ -30,7 +30,6 @@ HOST_WORK, ARCHITECTURE_WORK = 4.0, 7.5
 OLDEST_CUDA = (12, 2)
 OLDEST_TENSORRT = (10, 0)
 
-INSTALL_NVCC = 'pip install "cuda-toolkit[nvcc,cudart,cccl]>=13" (or set CUDA_HOME, or JMP_NVCC)'
 INSTALL_HEADERS = (
     "pip install kernel-lens (its wheel has them), or apt install libnvinfer-headers-dev, "
     "or set TENSORRT_ROOT"
@@ -89,7 +88,7 @@ def find_nvcc() -> tuple[Path, str]:
             return nvcc, version
         rejected.append(version[0])
     found = "; ".join(rejected) if rejected else "none found"
-    raise ToolchainError(f"no usable CUDA compiler (nvcc): {found}", INSTALL_NVCC)
+    raise ToolchainError(f"no usable CUDA compiler (nvcc): {found}", _nvcc_hint())
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:
@@ -145,7 +144,7 @@ def known_architectures(nvcc: Path) -> set[str]:
     try:
         return set(re.findall(r"sm_(\d+)\b", _output([str(nvcc), "--list-gpu-code"])))
     except (OSError, subprocess.SubprocessError) as error:
-        raise ToolchainError(f"{nvcc} does not run ({_reason(error)})", INSTALL_NVCC) from error
+        raise ToolchainError(f"{nvcc} does not run ({_reason(error)})", _nvcc_hint()) from error
 
 
 def compilable(arch: str, known: set[str]) -> str:
@@ -333,6 +332,10 @@ def _headers_version(folder: Path) -> str:
             INSTALL_HEADERS,
         )
     return _dotted(parts)
+
+
+def _nvcc_hint() -> str:
+    return f"{install_command('nvcc')} (or set CUDA_HOME, or JMP_NVCC)"
 
 
 # --- Small things --------------------------------------------------------------------------------
