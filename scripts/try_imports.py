@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jmp_deploy.core.packages import PACKAGES, PAIR, TENSORRT_RTX, Package, try_imports  # noqa: E402
+from jmp_deploy.core.packages import PACKAGES, PAIR, TENSORRT_RTX, Package, try_imports
 
 WITH_EXPORT = ("onnxruntime", "polygraphy")
 
@@ -57,7 +57,9 @@ def main() -> int:
     trials = try_imports(packages)
     for package in packages:
         if trouble := trials[package.name].trouble:
-            print(f"error: {trouble}\n  mend it: {cure(package)}", file=sys.stderr)
+            named = trouble.startswith("cannot import")
+            what = trouble if named else f"cannot import {package.module}: {trouble}"
+            print(f"error: {what}\n  mend it: {cure(package)}", file=sys.stderr)
             return 2
     return 0
 
