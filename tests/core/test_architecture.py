@@ -1,109 +1,57 @@
-"""Who may import whom: docs/architecture.md's table, held against the code."""
+"""Who may import whom: the table in scripts/architecture.py, held against the code."""
 
 from __future__ import annotations
 
-import ast
-from collections import defaultdict
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-from typing import Any
+import importlib.util
 
 import pytest
 
-from jmp_deploy.core.paths import PACKAGE
+from jmp_deploy.core.paths import IMPORT_ROOT, PACKAGE
 
-MAY_IMPORT = {
-    "core": set(),
-    "plugin": {"core"},
-    "jmp": {"core", "plugin"},
-    "engine": {"core", "plugin"},
-    "export": {"core", "jmp"},
-    "quantize": {"core", "jmp", "export"},
-    "tune": {"core", "jmp", "export"},
-    "compare": {"core", "jmp", "export", "engine"},
-    "bench": {"core", "jmp", "export", "engine"},
-    "validate": {"core", "engine"},
-    "__main__": {"cli"},
-}
-"""Room -> rooms that it may import. `pipeline` may import every room but cli, cli everything."""
-EVERYTHING = {*MAY_IMPORT, "pipeline"}
 HEAVY = {"torch", "timm", "onnx", "onnx_graphsurgeon", "onnxscript", "rich"}
-"""Packages, and below the rooms whose modules may import them at once."""
-MAY_BE_HEAVY = {"jmp": HEAVY - {"rich"}, "export": HEAVY - {"rich"}, "quantize": HEAVY - {"rich"}}
+"""Packages that no module imports at once, but for those of the rooms below."""
+MAY_BE_HEAVY = {room: HEAVY - {"rich"} for room in ("jmp", "export", "quantize")}
 MAY_BE_HEAVY |= {"cli": {"rich"}}
 
 
-@cache
-def imports(source: str, module: tuple[str, ...]) -> list[tuple[tuple[str, ...], bool]]:
-    """(what is imported, as a path; whether at module level) by a module's source."""
-    return list(_imports(ast.parse(source), module))
-
-
-def _imports(tree: ast.Module, module: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
-    for node in ast.walk(tree):
-        at_once = node in tree.body
-        if isinstance(node, ast.Import):
-            yield from ((tuple(alias.name.split(".")), at_once) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = module[: len(module) - node.level] if node.level else ()
-            base += tuple(node.module.split(".")) if node.module else ()
-            yield from (((*base, alias.name), at_once) for alias in node.names)
-
-
-def room(path: tuple[str, ...]) -> str:
-    """The room of ("jmp_deploy", "core", "files"), or the module itself where it is in none."""
-    return path[1] if len(path) > 1 else ""
-
-
-def violations(sources: dict[tuple[str, ...], str]) -> list[str]:
-    """Imports that the table forbids, and circles of modules."""
-    found, graph = [], defaultdict(set)
-    for module, source in sources.items():
-        ours = room(module)
-        allowed = MAY_IMPORT.get(ours, EVERYTHING) | {ours}
-        for target, at_once in imports(source, module):
-            name = f"{'.'.join(module)} imports {'.'.join(target)}"
-            if target[0] != "jmp_deploy":
-                if target[0] in HEAVY - MAY_BE_HEAVY.get(ours, set()) and at_once:
-                    found.append(f"{name} at once")
-                if target[0] == "rich" and ours != "cli":
-                    found.append(name)
-                continue
-            if room(target) not in allowed and (PACKAGE / room(target)).exists():
-                found.append(name)
-            hit = target if target in sources else target[:-1]
-            if hit != module and hit in sources and len(hit) > 1:
-                graph[module].add(hit)
-    return found + [f"a circle through {'.'.join(module)}" for module in _circular(graph)]
-
-
-def _circular(graph: dict[Any, set[Any]]) -> list[Any]:
-    """Modules that reach themselves."""
-
-    def reach(start):
-        seen, todo = set(), [*graph[start]]
-        while todo:
-            if (node := todo.pop()) not in seen:
-                seen.add(node)
-                todo += graph.get(node, ())
-        return seen
-
-    return [module for module in list(graph) if module in reach(module)]
+@pytest.fixture(scope="module")
+def architecture():
+    path = IMPORT_ROOT / "scripts" / "architecture.py"
+    spec = importlib.util.spec_from_file_location("architecture", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def sources() -> dict[tuple[str, ...], str]:
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        # a package's own relative imports count from one level below its name
-        found[parts] = path.read_text("utf-8")
+def sources(architecture):
+    return architecture.read_sources()
+
+
+def violations(architecture, sources) -> list[str]:
+    """Imports that the table forbids, and circles of modules."""
+    found = [f"a circle: {'.'.join(m)}" for m in architecture.circles(architecture.graph(sources))]
+    everything = {*architecture.MAY_IMPORT, "pipeline"}
+    for module, source in sources.items():
+        ours = architecture.room(module)
+        allowed = architecture.MAY_IMPORT.get(ours, everything) | {ours}
+        for target, at_once in architecture.imports(source, module):
+            name = f"{'.'.join(module)} imports {'.'.join(target)}"
+            if target[0] == "jmp_deploy":
+                theirs = architecture.room(target)
+                if theirs not in allowed and (
+                    (PACKAGE / theirs).is_dir() or (PACKAGE / f"{theirs}.py").is_file()
+                ):
+                    found.append(name)
+            elif target[0] in HEAVY - MAY_BE_HEAVY.get(ours, set()) and at_once:
+                found.append(f"{name} at once")
+            elif target[0] == "rich" and ours != "cli":
+                found.append(name)
     return found
 
 
-def test_imports_keep_to_the_table(sources):
-    assert violations(sources) == []
+def test_imports_keep_to_the_table(architecture, sources):
+    assert violations(architecture, sources) == []
 
 
 @pytest.mark.parametrize(
@@ -120,14 +68,17 @@ def test_imports_keep_to_the_table(sources):
         ("core/files", "from . import artifact"),  # which imports files
     ],
 )
-def test_a_planted_import_is_found(sources, module, line):
+def test_a_planted_import_is_found(architecture, sources, module, line):
     place = ("jmp_deploy", *module.split("/"))
-    assert violations({**sources, place: f"{sources[place]}\n{line}\n"}) != []
+    planted = {**sources, place: f"{sources[place]}\n{line}\n"}
+    assert len(violations(architecture, planted)) > len(violations(architecture, sources))
 
 
-def test_every_room_stands_in_the_table_and_in_the_documentation():
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rooms == {*MAY_IMPORT, "cli"} - {"__main__"}
-    text = (Path(PACKAGE.parent) / "docs" / "architecture.md").read_text("utf-8")
-    for name in rooms:
-        assert f"`{name}/`" in text, name
+def test_the_documentation_shows_what_there_is(architecture, sources):
+    rooms = set(architecture.rooms(sources))
+    assert rooms == {*architecture.MAY_IMPORT, "cli", "pipeline"} - {"__main__"}
+    text = architecture.DOCUMENT.read_text("utf-8")
+    for room in rooms - {"pipeline"}:
+        assert f"`{room}/`" in text, room
+    drawn = text.split(architecture.START)[1].split(architecture.END)[0]
+    assert drawn == architecture.drawing(sources), "python scripts/architecture.py --write"

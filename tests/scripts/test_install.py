@@ -142,6 +142,7 @@ def misfit(tmp_path: Path) -> Path:
         (site / f"{name}-{version}.dist-info").mkdir()
         (site / f"{name}-{version}.dist-info" / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            + ("Requires-Dist: torch>=2.14.0\n" if name == "torchvision" else "")
         )
     why = "operator torchvision::nms does not exist"
     (site / "torchvision" / "__init__.py").write_text(f"raise RuntimeError({why!r})")
