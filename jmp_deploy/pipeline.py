@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bench.int8 import settle_engines
 from .core import artifact, interrupt
 from .core.errors import ArtifactError, EngineError, ScheduleError
 from .core.files import atomic_path, make_writable_dir, sha256
@@ -135,7 +136,8 @@ def build(
             data["engine"], data["no_engine"] = make(), None
             if options.precision == "int8":
                 twin = make(artifact.TWIN_DEPLOYABLE, artifact.TWIN_ENGINE, "twin engine")
-                build_int8.settle_engines(staging, data, twin, clock, options.int8)
+                force = options.int8 is not None and options.int8.force
+                settle_engines(staging, data, twin, clock, force=force)
         data["stages"] = clock.stages
         names = sorted(path.name for path in staging.iterdir() if path.name in _LISTED)
         artifact.write(staging, data, names)
@@ -277,7 +279,7 @@ def _check(
 ) -> dict[str, Any]:
     """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
     from .compare import compare
-    from .engine.backends import onnxruntime_runner, quiet_polygraphy
+    from .core import ort
 
     if options.images:
         paths = find_images(options.images)
@@ -287,17 +289,17 @@ def _check(
         photos = sample_photos()
         names = [name for name, _ in photos]
         images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
-    quiet_polygraphy()
+    ort.quiet_polygraphy()
     runners = [
         compare.torch_runner(loaded.model, output),
-        onnxruntime_runner(portable),
+        ort.session_runner(portable),
     ]
     pairs, times, outputs = compare.run_and_pair(
         runners, images, options.batch, options.precision, near_ties=not options.dense
     )
     twin = portable.parent / _TWIN
     if twin.is_file():
-        runners[1] = onnxruntime_runner(twin, "onnxruntime (FP16 twin)")
+        runners[1] = ort.session_runner(twin, "onnxruntime (FP16 twin)")
         others, more_times, _ = compare.run_and_pair(
             runners, images, options.batch, "fp16", near_ties=not options.dense
         )

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.images import INPUT
+from ..export import graph
+from ..jmp.node import OPSET
 from ..jmp.schedule import ModelShape
 
-INPUT = "images"
-"""Of every part: the engine's builder and our runners know an input by this name."""
 ATTENTION, MLP, DENSE = "attention", "mlp", "dense"
 
 
@@ -67,9 +68,7 @@ def export_parts(
 
 def with_tokens(source: Path, tokens: int, target: Path) -> Path:
     """A chain for one number of tokens, as a reduction leaves it in a model: a static shape."""
-    from ..export.export import load_model, save_model
-
-    proto = load_model(source)
+    proto = graph.load_model(source)
     dimension = proto.graph.input[0].type.tensor_type.shape.dim[1]
     dimension.Clear()
     dimension.dim_value = tokens
@@ -78,7 +77,7 @@ def with_tokens(source: Path, tokens: int, target: Path) -> Path:
     output = proto.graph.output[0].type.tensor_type.shape.dim[1]
     output.Clear()
     output.dim_value = tokens
-    save_model(proto, target)
+    graph.save_model(proto, target)
     return target
 
 
@@ -100,7 +99,6 @@ def _export_chain(model: Any, name: str, shape: ModelShape, width: int, path: Pa
     import torch
 
     from ..core.errors import GraphError
-    from ..export.export import OPSET, save_model
 
     chain = _chain(model, name)
     example = torch.zeros(2, shape.num_prefix + shape.num_patches, width)
@@ -120,7 +118,7 @@ def _export_chain(model: Any, name: str, shape: ModelShape, width: int, path: Pa
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise GraphError(f"PyTorch could not export {name}: {str(error).strip()}") from error
-    save_model(program.model_proto, path)
+    graph.save_model(program.model_proto, path)
 
 
 def _chain(model: Any, name: str) -> Any:

@@ -11,7 +11,7 @@ from ..core import artifact
 from ..core.device import gpus
 from ..core.errors import ArtifactError, JmpDeployError
 from ..engine import builder
-from ..jmp.node import DOMAIN
+from ..export import graph
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -49,26 +49,17 @@ def onnx_facts(path: Path) -> dict[str, Any]:
     Raises:
         JmpDeployError: the file is not ONNX, or the onnx package is not installed.
     """
-    from ..export.export import load_model, read_node
-    from ..export.fp16 import weight_types
-
-    proto = load_model(path)
-    reductions = []
-    for index, node in enumerate(proto.graph.node):
-        if node.domain == DOMAIN:
-            bare = type(node)()
-            bare.CopyFrom(node)
-            plugin = [a for a in bare.attribute if a.name.startswith("plugin_")]
-            for attribute in plugin:
-                bare.attribute.remove(attribute)
-            reductions.append(
-                {"name": node.name, "position": index, **vars(read_node(bare))},
-            )
+    proto = graph.load_model(path)
+    reductions = [
+        {"name": node.name, "position": index, **vars(graph.read_node(node))}
+        for index, node in enumerate(proto.graph.node)
+        if graph.is_reduction(node)
+    ]
     return {
         "form": "portable" if proto.functions or not reductions else "deployable",
         "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
         "operators": dict(Counter(node.op_type for node in proto.graph.node).most_common()),
-        "weights_bytes": weight_types(proto),
+        "weights_bytes": graph.weight_types(proto),
         "reductions": reductions,
     }
 

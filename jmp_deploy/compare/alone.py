@@ -13,8 +13,8 @@ import numpy as np
 
 from ..core import interrupt
 from ..core.errors import GraphError
-from ..engine.backends import INPUT
-from ..jmp.node import DOMAIN
+from ..core.images import INPUT
+from ..export.graph import reductions
 from .measures import TOLERANCES, relative
 from .trace import (
     SHOWN,
@@ -175,8 +175,8 @@ def _feeds(proto: onnx.ModelProto, a: Trace, place: Block, index: int) -> dict[s
         place.entry: a.blocks[index].entry.astype(kind),
         INPUT: np.zeros((len(a.blocks[index].entry), 3, 1, 1), np.float32),
     }
-    for graph_node in proto.graph.node:
-        if graph_node.domain != DOMAIN or graph_node.name == reduction_name(index):
+    for graph_node in reductions(proto):
+        if graph_node.name == reduction_name(index):
             continue
         for block, sizes in a.sizes.items():
             if reduction_name(block) == graph_node.name and block < index:

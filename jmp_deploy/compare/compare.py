@@ -17,8 +17,10 @@ import numpy as np
 
 from ..core import artifact, interrupt
 from ..core.errors import ArtifactError, ImageError, JmpDeployError
-from ..core.images import UNREADABLE_LIMIT, Preprocess, open_image, preprocess
-from ..engine.backends import INPUT, join, open_runner, pick_backend, quiet_polygraphy, split
+from ..core.images import INPUT, UNREADABLE_LIMIT, Preprocess, open_image, preprocess
+from ..core.ort import quiet_polygraphy
+from ..engine.backends import join, open_runner, pick_backend, split
+from ..export.graph import load_model
 from .measures import TABLE, TOLERANCES, Pair, measure
 from .trace import Backend
 
@@ -298,17 +300,15 @@ def _reductions(
             "kept tokens can be seen in PyTorch and ONNX Runtime, and not both take part (an "
             "engine's stay inside the plugin; stored outputs hold none)"
         )
-    try:
-        import onnx
-    except ImportError:
-        return None, "onnx is not installed"
     from . import reductions
     from .trace import trace_onnx, trace_torch
 
     try:
-        proto = onnx.load_model(folder / artifact.PORTABLE)
+        proto = load_model(folder / artifact.PORTABLE)
         theirs = trace_onnx(proto, images, data["batch"])
         report = reductions.report(trace_torch(torch_model, images), theirs, data["precision"])
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed"
     except JmpDeployError as error:
         return None, error.message
     return report, None

@@ -25,6 +25,7 @@ import numpy as np
 from ..core import artifact
 from ..core.errors import ArtifactError, EngineError
 from ..engine.backends import infer, open_runner
+from ..export.graph import load_model, save_model
 from .alone import PARTS, by_itself, limit_of, own_error
 from .measures import TINY, cosines, relative
 from .reductions import owners
@@ -67,11 +68,10 @@ def examine(
         ArtifactError: the blocks of one of them cannot be seen.
         EngineError: an engine with marked blocks cannot be built or run.
     """
-    import onnx
 
     def portable() -> onnx.ModelProto:
         artifact.verify(folder, data, artifact.PORTABLE)
-        return onnx.load_model(folder / artifact.PORTABLE)
+        return load_model(folder / artifact.PORTABLE)
 
     def trace(backend: Backend) -> Trace:
         if backend.model is not None:
@@ -189,15 +189,13 @@ def trace_engine(folder: Path, data: dict[str, Any], images: NDArray[np.float32]
         EngineError: it cannot be built or run here.
         ArtifactError: the artifact has no deployable model.
     """
-    import onnx
-
     from ..engine import builder as engines
 
     facts = data["engine"]
     if not facts:
         raise EngineError("the artifact has no engine")
     artifact.verify(folder, data, artifact.DEPLOYABLE)
-    proto = onnx.load_model(folder / artifact.DEPLOYABLE)
+    proto = load_model(folder / artifact.DEPLOYABLE)
     places = block_tensors(proto)
     names = [places[0].entry, *(place.out for place in places)]
     spec = engines.EngineSpec(
@@ -209,7 +207,7 @@ def trace_engine(folder: Path, data: dict[str, Any], images: NDArray[np.float32]
     with tempfile.TemporaryDirectory(prefix="jmp-debug-") as name:
         temporary = Path(name)
         model = temporary / artifact.DEPLOYABLE
-        onnx.save_model(mark(proto, names), model)
+        save_model(mark(proto, names), model)
         plugin = None
         if data["jmp"]:
             from ..plugin.library import plugin_library

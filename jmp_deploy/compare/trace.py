@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..core.errors import EngineError, GraphError
-from ..engine.backends import INPUT, join, split
+from ..core.errors import GraphError
+from ..core.images import INPUT
+from ..core.ort import session_runner
+from ..engine.backends import join, split
 from ..jmp.node import DOMAIN, TokenReduce
 
 if TYPE_CHECKING:
@@ -258,25 +260,6 @@ def run_session(
     pieces = split(images, max(least, min(most, BATCH)), least)
     with session_runner(proto, name) as runner:
         return join([_copied(runner.infer({INPUT: piece})) for piece in pieces], len(images))
-
-
-def session_runner(proto: onnx.ModelProto, name: str = "onnxruntime") -> Any:
-    """A Polygraphy runner of a model that is in no file."""
-    import onnxruntime
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-
-    def session() -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
-        try:
-            return onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions share no public base class
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"ONNX Runtime cannot open the marked model: {reason}") from error
-
-    return OnnxrtRunner(session, name=name)
 
 
 def make_choice(

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+INPUT = "images"
+"""Name of a model's input, [B, 3, H, W] float32."""
 UNREADABLE_LIMIT = 0.01
 """Share of unreadable images above which a command has failed: what is left is another data set."""
 

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import artifact
+from ..core import artifact, ort
 from ..core.device import gpus
-from ..core.errors import EngineError, MissingPackageError, install_command
+from ..core.errors import EngineError, install_command
+from ..core.images import INPUT
 from . import api, fit
 from .api import MODULES, installed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-INPUT = "images"
 
 
 def pick_backend(
@@ -65,30 +64,12 @@ def open_runner(folder: Path, data: dict[str, Any], backend: str) -> Any:
         ArtifactError: the file is missing or altered.
         MissingPackageError: Polygraphy or ONNX Runtime is not installed.
     """
-    quiet_polygraphy()
+    ort.quiet_polygraphy()
     if backend == "onnxruntime":
         artifact.verify(folder, data, artifact.PORTABLE)
-        return onnxruntime_runner(folder / artifact.PORTABLE)
+        return ort.session_runner(folder / artifact.PORTABLE)
     artifact.verify(folder, data, artifact.ENGINE)
     return _engine_runner(folder / artifact.ENGINE, data)
-
-
-def onnxruntime_runner(model: Path, name: str = "onnxruntime") -> Any:
-    """A runner of a portable model on the CPU."""
-    import onnxruntime
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-
-    def session() -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
-        providers = ["CPUExecutionProvider"]
-        try:
-            return onnxruntime.InferenceSession(str(model), options, providers=providers)
-        except Exception as error:  # its exceptions share no public base class
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"ONNX Runtime cannot open {model}: {reason}") from error
-
-    return OnnxrtRunner(session, name=name)
 
 
 def infer(runner: Any, images: NDArray[np.float32], batch: tuple[int, int, int]) -> dict[str, Any]:
@@ -126,17 +107,6 @@ def join(parts: Sequence[Mapping[str, Any]], count: int) -> dict[str, NDArray[An
         name: np.concatenate([np.asarray(part[name]) for part in parts])[:count]
         for name in parts[0]
     }
-
-
-def quiet_polygraphy() -> None:
-    """Lets Polygraphy say only what is wrong; progress is ours to show."""
-    try:
-        from polygraphy.logger import G_LOGGER
-    except ImportError as error:
-        raise MissingPackageError(
-            "polygraphy is not installed", install_command("runtime")
-        ) from error
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL
 
 
 def _engine_obstacle(folder: Path, data: dict[str, Any], through: str) -> str | None:
