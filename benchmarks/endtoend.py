@@ -166,17 +166,10 @@ def cut_tokens(x: Any, qkv: Any, size: Any, attributes: Any) -> tuple[Any, Any, 
 
 def cut_in_onnx(source: Path, target: Path) -> None:
     """The same of an exported model: its reductions get the body of `cut_tokens`."""
-    import onnx
-    import onnx.parser
+    from jmp_deploy.export import body, graph
 
-    from jmp_deploy.jmp import node
-
-    proto = onnx.load_model(source)
-    names = ", ".join(node.TokenReduce.__dataclass_fields__)
-    body = f"""
-<domain: "{node.DOMAIN}", opset_import: ["": {node.OPSET}]>
-{node.OP_TYPE} <{names}> (x, qkv, size) => (y, out_size, log_size)
-{{
+    proto = graph.load_model(source)
+    cut = body.function("""
   zero = Constant <value_ints = [0]> ()
   one = Constant <value_ints = [1]> ()
   prefix = Constant <value_int: int = @num_prefix> ()
@@ -186,11 +179,10 @@ def cut_in_onnx(source: Path, target: Path) -> None:
   y = Slice (x, zero, places, one)
   out_size = Slice (size, zero, places, one)
   log_size = Log (out_size)
-}}
-"""
+""")
     del proto.functions[:]
-    proto.functions.append(onnx.parser.parse_function(body))
-    onnx.save_model(proto, target)
+    proto.functions.append(cut)
+    graph.save_model(proto, target)
 
 
 def _torch_timer(model: Any, size: tuple[int, int]) -> Callable[[int], timing.Timer]:
@@ -213,19 +205,12 @@ def _torch_timer(model: Any, size: tuple[int, int]) -> Callable[[int], timing.Ti
 
 def _onnx_timer(path: Path, size: tuple[int, int], threads: int) -> Callable[[int], timing.Timer]:
     import numpy as np
-    import onnxruntime
 
-    from jmp_deploy.export.export import INPUT
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # The threads of a session whose turn it is not would spin on, and take the other's cores.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    providers = ["CPUExecutionProvider"]
+    from jmp_deploy.core import ort
+    from jmp_deploy.core.images import INPUT
 
     def timer(batch: int) -> timing.Timer:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = ort.session(path, ort.TAKES_TURNS, threads=threads)
         images = np.random.default_rng(0).standard_normal((batch, 3, *size)).astype(np.float32)
         for _ in range(3):
             session.run(None, {INPUT: images})

@@ -293,14 +293,9 @@ class _Store:
         return found
 
     def _session(self, model: Path) -> Any:
-        import onnxruntime
+        from jmp_deploy.core import ort
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads
-        # A CPU without VNNI overflows in INT8 products otherwise, which no GPU does.
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return ort.session(model, ort.EXACT_INT8, threads=self.threads)
 
 
 class _Lines:

@@ -12,6 +12,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+from ..core import ort
 from ..core.artifact import PORTABLE, Artifact
 from ..core.errors import EngineError
 from ..core.images import INPUT
@@ -46,19 +47,7 @@ class OnnxRuntime:
     def __init__(self, model: Path, shape: tuple[int, ...], threads: int, name: str = INPUT):
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        # Two sessions take turns: threads of the one that waits must not spin in the other's time.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            self.session: Any = onnxruntime.InferenceSession(
-                str(model), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions share no public base class
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"ONNX Runtime cannot open {model}: {reason}") from error
+        self.session: Any = ort.session(model, ort.TAKES_TURNS, threads=threads)
         self.library = f"ONNX Runtime {onnxruntime.__version__}"
         self.model, self.shape, self.name = model, shape, name
 

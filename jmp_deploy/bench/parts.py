@@ -14,6 +14,8 @@ from typing import Any
 
 from ..core.artifact import Artifact
 from ..core.images import INPUT
+from ..export import graph
+from ..jmp.node import OPSET
 from ..jmp.schedule import ModelShape
 
 ATTENTION, MLP, DENSE = "attention", "mlp", "dense"
@@ -64,9 +66,7 @@ def export_parts(
 
 def with_tokens(source: Path, tokens: int, target: Path) -> Path:
     """A chain for one number of tokens, as a reduction leaves it in a model: a static shape."""
-    from ..export.export import load_model, save_model
-
-    proto = load_model(source)
+    proto = graph.load_model(source)
     dimension = proto.graph.input[0].type.tensor_type.shape.dim[1]
     dimension.Clear()
     dimension.dim_value = tokens
@@ -75,7 +75,7 @@ def with_tokens(source: Path, tokens: int, target: Path) -> Path:
     output = proto.graph.output[0].type.tensor_type.shape.dim[1]
     output.Clear()
     output.dim_value = tokens
-    save_model(proto, target)
+    graph.save_model(proto, target)
     return target
 
 
@@ -97,7 +97,6 @@ def _export_chain(model: Any, name: str, shape: ModelShape, path: Path) -> None:
     import torch
 
     from ..core.errors import GraphError
-    from ..export.export import OPSET, save_model
     from ..jmp.families import written_out_attention
 
     chain = _chain(model, name)
@@ -122,7 +121,7 @@ def _export_chain(model: Any, name: str, shape: ModelShape, path: Path) -> None:
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise GraphError(f"PyTorch could not export {name}: {str(error).strip()}") from error
-    save_model(program.model_proto, path)
+    graph.save_model(program.model_proto, path)
 
 
 def _chain(model: Any, name: str) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 from ..core import artifact
 from ..core.artifact import Artifact
 from ..core.device import gpus
-from ..core.errors import ArtifactError, JmpDeployError
+from ..core.errors import ArtifactError, JmpDeployError, MissingPackageError, install_command
 from ..engine import builder
-from ..jmp.node import DOMAIN
+from ..export import graph
 
 
 def inspect_artifact(found: artifact.Artifact) -> dict[str, Any]:
@@ -77,26 +77,22 @@ def onnx_facts(path: Path) -> dict[str, Any]:
     Raises:
         JmpDeployError: the file is not ONNX, or the onnx package is not installed.
     """
-    from ..export.export import load_model, read_node
-    from ..export.fp16 import weight_types
-
-    proto = load_model(path)
-    reductions = []
-    for index, node in enumerate(proto.graph.node):
-        if node.domain == DOMAIN:
-            bare = type(node)()
-            bare.CopyFrom(node)
-            plugin = [a for a in bare.attribute if a.name.startswith("plugin_")]
-            for attribute in plugin:
-                bare.attribute.remove(attribute)
-            reductions.append(
-                {"name": node.name, "position": index, **vars(read_node(bare))},
-            )
+    try:
+        proto = graph.load_model(path)
+    except ModuleNotFoundError as error:  # on a device the small extra is enough
+        raise MissingPackageError(
+            f"this needs {error.name}, which is not installed", install_command("runtime")
+        ) from error
+    reductions = [
+        {"name": node.name, "position": index, **vars(graph.read_node(node))}
+        for index, node in enumerate(proto.graph.node)
+        if graph.is_reduction(node)
+    ]
     return {
         "form": "portable" if proto.functions or not reductions else "deployable",
         "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
         "operators": dict(Counter(node.op_type for node in proto.graph.node).most_common()),
-        "weights_bytes": weight_types(proto),
+        "weights_bytes": graph.weight_types(proto),
         "reductions": reductions,
     }
 

@@ -14,11 +14,11 @@ import numpy as np
 from ..core import interrupt
 from ..core.errors import GraphError
 from ..core.images import INPUT
-from ..export.graph import SHOWN, as_planned, block_tensors, show_choices
-from ..jmp.node import DOMAIN, reduction_name
+from ..core.ort import session_runner
+from ..export.graph import SHOWN, as_planned, block_tensors, reductions, show_choices
+from ..jmp.node import reduction_name
 from ..jmp.trace import Block, Trace, make_choice
 from .measures import TOLERANCES, relative
-from .trace import session_runner
 
 if TYPE_CHECKING:
     import onnx
@@ -167,8 +167,8 @@ def _feeds(proto: onnx.ModelProto, a: Trace, place: Block, index: int) -> dict[s
         place.entry: a.blocks[index].entry.astype(kind),
         INPUT: np.zeros((len(a.blocks[index].entry), 3, 1, 1), np.float32),
     }
-    for graph_node in proto.graph.node:
-        if graph_node.domain != DOMAIN or graph_node.name == reduction_name(index):
+    for graph_node in reductions(proto):
+        if graph_node.name == reduction_name(index):
             continue
         for block, sizes in a.sizes.items():
             if reduction_name(block) == graph_node.name and block < index:

@@ -27,7 +27,9 @@ from ..core.images import (
     preprocess,
     split,
 )
-from ..engine.backends import open_runner, pick_backend, quiet_polygraphy
+from ..core.ort import quiet_polygraphy
+from ..engine.backends import open_runner, pick_backend
+from ..export.graph import load_model
 from .measures import TABLE, TOLERANCES, Pair, measure
 from .trace import Backend
 
@@ -291,18 +293,16 @@ def _reductions(
             "kept tokens can be seen in PyTorch and ONNX Runtime, and not both take part (an "
             "engine's stay inside the plugin; stored outputs hold none)"
         )
-    try:
-        import onnx
-    except ImportError:
-        return None, "onnx is not installed"
     from ..jmp.trace import trace_torch
     from . import reductions
     from .trace import trace_onnx
 
     try:
-        proto = onnx.load_model(artifact.path(PORTABLE))
+        proto = load_model(artifact.path(PORTABLE))
         theirs = trace_onnx(proto, images, artifact.batch)
         report = reductions.report(trace_torch(torch_model, images), theirs, artifact.precision)
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed"
     except JmpDeployError as error:
         return None, error.message
     return report, None

@@ -26,7 +26,7 @@ import numpy as np
 from ..core.artifact import DEPLOYABLE, ENGINE, PORTABLE, TWIN_DEPLOYABLE, Artifact
 from ..core.errors import ArtifactError, EngineError
 from ..engine.backends import engine_runner, infer
-from ..export.graph import block_tensors, mark, prefix_tokens
+from ..export.graph import block_tensors, load_model, mark, prefix_tokens, save_model
 from ..jmp.trace import Block, Trace, owners, trace_torch
 from .alone import PARTS, by_itself, limit_of, own_error
 from .measures import TINY, TOLERANCES, cosines, relative
@@ -59,10 +59,9 @@ def examine(
         ArtifactError: the blocks of one of them cannot be seen.
         EngineError: an engine with marked blocks cannot be built or run.
     """
-    import onnx
 
     def portable() -> onnx.ModelProto:
-        return onnx.load_model(artifact.verified(PORTABLE))
+        return load_model(artifact.verified(PORTABLE))
 
     def trace(backend: Backend) -> Trace:
         if backend.model is not None:
@@ -182,8 +181,6 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
         EngineError: it cannot be built or run here.
         ArtifactError: the artifact has no deployable model.
     """
-    import onnx
-
     from ..engine import builder
     from ..engine.fit import EngineFile
     from ..engine.stage import find_plugin
@@ -192,7 +189,7 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
     if facts is None:
         raise EngineError("the artifact has no engine")
     twin = artifact.precision == "int8" and facts.precision == "fp16"
-    proto = onnx.load_model(artifact.verified(TWIN_DEPLOYABLE if twin else DEPLOYABLE))
+    proto = load_model(artifact.verified(TWIN_DEPLOYABLE if twin else DEPLOYABLE))
     places = block_tensors(proto)
     names = [places[0].entry, *(place.out for place in places)]
     targets = facts.targets if facts.flavour == "rtx" else ()
@@ -200,7 +197,7 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
     spec = builder.EngineSpec(artifact.batch, artifact.image_shape, options, facts.precision)
     with tempfile.TemporaryDirectory(prefix="jmp-debug-") as name:
         model, plan = Path(name) / DEPLOYABLE, Path(name) / ENGINE
-        onnx.save_model(mark(proto, names), model)
+        save_model(mark(proto, names), model)
         plugin = find_plugin() if artifact.jmp else (None, None)
         built = builder.build_engine(model, plan, facts.flavour, spec, plugin=plugin[0])
         built = replace(built, plugin=plugin[1])

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import EngineError
 from ..core.images import INPUT, join, split
+from ..core.ort import session_runner
 from ..jmp.trace import BATCH, Block, Trace, make_choice
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def trace_onnx(
         block_of,
         block_tensors,
         mark,
-        node_attributes,
         prefix_tokens,
+        read_node,
         show_choices,
     )
 
     nodes = show_choices(proto)
-    attributes = [node_attributes(n) for n in nodes]
+    attributes = [read_node(n) for n in nodes]
     names = [f"{n.name}.{what}" for n in nodes for what in SHOWN]
     places = block_tensors(proto) if blocks else []
     marked = mark(proto, [*names, *_unique(places)])
@@ -90,25 +90,6 @@ def run_session(
     pieces = split(images, max(least, min(most, BATCH)), least)
     with session_runner(proto, name) as runner:
         return join([_copied(runner.infer({INPUT: piece})) for piece in pieces], len(images))
-
-
-def session_runner(proto: onnx.ModelProto, name: str = "onnxruntime") -> Any:
-    """A Polygraphy runner of a model that is in no file."""
-    import onnxruntime
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-
-    def session() -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
-        try:
-            return onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions share no public base class
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"ONNX Runtime cannot open the marked model: {reason}") from error
-
-    return OnnxrtRunner(session, name=name)
 
 
 def _unique(places: Sequence[Block]) -> list[str]:

@@ -26,7 +26,7 @@ FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash")
 MAX_SIDE = 1 << 14
 INPUT = "images"
-"""Name of the one input that every exported model has."""
+"""Name of the one input that every exported model has, [B, 3, H, W] float32."""
 UNREADABLE_LIMIT = 0.01
 """Share of unreadable images above which a command has failed: what is left is another data set."""
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core import ort
 from ..core.artifact import ENGINE, PORTABLE, Artifact
 from ..core.device import gpus
-from ..core.errors import EngineError, MissingPackageError, install_command
+from ..core.errors import EngineError, install_command
 from ..core.images import INPUT, join, split
 from .api import MODULES, installed
 from .fit import EngineFile
@@ -56,28 +57,10 @@ def open_runner(artifact: Artifact, backend: str) -> Any:
         ArtifactError: the file is missing or altered.
         MissingPackageError: Polygraphy or ONNX Runtime is not installed.
     """
-    quiet_polygraphy()
+    ort.quiet_polygraphy()
     if backend == "onnxruntime":
-        return onnxruntime_runner(artifact.verified(PORTABLE))
+        return ort.session_runner(artifact.verified(PORTABLE))
     return engine_runner(artifact.path(ENGINE))
-
-
-def onnxruntime_runner(model: Path, name: str = "onnxruntime") -> Any:
-    """A runner of a portable model on the CPU."""
-    import onnxruntime
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-
-    def session() -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
-        providers = ["CPUExecutionProvider"]
-        try:
-            return onnxruntime.InferenceSession(str(model), options, providers=providers)
-        except Exception as error:  # its exceptions share no public base class
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"ONNX Runtime cannot open {model}: {reason}") from error
-
-    return OnnxrtRunner(session, name=name)
 
 
 def infer(runner: Any, images: NDArray[np.float32], batch: tuple[int, int, int]) -> dict[str, Any]:
@@ -98,17 +81,6 @@ def infer(runner: Any, images: NDArray[np.float32], batch: tuple[int, int, int])
         # copied: a TensorRT runner writes the next batch into the same buffers
         parts.append({name: np.array(value) for name, value in outputs.items()})
     return join(parts, len(images))
-
-
-def quiet_polygraphy() -> None:
-    """Lets Polygraphy say only what is wrong; progress is ours to show."""
-    try:
-        from polygraphy.logger import G_LOGGER
-    except ImportError as error:
-        raise MissingPackageError(
-            "polygraphy is not installed", install_command("runtime")
-        ) from error
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL
 
 
 def _engine_obstacle(artifact: Artifact) -> str | None:

@@ -1,6 +1,6 @@
 """The portable body of JMPTokenReduce in ONNX's text form, written for ONNX Runtime on a CPU.
 
-`node.body` parses it; nothing is imported here. What the definition's steps become, and why:
+What the definition's steps become, and why:
 
 - Every operator costs a few microseconds whatever its size, and there are up to ten reductions:
   what a constant or a neighbour can do is not an operator of its own.
@@ -34,6 +34,19 @@ shape, so that they broadcast along channels.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.errors import GraphError
+from ..jmp.node import DOMAIN, OP_TYPE, OPSET, VERSION, TokenReduce
+from .graph import read_node, reductions
+
+if TYPE_CHECKING:
+    import onnx
+
+QKV_PARTS = (3, 2)
+"""How many parts of H*d columns the body takes QKV to have: queries, keys and values, or no
+values."""
 
 _CONSTANTS = """
   zero = Constant <value_ints = [0]> ()
@@ -225,15 +238,86 @@ _MERGE = """
 """
 
 
-def operators(
-    *, granularity: str, importance: str, proportional: bool, selection: str, parts: int
-) -> str:
-    """The operators of the body for what one body cannot read from its node.
+def add_bodies(proto: onnx.ModelProto) -> None:
+    """Gives a model's JMPTokenReduce nodes their portable body, in place.
+
+    Raises:
+        GraphError: its nodes disagree in what one body can express.
+    """
+    from onnx.helper import make_opsetid
+
+    nodes = reductions(proto)
+    attributes = [read_node(n) for n in nodes]
+    del proto.functions[:]
+    if not attributes:
+        return
+    shared = {(a.granularity, a.importance, a.proportional, a.selection) for a in attributes}
+    if len(shared) > 1:
+        raise GraphError(
+            "reductions of one model must agree in granularity, importance, proportional "
+            "and selection"
+        )
+    widths = {
+        value.name: value.type.tensor_type.shape.dim[-1].dim_value
+        for value in [*proto.graph.value_info, *proto.graph.input]
+        if value.type.tensor_type.shape.dim
+    }
+    parts = {
+        widths.get(n.input[1], 0) / (a.num_heads * a.head_dim)
+        for n, a in zip(nodes, attributes, strict=True)
+    }
+    if len(parts) > 1 or not parts <= set(QKV_PARTS):
+        raise GraphError("reductions need a QKV tensor of two or three parts, and its width known")
+    proto.functions.append(body(attributes[0], int(parts.pop())))
+    if DOMAIN not in {entry.domain for entry in proto.opset_import}:
+        proto.opset_import.append(make_opsetid(DOMAIN, VERSION))
+
+
+def body(attributes: TokenReduce, parts: int) -> onnx.FunctionProto:
+    """The portable implementation of the node as an ONNX local function.
+
+    The arithmetic is float32 whatever T is, so the body serves FP32 and FP16 models unchanged.
+    All nodes of a model share one body, so they must agree in granularity, importance,
+    proportional, selection and parts; K, tau and the rest are read from each node.
 
     Args:
-        granularity, importance, proportional, selection: as in `node.TokenReduce`.
-        parts: how many parts QKV has, each as wide as all heads: 3, or 2 without the values.
+        attributes: of any of the nodes.
+        parts: W / (H*d), of `QKV_PARTS`.
     """
+    return function(
+        _operators(
+            granularity=attributes.granularity,
+            importance=attributes.importance,
+            proportional=attributes.proportional,
+            selection=attributes.selection,
+            parts=parts,
+        )
+    )
+
+
+def function(operators: str) -> onnx.FunctionProto:
+    """A local function in the node's place: its inputs, outputs and attributes, these operators.
+
+    Args:
+        operators: in ONNX's text form, from (x, qkv, size) to (y, out_size, log_size).
+    """
+    import onnx.parser
+
+    names = ", ".join(TokenReduce.__dataclass_fields__)
+    text = f"""
+<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
+{OP_TYPE} <{names}> (x, qkv, size) => (y, out_size, log_size)
+{{
+{operators}
+}}
+"""
+    return onnx.parser.parse_function(text)
+
+
+def _operators(
+    *, granularity: str, importance: str, proportional: bool, selection: str, parts: int
+) -> str:
+    """The body in ONNX's text form for what it cannot read from its node."""
     by_class = importance == "class"
     if proportional:
         logits = _LOG_SIZE.format(axes="one" if by_class else "one_two")

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..core.errors import GraphError
-from ..core.files import atomic_path
+from ..core.images import INPUT
 from ..core.outputs import output_of
 from ..jmp import node
 from ..jmp.families import written_out_attention
 from ..jmp.node import DOMAIN, OPSET, TokenReduce
 from ..jmp.patch import JMPBlocks
-
-INPUT = "images"
+from .body import add_bodies
+from .graph import reductions, save_model
 
 
 def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) -> Path:
@@ -70,80 +70,9 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     return path
 
 
-def add_bodies(proto: onnx.ModelProto) -> None:
-    """Gives a model's JMPTokenReduce nodes their portable body, in place.
-
-    Raises:
-        GraphError: its nodes disagree in what one body can express.
-    """
-    nodes = [n for n in proto.graph.node if n.domain == DOMAIN]
-    attributes = [read_node(n) for n in nodes]
-    del proto.functions[:]
-    if not attributes:
-        return
-    shared = {(a.granularity, a.importance, a.proportional, a.selection) for a in attributes}
-    if len(shared) > 1:
-        raise GraphError(
-            "reductions of one model must agree in granularity, importance, proportional "
-            "and selection"
-        )
-    widths = {
-        value.name: value.type.tensor_type.shape.dim[-1].dim_value
-        for value in [*proto.graph.value_info, *proto.graph.input]
-        if value.type.tensor_type.shape.dim
-    }
-    parts = {
-        widths.get(n.input[1], 0) / (a.num_heads * a.head_dim)
-        for n, a in zip(nodes, attributes, strict=True)
-    }
-    if len(parts) > 1 or not parts <= set(node.QKV_PARTS):
-        raise GraphError("reductions need a QKV tensor of two or three parts, and its width known")
-    proto.functions.append(node.body(attributes[0], int(parts.pop())))
-    if DOMAIN not in {entry.domain for entry in proto.opset_import}:
-        proto.opset_import.append(onnx.helper.make_opsetid(DOMAIN, node.VERSION))
-
-
-def read_node(graph_node: onnx.NodeProto) -> TokenReduce:
-    """Attributes of a JMPTokenReduce node; raises GraphError if they are not as expected."""
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in graph_node.attribute}
-    return TokenReduce.from_onnx(values)
-
-
-def save_model(proto: onnx.ModelProto, path: Path) -> None:
-    """Checks and writes a model, whole or not at all. Above 2 GB weights go beside it."""
-    with atomic_path(path) as temporary:
-        try:
-            onnx.save_model(proto, str(temporary))
-        except ValueError as error:  # protobuf's limit of 2 GB
-            raise GraphError(
-                f"the model is too large for one ONNX file ({error})",
-                "models above 2 GB in FP32 (ViT-g and larger) are not supported yet",
-            ) from error
-
-
-def load_model(path: Path) -> onnx.ModelProto:
-    """Reads an ONNX file.
-
-    Raises:
-        GraphError: missing, truncated or not ONNX.
-    """
-    try:
-        proto = onnx.load_model(path)
-        if not proto.graph.node or not proto.graph.output:
-            raise ValueError("it holds no graph")
-    except FileNotFoundError as error:
-        raise GraphError(f"no such file: {path}") from error
-    except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, OSError, ...
-        raise GraphError(
-            f"{path} is truncated or not an ONNX model: {str(error).splitlines()[0]}",
-            "build it again",
-        ) from error
-    return proto
-
-
 def _name_reductions(proto: onnx.ModelProto, blocks: nn.Module) -> None:
     """Names each reduction after its block, so that logs and `inspect` can be read."""
-    nodes = [n for n in proto.graph.node if n.domain == DOMAIN]
+    nodes = reductions(proto)
     indices = sorted(blocks.reductions) if isinstance(blocks, JMPBlocks) else []
     if len(nodes) != len(indices):
         raise GraphError(f"{len(indices)} reductions went in, {len(nodes)} came out of the export")

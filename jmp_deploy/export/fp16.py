@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from .export import load_model, save_model
+from .graph import load_model, save_model
 
 FP16_MAX = float(np.finfo(np.float16).max)
 FP16_TINY = 2.0**-24  # smallest subnormal
@@ -59,14 +59,3 @@ def half_proto(proto: onnx.ModelProto) -> onnx.ModelProto:
             logging.root.setLevel(level)
     half.functions.extend(functions)
     return half
-
-
-def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
-    """Bytes of weights per data type, e.g. {"FLOAT16": 44000000, "INT64": 120}."""
-    sizes: dict[str, int] = {}
-    for tensor in proto.graph.initializer:
-        name = onnx.TensorProto.DataType.Name(tensor.data_type)
-        count = int(np.prod(tensor.dims)) if tensor.dims else 1
-        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        sizes[name] = sizes.get(name, 0) + count * width
-    return sizes

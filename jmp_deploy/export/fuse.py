@@ -19,7 +19,8 @@ import onnx_graphsurgeon as gs
 from ..core.errors import GraphError
 from ..jmp import node
 from ..jmp.node import DOMAIN, OP_TYPE, TokenReduce
-from .export import add_bodies, load_model, save_model
+from .body import QKV_PARTS, add_bodies, body
+from .graph import is_reduction, load_model, save_model
 
 PLUGIN_ATTRIBUTES = {"plugin_version": str(node.VERSION), "plugin_namespace": DOMAIN}
 
@@ -48,7 +49,7 @@ def to_deployable(
     if found:
         if len(proto.functions) != 1:
             raise GraphError(f"{source} has {OP_TYPE} nodes without their body: is it deployable?")
-        if proto.functions[0] not in [node.body(found[0], parts) for parts in node.QKV_PARTS]:
+        if proto.functions[0] not in [body(found[0], parts) for parts in QKV_PARTS]:
             raise GraphError(
                 f"the body of {OP_TYPE} in {source} is not the one of this version of jmp_deploy",
                 "build the model again; a changed body would not match the plugin",
@@ -87,7 +88,7 @@ def to_portable(source: Path, target: Path) -> list[TokenReduce]:
 
 
 def _reductions(graph: gs.Graph) -> list[gs.Node]:
-    return [n for n in graph.nodes if n.domain == DOMAIN]
+    return [n for n in graph.nodes if is_reduction(n)]
 
 
 def _refuse_foreign_functions(proto: onnx.ModelProto) -> None:
@@ -104,7 +105,7 @@ def _check_reductions(graph: gs.Graph) -> list[TokenReduce]:
         if graph_node.domain in (None, "", "ai.onnx"):
             continue
         label = f"{graph_node.domain}::{graph_node.op} ({graph_node.name})"
-        if graph_node.domain != DOMAIN or graph_node.op != OP_TYPE:
+        if not is_reduction(graph_node) or graph_node.op != OP_TYPE:
             raise GraphError(f"unexpected operator in the model: {label}")
         attributes = TokenReduce.from_onnx(dict(graph_node.attrs))
         _check_wiring(graph_node, attributes, found[-1] if found else None, label)
@@ -129,7 +130,7 @@ def _check_wiring(
             raise GraphError(f"{label}: the first reduction needs constant sizes of shape [1, N]")
         patches = size.shape[1] - attributes.num_prefix
     else:
-        if not size.inputs or size.inputs[0].domain != DOMAIN:
+        if not size.inputs or not is_reduction(size.inputs[0]):
             raise GraphError(f"{label}: its sizes do not come from the reduction before it")
         patches = before.num_keep
     if attributes.num_keep >= patches:

@@ -1,14 +1,21 @@
-"""An exported model's graph, read: its reductions, its blocks, and what to show of them."""
+"""ONNX models as files and as graphs: reading and writing them, finding our reductions and the
+blocks in them, and making inner tensors outputs.
+
+Light to import: onnx is needed only once a model is at hand, so a device without it imports what
+imports this.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.errors import GraphError
+from ..core.files import atomic_path
 from ..jmp.node import DOMAIN, TokenReduce, reduction_name
 from ..jmp.trace import DECIDED, Block
 
@@ -18,6 +25,92 @@ if TYPE_CHECKING:
 
 SHOWN = (*DECIDED, "rest")
 """Tensors of the portable body (body.py) that tell what a reduction decided."""
+PLUGIN_PREFIX = "plugin_"
+"""Of the attributes by which a deployable model's nodes name their TensorRT plugin."""
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """Reads an ONNX file.
+
+    Raises:
+        GraphError: missing, truncated or not ONNX.
+        ModuleNotFoundError: onnx is not installed.
+    """
+    import onnx
+
+    try:
+        proto = onnx.load_model(path)
+        if not proto.graph.node or not proto.graph.output:
+            raise ValueError("it holds no graph")
+    except FileNotFoundError as error:
+        raise GraphError(f"no such file: {path}") from error
+    except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, OSError, ...
+        raise GraphError(
+            f"{path} is truncated or not an ONNX model: {str(error).splitlines()[0]}",
+            "build it again",
+        ) from error
+    return proto
+
+
+def save_model(proto: onnx.ModelProto, path: Path) -> None:
+    """Writes a model, whole or not at all.
+
+    Raises:
+        GraphError: it is above 2 GB.
+        ArtifactError: the file cannot be written.
+    """
+    import onnx
+
+    with atomic_path(path) as temporary:
+        try:
+            onnx.save_model(proto, str(temporary))
+        except ValueError as error:  # protobuf's limit of 2 GB
+            raise GraphError(
+                f"the model is too large for one ONNX file ({error})",
+                "models above 2 GB in FP32 (ViT-g and larger) are not supported yet",
+            ) from error
+
+
+def is_reduction(graph_node: onnx.NodeProto) -> bool:
+    """Whether a node (of onnx, or of onnx_graphsurgeon) is one of ours."""
+    return graph_node.domain == DOMAIN
+
+
+def reductions(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The JMPTokenReduce nodes of a model, portable or deployable, in graph order."""
+    return [n for n in proto.graph.node if is_reduction(n)]
+
+
+def read_node(graph_node: onnx.NodeProto) -> TokenReduce:
+    """Attributes of a JMPTokenReduce node, of a portable or a deployable model.
+
+    Raises:
+        GraphError: they are not as expected.
+    """
+    from onnx.helper import get_attribute_value
+
+    return TokenReduce.from_onnx(
+        {
+            a.name: get_attribute_value(a)
+            for a in graph_node.attribute
+            if not a.name.startswith(PLUGIN_PREFIX)
+        }
+    )
+
+
+def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of weights per data type, e.g. {"FLOAT16": 44000000, "INT64": 120}."""
+    import onnx
+
+    sizes: dict[str, int] = {}
+    for tensor in proto.graph.initializer:
+        name = onnx.TensorProto.DataType.Name(tensor.data_type)
+        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        sizes[name] = sizes.get(name, 0) + int(np.prod(tensor.dims, dtype=np.int64)) * width
+    return sizes
+
+
+# --- Inner tensors ---
 
 
 def mark(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
@@ -36,7 +129,7 @@ def show_choices(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
     Returns:
         The reductions' nodes, in graph order; the model is changed in place.
     """
-    nodes = [n for n in proto.graph.node if n.domain == DOMAIN]
+    nodes = reductions(proto)
     if nodes and len(proto.functions) != 1:
         raise GraphError("the model's reductions have no body: is it the deployable one?")
     for function in proto.functions:
@@ -48,9 +141,8 @@ def show_choices(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 def prefix_tokens(proto: onnx.ModelProto) -> int:
     """P of a model: tokens that its class, distillation and register parameters stand for."""
-    for graph_node in proto.graph.node:
-        if graph_node.domain == DOMAIN:
-            return node_attributes(graph_node).num_prefix
+    if nodes := reductions(proto):
+        return read_node(nodes[0]).num_prefix
     names = ("cls_token", "dist_token", "reg_token")
     return sum(int(w.dims[1]) for w in proto.graph.initializer if w.name in names)
 
@@ -73,16 +165,16 @@ def block_tensors(proto: onnx.ModelProto) -> list[Block]:
     sums = [
         n.output[0] for n in proto.graph.node if n.op_type == "Add" and norms[-1:] == [*n.input][:1]
     ]
-    reductions = {n.name: n for n in proto.graph.node if n.domain == DOMAIN}
+    left = {n.name: n for n in reductions(proto)}
     places = []
     for index, (entry, after) in enumerate(zip(entries, reduced, strict=False)):
-        node = reductions.pop(reduction_name(index), None)
+        node = left.pop(reduction_name(index), None)
         if node is not None and node.output[0] != after:
             break
         attended = node.input[0] if node is not None else after
         out = [*entries, *sums][index + 1 :][:1]
         places += [Block(entry, attended, after, *out)] if out else []
-    if not places or len(entries) != len(reduced) or len(places) != len(entries) or reductions:
+    if not places or len(entries) != len(reduced) or len(places) != len(entries) or left:
         raise GraphError(
             "the model's blocks cannot be told apart: each needs two LayerNormalization nodes on "
             "the residual stream",
@@ -109,16 +201,6 @@ def as_planned(
         "merged": np.take_along_axis(flat["merged"], order, axis=1),
     }
     return {f"{name}.{what}": value for what, value in planned.items()}
-
-
-def node_attributes(graph_node: onnx.NodeProto) -> TokenReduce:
-    """Attributes of a reduction, portable or deployable; GraphError if not as expected."""
-    from onnx.helper import get_attribute_value
-
-    values = {a.name: get_attribute_value(a) for a in graph_node.attribute}
-    # the deployable model's nodes name their plugin too
-    own = {name: value for name, value in values.items() if not name.startswith("plugin_")}
-    return TokenReduce.from_onnx(own)
 
 
 def block_of(name: str) -> int:

@@ -1,7 +1,7 @@
-"""The ONNX node `jmp_deploy::JMPTokenReduce`: its name, its attributes, its portable body.
+"""The ONNX node `jmp_deploy::JMPTokenReduce`: its name and its attributes.
 
-One node per reduction, with two implementations: the body below, an ONNX local function that any
-engine can run, and the TensorRT plugin in `plugins/`. Both follow `reduction.py`.
+One node per reduction, with two implementations: the portable body (export/body.py), an ONNX local
+function that any engine can run, and the TensorRT plugin in `plugins/`. Both follow `reduction.py`.
 
 Inputs, all of one float type T:
     x     [B, N, C]  residual stream after the attention residual, before the MLP
@@ -12,21 +12,17 @@ Inputs, all of one float type T:
 Outputs:
     y [B, P+K, C], out_size [B, P+K], log_size [B, P+K] = log(out_size)
 
-This module is light: it needs onnx only where a body is made.
+This module is light: it needs neither onnx nor PyTorch.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from ..core.artifact import Granularity, Selection
 from ..core.errors import GraphError
-from ..export import body as node_body
-
-if TYPE_CHECKING:
-    import onnx
 
 DOMAIN = "jmp_deploy"
 OP_TYPE = "JMPTokenReduce"
@@ -40,9 +36,6 @@ TensorRT-RTX builds in FP16 and refuses in FP32."""
 GRANULARITIES = get_args(Granularity)
 IMPORTANCES = ("class", "received")
 SELECTIONS = get_args(Selection)
-QKV_PARTS = (3, 2)
-"""How many parts of H*d columns the portable body takes QKV to have: queries, keys and values, or
-no values."""
 
 
 @dataclass(frozen=True)
@@ -151,34 +144,3 @@ class TokenReduce:
 def reduction_name(block: int) -> str:
     """Name of the node that is a block's reduction."""
     return f"blocks.{block}.token_reduce"
-
-
-def body(attributes: TokenReduce, parts: int) -> onnx.FunctionProto:
-    """The portable implementation of the node as an ONNX local function (see node_body.py).
-
-    The arithmetic is float32 whatever T is, so the body serves FP32 and FP16 models unchanged.
-    All nodes of a model share one body, so they must agree in granularity, importance,
-    proportional, selection and parts; K, tau and the rest are read from each node.
-
-    Args:
-        attributes: of any of the nodes.
-        parts: W / (H*d), of `QKV_PARTS`.
-    """
-    import onnx.parser
-
-    names = ", ".join(TokenReduce.__dataclass_fields__)
-    operators = node_body.operators(
-        granularity=attributes.granularity,
-        importance=attributes.importance,
-        proportional=attributes.proportional,
-        selection=attributes.selection,
-        parts=parts,
-    )
-    text = f"""
-<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{OP_TYPE} <{names}> (x, qkv, size) => (y, out_size, log_size)
-{{
-{operators}
-}}
-"""
-    return onnx.parser.parse_function(text)

@@ -44,9 +44,9 @@ class Gated:
         self, model: Path, scales: Mapping[str, float], *, keep_float: Collection[str] = ()
     ) -> None:
         import onnx
-        import onnxruntime
 
-        from ..export.export import load_model
+        from ..core import ort
+        from ..export.graph import load_model, save_model
         from .qdq import insert
 
         proto = load_model(model)
@@ -59,17 +59,12 @@ class Gated:
         self.layers = insert(quantized, scales, keep_float=keep_float)
         _add_gates(quantized, self.layers, {k: plain[v] for k, v in weights.items() if v in plain})
         del proto, plain
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_cpu_mem_arena = False  # it would keep the peak of every size
         with tempfile.TemporaryDirectory() as folder:
             # From a file: serialized in memory, ViT-B would be there twice over.
             path = Path(folder) / "gated.onnx"
-            onnx.save_model(quantized, str(path))
+            save_model(quantized, path)
             del quantized
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.session(path, keep_memory=False)
 
     def run(self, names: Collection[str], images: NDArray[np.float32]) -> NDArray[Any]:
         """The model's outputs [n, C] for images [n, 3, H, W], these layers quantized."""

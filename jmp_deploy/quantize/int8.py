@@ -172,7 +172,7 @@ def calibrate(
     Raises:
         CalibrationError: the cache is another model's, no image can be used, values not finite.
     """
-    from ..export.export import load_model, save_model
+    from ..export.graph import load_model, save_model
     from . import equalize, qdq
 
     proto = load_model(fp32)
@@ -218,8 +218,7 @@ def quantize(result: Quantized, fp32: Path, target: Path, *, macs: int) -> None:
         target: portable INT8 model.
         macs: of the whole model per image, to say what share is in INT8.
     """
-    from ..export.export import load_model
-    from ..export.fp16 import weight_types
+    from ..export.graph import load_model, weight_types
     from . import qdq
 
     made = result.calibration
@@ -252,7 +251,7 @@ def _observe(
     wanted: dict[str, Any],
     on_progress: OnProgress,
 ) -> Quantized:
-    from ..export.export import load_model, save_model
+    from ..export.graph import load_model, save_model
     from . import equalize, qdq, ranges
 
     recipe = recipes.for_model(timm_name)

@@ -208,8 +208,8 @@ def quantize(
         GraphError: not a portable FP32 ViT.
         CalibrationError: a word of keep_float that means nothing, or a weight that is not finite.
     """
-    from ..export.export import load_model, save_model
     from ..export.fp16 import half_proto
+    from ..export.graph import load_model, save_model
 
     proto = load_model(source)
     done = insert(proto, scales, keep_float=keep_float)

@@ -289,9 +289,9 @@ def _rows(values: NDArray[Any], layer: Layer) -> float:
 def _session(model: Path, tensors: Iterable[str]) -> tuple[Any, str]:
     """A session that gives these tensors as well, and the name of its input."""
     import onnx
-    import onnxruntime
 
-    from ..export.export import load_model
+    from ..core import ort
+    from ..export.graph import load_model, save_model
 
     proto = load_model(model)
     image_input = proto.graph.input[0].name
@@ -300,15 +300,10 @@ def _session(model: Path, tensors: Iterable[str]) -> tuple[Any, str]:
         if name != image_input:
             value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
             proto.graph.output.append(value)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False  # it would keep the peak of every size that was asked for
     with tempfile.TemporaryDirectory() as folder:
         # From a file: serialized in memory, ViT-B would be there three times over.
         path = Path(folder) / "observed.onnx"
-        onnx.save_model(proto, str(path))
+        save_model(proto, path)
         del proto
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        session = ort.session(path, keep_memory=False)
     return session, image_input

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import endtoend, kernel
 from benchmarks.lib import reduction_calls, report, timing
-from jmp_deploy.export.export import INPUT, export_onnx
+from jmp_deploy.core.images import INPUT
+from jmp_deploy.export.export import export_onnx
 from jmp_deploy.jmp.models import LoadedModel
 from jmp_deploy.jmp.patch import patch
 from tests.fakes.models import tiny_vit

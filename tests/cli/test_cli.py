@@ -21,7 +21,7 @@ from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import gpus
 from jmp_deploy.core.images import INPUT
 from jmp_deploy.engine import backends, builder
-from jmp_deploy.export import export
+from jmp_deploy.export import export, graph
 
 needs_rtx = pytest.mark.skipif(not builder.installed("rtx"), reason="TensorRT-RTX not installed")
 without_gpu = pytest.mark.skipif(bool(gpus()), reason="tells what happens without a GPU")
@@ -83,8 +83,8 @@ def test_options_reach_the_model(tmp_path):
     assert data["jmp"]["schedule"] == [[3, 50], [6, 25]] and data["jmp"]["tau"] == -1.0
     assert data["jmp"]["granularity"] == "sample" and not data["jmp"]["proportional"]
     assert data["batch"] == [4, 4, 4] and data["model"]["image_size"] == 160
-    found = export.load_model(tmp_path / "a" / "model.onnx")
-    keeps = [export.read_node(n) for n in found.graph.node if n.domain == "jmp_deploy"]
+    found = graph.load_model(tmp_path / "a" / "model.onnx")
+    keeps = [graph.read_node(n) for n in found.graph.node if n.domain == "jmp_deploy"]
     assert [a.num_keep for a in keeps] == [50, 25] and keeps[0].tau == -1.0
 
 
@@ -145,11 +145,11 @@ def test_compare_notices_another_model(artifact):
     """What the check is for: an ONNX that is intact but computes something else."""
     import onnx
 
-    proto = export.load_model(artifact / "model.onnx")
+    proto = graph.load_model(artifact / "model.onnx")
     weight = max(proto.graph.initializer, key=lambda t: len(t.raw_data))
     values = onnx.numpy_helper.to_array(weight)
     weight.raw_data = values[::-1].tobytes()
-    export.save_model(proto, artifact / "model.onnx")
+    graph.save_model(proto, artifact / "model.onnx")
     Artifact.read(artifact).write()
     assert main(["compare", str(artifact)]) == 1
 

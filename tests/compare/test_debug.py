@@ -20,7 +20,7 @@ from jmp_deploy.core.errors import GraphError
 from jmp_deploy.core.images import load_batch
 from jmp_deploy.engine import backends, builder
 from jmp_deploy.engine import stage as engine_stage
-from jmp_deploy.export.export import add_bodies
+from jmp_deploy.export.body import add_bodies
 from jmp_deploy.export.graph import block_tensors, mark
 from jmp_deploy.jmp.trace import owners, trace_torch
 from jmp_deploy.jmp.visualize import picture

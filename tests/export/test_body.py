@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper
 
 from jmp_deploy.core.errors import GraphError
+from jmp_deploy.export import body
 from jmp_deploy.jmp import node
 from jmp_deploy.jmp.node import TokenReduce
 from jmp_deploy.jmp.reduction import token_reduce
@@ -36,7 +37,7 @@ def run_body(x, qkv, size, attrs: TokenReduce):
     )
     opsets = [helper.make_opsetid("", node.OPSET), helper.make_opsetid(node.DOMAIN, 1)]
     model = helper.make_model(
-        graph, functions=[node.body(attrs, parts)], opset_imports=opsets, ir_version=10
+        graph, functions=[body.body(attrs, parts)], opset_imports=opsets, ir_version=10
     )
     onnx.checker.check_model(model)
     options = onnxruntime.SessionOptions()

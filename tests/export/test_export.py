@@ -10,8 +10,9 @@ import timm
 import torch
 
 from jmp_deploy.core.errors import EngineError, GraphError
+from jmp_deploy.core.images import INPUT
 from jmp_deploy.engine import builder
-from jmp_deploy.export import export, fp16, fuse
+from jmp_deploy.export import body, export, fp16, fuse, graph
 from jmp_deploy.jmp import node, schedule
 from jmp_deploy.jmp.patch import model_shape, patch, unpatch
 from jmp_deploy.plugin.library import plugin_library
@@ -34,7 +35,7 @@ def run(path, images):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options)
-    return session.run(None, {export.INPUT: images})[0]
+    return session.run(None, {INPUT: images})[0]
 
 
 def cosine(a, b):
@@ -74,7 +75,7 @@ def test_fp16_is_close_and_keeps_fp32_at_the_ends(exported, images):
     assert got.dtype == np.float32 and np.median(cosine(got, want)) >= 0.9999
     assert cosine(got, want).min() >= 0.9
     proto = onnx.load(folder / "half.onnx")
-    assert set(fp16.weight_types(proto)) <= {"FLOAT16", "INT64"}
+    assert set(graph.weight_types(proto)) <= {"FLOAT16", "INT64"}
 
 
 def test_the_batch_is_dynamic(exported, images):
@@ -101,10 +102,10 @@ def test_onnx_runtime_computes_no_shapes_and_splits_qkv_once(spec, tmp_path):
 
 
 def test_a_body_needs_the_width_of_qkv(plain):
-    proto = export.load_model(plain[1] / "model.onnx")
+    proto = graph.load_model(plain[1] / "model.onnx")
     del proto.graph.value_info[:]
     with pytest.raises(GraphError, match="two or three parts"):
-        export.add_bodies(proto)
+        body.add_bodies(proto)
 
 
 def test_there_and_back_is_the_same_model(exported, images, tmp_path):

@@ -22,7 +22,7 @@ from jmp_deploy.core.errors import CalibrationError, EngineError
 from jmp_deploy.core.images import Preprocess
 from jmp_deploy.engine import backends, builder
 from jmp_deploy.engine.stage import Clock
-from jmp_deploy.export import fp16
+from jmp_deploy.export import graph
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.models import LoadedModel
 from jmp_deploy.pipeline import BuildOptions
@@ -99,7 +99,7 @@ def test_the_artifact_is_whole_and_a_cache_rebuilds_it_bit_for_bit(tiny, tmp_pat
     assert found["keep_fp16"] == {"patch_embed": "recipe default", "head": "recipe default"}
     assert 0.5 < found["macs_share"] < 1
     assert found["activations_bytes"]["int8"] < 0.7 * found["activations_bytes"]["fp16"]
-    types_ = fp16.weight_types(onnx.load(tmp_path / "a" / "model.onnx"))
+    types_ = graph.weight_types(onnx.load(tmp_path / "a" / "model.onnx"))
     assert types_ == found["weights_bytes"] and set(types_) == {"INT8", "FLOAT16", "INT64"}
 
     cache = tmp_path / "a" / "calibration.json"

@@ -13,8 +13,9 @@ import torch
 from onnx import numpy_helper
 
 from jmp_deploy.core.errors import CalibrationError, GraphError
+from jmp_deploy.core.images import INPUT
 from jmp_deploy.engine import builder
-from jmp_deploy.export import export, fp16, fuse
+from jmp_deploy.export import export, fuse, graph
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
 from jmp_deploy.plugin.library import plugin_library
@@ -59,7 +60,7 @@ def run(proto, images, *more):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
-    return session.run(None, {export.INPUT: images})
+    return session.run(None, {INPUT: images})
 
 
 def arrays(proto):
@@ -213,7 +214,7 @@ def test_fp16_and_fp32_forms_have_the_same_numbers(portable, scales, images, tmp
     for half in (True, False):
         qdq.quantize(portable, tmp_path / f"{half}.onnx", scales, half=half)
     half, full = (onnx.load(tmp_path / f"{form}.onnx") for form in (True, False))
-    assert set(fp16.weight_types(half)) == {"FLOAT16", "INT8", "INT64"}
+    assert set(graph.weight_types(half)) == {"FLOAT16", "INT8", "INT64"}
     assert half.functions and full.functions
     ours, theirs = arrays(half), arrays(full)
     for n in full.graph.node:
@@ -314,7 +315,7 @@ def test_equalising_changes_nothing_but_the_ranges(portable, images):
     np.testing.assert_array_equal(run(proto, images)[0], run(onnx.load(portable), images)[0])
     again = qdq.layers(proto)
     path = portable.parent / "equal.onnx"
-    export.save_model(proto, path)
+    graph.save_model(proto, path)
     seen = ranges.observe(path, again, [images])
     for name, one in observed.items():
         np.testing.assert_array_equal(

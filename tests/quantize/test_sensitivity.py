@@ -16,6 +16,7 @@ from rich.console import Console, Group
 from benchmarks.lib import int8_report
 from jmp_deploy.cli import build
 from jmp_deploy.core.errors import CalibrationError
+from jmp_deploy.core.images import INPUT
 from jmp_deploy.export import export
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
@@ -74,7 +75,7 @@ def run(proto, images):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
-    return session.run(None, {export.INPUT: images})[0]
+    return session.run(None, {INPUT: images})[0]
 
 
 # --- points ---------------------------------------------------------------------------------------
