@@ -226,7 +226,8 @@ def _broken(module: str, error: BaseException) -> BrokenPackageError:
     name = _distribution(module)
     lines = importlib.metadata.requires(name) or [] if installed_version(name) else []
     asked = {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in lines}
-    known = [d for package in _KNOWN.values() for d in package.distributions if d in asked]
+    known = [p.distributions[0] for p in PACKAGES if p.extra == "export"]
+    known = [d for d in known if d in asked]
     beside = [f"{d} {installed_version(d) or '(missing)'}" for d in known or asked & {"numpy"}]
     what = " beside ".join([f"{name} {installed_version(name) or ''}".strip(), *beside])
     if wanted := unmet(name):
