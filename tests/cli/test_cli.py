@@ -384,7 +384,7 @@ def test_a_full_disk(tmp_path):
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     err = fails(capsys, ["build", "deit_t"], "needs timm, which is not installed")
-    assert "pip install" in err and "[export]" in err
+    assert "pip install" in err and "[export-no-torch]" in err  # PyTorch is there and is kept
 
 
 def test_batches_are_split_and_padded_to_the_profile():
