@@ -26,7 +26,7 @@ class Method:
         note: what it is, with its source, for the table.
         rule: settings of `rules.Rule`, or None for the package's own reduction.
         tau: for the package's own reduction; None takes the schedule's.
-        first_form: the package's own reduction as design.md first defined it.
+        first_form: the package's own reduction in the method's first form (docs/method.md).
         proportional: later attention adds log(size).
         own: the schedule that it was published with: "all" (equal steps in all blocks), "thirds"
             (blocks at 1/4, 1/2, 3/4 of the depth), or "" for the budget's.

@@ -42,7 +42,7 @@ TABLE = {
         0.99,
         1e-3,
         "rounding of another order of summation (24 bits of mantissa); between PyTorch and ONNX "
-        "Runtime outputs differ by some 1e-6 (facts.md, Export)",
+        "Runtime outputs differ by some 1e-6 (DeiT-S)",
     ),
     "fp16": Tolerance(
         0.999,
@@ -57,7 +57,7 @@ TABLE = {
         0.5,
         "127 levels for a tensor cannot give what FP16 does; a cosine of 0.99 is a signal-to-noise "
         "ratio of 17 dB, which sound scales keep (0.997 on DINOv2 ViT-S with JMP) and attention "
-        "quantized at fixed scales does not (17.5 dB; facts.md, INT8)",
+        "quantized at fixed scales does not (17.5 dB; calibration/README.md)",
     ),
 }
 """The one table of tolerances."""

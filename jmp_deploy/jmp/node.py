@@ -40,7 +40,7 @@ SELECTIONS = get_args(Selection)
 
 @dataclass(frozen=True)
 class TokenReduce:
-    """Attributes of one reduction (design.md section 1 has the definition).
+    """Attributes of one reduction (docs/method.md has the definition).
 
     Attributes:
         num_prefix: P, leading tokens that always stay (class, distillation, registers).

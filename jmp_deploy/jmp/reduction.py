@@ -1,6 +1,6 @@
 """Joint merging and pruning on tensors: the reference that every other implementation follows.
 
-Plain functions of PyTorch tensors; no model, no state. The definition is design.md section 1 (the
+Plain functions of PyTorch tensors; no model, no state. The definition is in docs/method.md (the
 abstract of "Joint merging and pruning: adaptive selection of better token compression strategy",
 J. Electron. Imaging 33(4) 043045, gives the idea; the formulas are ours).
 """

@@ -148,7 +148,7 @@ class Meter:
         self.phase = "searching"
 
     def measure(self, keeps: Keeps, tau: float, on_all: bool) -> float:
-        """See `tune_search.Measure`."""
+        """See `search.Measure`."""
         total = self.evaluator.count
         wanted = total if on_all else min(total, max(8, total // FEW))
         name = f"{','.join(map(str, keeps))} {tau!r}"

@@ -2,8 +2,8 @@
 
 Objective: the mean over unlabelled images of 1 - cosine between the model's output (logits, or
 features where there is no classifier) with JMP and without. Budget: MACs in closed form, or
-latency from a table measured on the device (`latency_table`). The search is in `tune_search`, the
-measuring in `tune_measure`.
+latency from a table measured on the device (`jmp.latency`). The search is in `search.py`, the
+measuring in `measure.py`.
 
 What makes it affordable: the dense model runs once, and its block inputs are kept, so that a
 candidate runs only from its first reduction on; most candidates are looked at on a quarter of the

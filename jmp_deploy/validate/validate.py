@@ -82,10 +82,10 @@ def validate(
     """Validates an artifact.
 
     Returns:
-        What `validate_score.score` returns, and {"ok" (false if more than 1 % of the images are
+        What `score.score` returns, and {"ok" (false if more than 1 % of the images are
         unreadable), "images" (in the data set), "unreadable", "backend", "throughput", "probe",
         "notes", ...}; with `shard`, {"shard": {"index", "of", "identity", "rows", "unreadable"}}
-        for `validate_state.merge`.
+        for `state.merge`.
 
     Raises:
         NonFiniteError: an output is NaN or infinite (exit code 1).
