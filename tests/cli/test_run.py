@@ -84,7 +84,7 @@ def test_flags_reach_the_engine(world, pictures, capsys):
 
 
 def test_an_engine_that_does_not_fit(world, pictures, capsys):
-    folder = world.artifact(version="10.3.0.26", targets=["sm_87"])
+    folder = world.artifact(version="10.3.0.26", targets=("sm_87",))
     code, _, err = run(capsys, folder, pictures)
     assert code == 2
     assert "expected 10.3.0.26, found 10.13.0.35" in err and "expected sm_87, found sm_86" in err
@@ -94,7 +94,7 @@ def test_an_engine_that_does_not_fit(world, pictures, capsys):
 def test_polygraphy_s_runner_asks_the_same_first(world, monkeypatch):
     pytest.importorskip("polygraphy")
     monkeypatch.setattr(api, "load", lambda flavour: world.trt)
-    folder = world.artifact(version="10.3.0.26", targets=["sm_87"])
+    folder = world.artifact(version="10.3.0.26", targets=("sm_87",))
     with pytest.raises(EngineError, match=r"expected 10\.3\.0\.26.*expected sm_87") as caught:
         backends.open_runner(Artifact.read(folder), "engine").activate()
     assert "--rebuild" in caught.value.hint

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from jmp_deploy.core import artifact
+from jmp_deploy.core.artifact import PluginFile
 from jmp_deploy.core.errors import ArtifactError, EngineError, GpuMemoryError, NonFiniteError
 from jmp_deploy.engine import arrays
 from jmp_deploy.engine.runtime import Engine
@@ -432,7 +434,7 @@ def test_what_does_not_fit_is_said_before_anything_is_deserialized(world, engine
 
 def test_all_that_does_not_fit_is_said_at_once(world):
     with pytest.raises(EngineError, match=r"version.*; compute capability"):
-        Engine(world.artifact(version="10.3.0.26", targets=["sm_87", "sm_110"]))
+        Engine(world.artifact(version="10.3.0.26", targets=("sm_87", "sm_110")))
 
 
 def test_a_plugin_of_other_sources_is_refused_and_one_of_another_compiler_taken(
@@ -445,13 +447,15 @@ def test_a_plugin_of_other_sources_is_refused_and_one_of_another_compiler_taken(
     monkeypatch.setattr(
         "jmp_deploy.plugin.library.load_plugin", lambda trt, path: loaded.append(path)
     )
-    built_with = {"file": library.name, "sha256": "0" * 64}
+    built_with = PluginFile(library.name, "0" * 64)
     with pytest.raises(EngineError, match=r"plugin: expected sha256 000000000000\.\.\., found"):
         Engine(world.artifact(plugin=built_with), plugin=library)
     with pytest.raises(EngineError, match="plugin: expected"):
-        Engine(world.artifact(plugin={**built_with, "sources": "abd"}), plugin=library)
+        Engine(world.artifact(plugin=replace(built_with, sources="abd")), plugin=library)
     assert loaded == []
-    with Engine(world.artifact(plugin={**built_with, "sources": "abc"}), plugin=library) as engine:
+    with Engine(
+        world.artifact(plugin=replace(built_with, sources="abc")), plugin=library
+    ) as engine:
         assert loaded == [library]
         engine.infer(images(1))
 

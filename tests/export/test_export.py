@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from jmp_deploy.core.artifact import EngineOptions
 from jmp_deploy.core.errors import EngineError, GraphError
 from jmp_deploy.core.images import INPUT
 from jmp_deploy.engine import builder
@@ -133,8 +134,8 @@ def test_tensorrt_builds_it_with_our_plugin(exported, tmp_path, name):
     facts = builder.build_engine(
         folder / f"{name}.trt.onnx", tmp_path / "e", "rtx", spec, plugin=plugin_library()
     )
-    assert facts["plugin_layers"] == 3
-    assert facts["bytes"] == (tmp_path / "e").stat().st_size > 10_000
+    assert facts.plugin_layers == 3
+    assert facts.bytes == (tmp_path / "e").stat().st_size > 10_000
 
 
 @needs_rtx
@@ -281,7 +282,7 @@ def test_a_model_that_the_parser_refuses_is_an_error_in_its_words(plain, tmp_pat
 @needs_rtx
 def test_the_builders_log_is_kept_when_it_fails(plain, tmp_path):
     _, folder = plain
-    spec = builder.EngineSpec((1, 1, 1), (3, 32, 32), targets=("sm_75",), precision="fp32")
+    spec = builder.EngineSpec((1, 1, 1), (3, 32, 32), EngineOptions(("sm_75",)), "fp32")
     with pytest.raises(EngineError, match=r"could not build the engine: .*Turing") as caught:
         builder.build_engine(
             folder / "model.trt.onnx",
@@ -298,7 +299,7 @@ def test_the_builders_log_is_kept_when_it_fails(plain, tmp_path):
 @pytest.mark.parametrize("target", ["sm_87", "sm_90"])
 def test_targets_that_the_builder_does_not_know(plain, tmp_path, target):
     _, folder = plain
-    spec = builder.EngineSpec((1, 1, 1), (3, 32, 32), targets=(target,))
+    spec = builder.EngineSpec((1, 1, 1), (3, 32, 32), EngineOptions((target,)))
     with pytest.raises(EngineError, match=f"cannot build for {target}"):
         builder.build_engine(
             folder / "model.trt.onnx", tmp_path / "e", "rtx", spec, plugin=plugin_library()
@@ -313,7 +314,7 @@ def test_progress_reaches_its_end(plain, tmp_path):
         folder / "model.trt.onnx",
         tmp_path / "e",
         "rtx",
-        builder.EngineSpec((1, 1, 1), (3, 32, 32), targets=("sm_86",)),
+        builder.EngineSpec((1, 1, 1), (3, 32, 32), EngineOptions(("sm_86",))),
         plugin=plugin_library(),
         on_progress=lambda *step: steps.append(step),
     )

@@ -355,7 +355,7 @@ def test_tensorrt_builds_it_with_our_plugin(portable, scales, tmp_path):
     facts = builder.build_engine(
         tmp_path / "t.onnx", tmp_path / "e", "rtx", spec, plugin=plugin_library()
     )
-    assert facts["plugin_layers"] == 3 and facts["bytes"] > 10_000
+    assert facts.plugin_layers == 3 and facts.bytes > 10_000
     found = builder.parse_network(tmp_path / "t.onnx", "rtx", plugin=plugin_library())
     plugins = [layer for layer in found["layers"] if layer["type"] == "PLUGIN_V3"]
     assert {t["dtype"] for layer in plugins for t in layer["outputs"]} == {"HALF"}
