@@ -16,7 +16,15 @@ from pathlib import Path
 
 from ..core import artifact as files
 from ..core import interrupt
-from ..core.artifact import Artifact, EngineFacts, PluginFile, Precision, Speed, Stage
+from ..core.artifact import (
+    Artifact,
+    EngineFacts,
+    EngineOptions,
+    PluginFile,
+    Precision,
+    Speed,
+    Stage,
+)
 from ..core.device import gpus
 from ..core.errors import ArtifactError, EngineError, JmpDeployError
 from ..core.files import make_writable_dir, sha256
@@ -172,6 +180,7 @@ def rebuild(
     choice = builder.choose("auto")
     if choice.flavour is None:
         raise EngineError(f"no builder can work here: {choice.reason}")
+    artifact = replace(artifact, engine_options=_for_this_gpu(artifact.engine_options))
     folder = artifact.folder
     make_writable_dir(folder)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
@@ -191,6 +200,12 @@ def rebuild(
         return made.write()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _for_this_gpu(options: EngineOptions) -> EngineOptions:
+    """The options of before; targets that leave out the GPU that is here are given up for it."""
+    here = {"sm_{}{}".format(*gpu.compute_capability) for gpu in gpus()[:1]}
+    return options if here <= {*options.targets} else replace(options, targets=())
 
 
 def _settled(

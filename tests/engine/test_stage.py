@@ -8,6 +8,7 @@ import pytest
 
 from jmp_deploy.core import artifact as files
 from jmp_deploy.core.artifact import Artifact, EngineFacts, EngineOptions, Int8, Speed
+from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.engine import builder, stage
 from tests.fakes.artifacts import JMP, make_artifact
@@ -71,6 +72,19 @@ def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, th
         number = {"int8": 1, "fp16": 2}[winner] + 2 * turn
         assert (tmp_path / files.ENGINE).read_text().endswith(f" {number}")
         assert found.int8.engine_bytes == {"int8": 2 * turn + 1, "fp16": 2 * turn + 2}
+
+
+@pytest.mark.parametrize(("capability", "targets"), [((8, 6), ("sm_86",)), ((8, 9), ())])
+def test_an_engine_for_other_gpus_is_made_for_the_one_that_is_here(
+    tmp_path, built, monkeypatch, capability, targets
+):
+    monkeypatch.setattr(stage, "gpus", lambda: (Gpu("a GPU", capability, 1 << 33),))
+    (tmp_path / files.DEPLOYABLE).write_text("onnx")
+    made = stage.rebuild(
+        make_artifact(tmp_path, engine_options=OPTIONS).write(), settle_for("int8")
+    )
+    (asked,) = built
+    assert asked[1].options == made.engine_options == replace(OPTIONS, targets=targets)
 
 
 def test_a_missing_plugin_layer_is_noticed_and_nothing_changes(tmp_path, built, monkeypatch):
