@@ -258,8 +258,9 @@ def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
 
 def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: str) -> Check:
     """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
+    from .backends.torch import torch_runner
     from .compare import compare
-    from .engine.backends import onnxruntime_runner, quiet_polygraphy
+    from .core import ort
 
     if options.images:
         paths = find_images(options.images)
@@ -269,12 +270,12 @@ def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: s
         photos = sample_photos()
         names = [name for name, _ in photos]
         images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
-    quiet_polygraphy()
-    runners = [compare.torch_runner(loaded.model, output), onnxruntime_runner(portable)]
+    ort.quiet_polygraphy()
+    runners = [torch_runner(loaded.model, output), ort.session_runner(portable)]
     precisions: dict[str, str] = {runners[1].name: options.precision}
     twin = portable.parent / _TWIN
     if twin.is_file():
-        runners.append(onnxruntime_runner(twin, "onnxruntime (FP16 twin)"))
+        runners.append(ort.session_runner(twin, "onnxruntime (FP16 twin)"))
         precisions[runners[2].name] = "fp16"
     pairs, times, outputs = compare.run_and_pair(
         runners, images, options.batch, precisions, near_ties=not options.dense

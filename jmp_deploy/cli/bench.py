@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..backends import AUTO, AUTO_HELP, NAMES
 from ..core.errors import JmpDeployError
 from . import show
 from .flags import add_command, positive
 
-BACKENDS = ("auto", "engine", "onnxruntime", "torch")
+BACKENDS = (AUTO, *reversed(NAMES))
 
 
 def add_commands(commands: Any) -> None:
@@ -47,10 +48,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--backend",
         type=_backends,
-        default=("auto",),
+        default=(AUTO,),
         metavar="A,B",
-        help="of auto, engine, onnxruntime, torch; auto takes the engine where a GPU is, else ONNX "
-        "Runtime (auto)",
+        help=f"of {', '.join(BACKENDS)}; {AUTO_HELP}",
     )
     parser.add_argument(
         "--num-warm-iter",

@@ -13,8 +13,7 @@ from rich.progress import TaskProgressColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..bench.measure import Series
-from ..bench.stats import trtexec_times
+from ..bench.measure import Series, trtexec_times
 from ..core.errors import MissingPackageError, install_command
 from ..core.files import atomic_path, write_json
 from .progress import LINE_EVERY, Display

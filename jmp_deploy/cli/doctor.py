@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..backends import BACKENDS
 from . import probes
 from .probes import Check
 
@@ -138,5 +139,7 @@ def _abilities(checks: Sequence[Check]) -> Iterator[Check]:
         gaps.append(known["GPU"])
     yield verdict("run engines", gaps, f"with {version(runner)}")
 
-    portable = lacking(["onnxruntime"])
-    yield verdict("run portable models", portable, version("onnxruntime"))
+    for backend in BACKENDS:
+        if backend.ability:
+            yes = version(backend.packages[0])
+            yield verdict(backend.ability, lacking(backend.packages), yes)

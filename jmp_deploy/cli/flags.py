@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..backends import AUTO, AUTO_HELP, DEPLOYED, NAMES
 
 
 def make_parser(*others: Callable[[Any], None]) -> argparse.ArgumentParser:
@@ -204,9 +205,9 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files or folders")
     parser.add_argument(
         "--backend",
-        choices=("auto", "engine", "onnxruntime"),
-        default="auto",
-        help="auto takes the engine where a GPU is, else ONNX Runtime (auto)",
+        choices=(AUTO, *DEPLOYED),
+        default=AUTO,
+        help=AUTO_HELP,
     )
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes (5)")
     parser.add_argument(
@@ -252,7 +253,7 @@ def _add_compare(commands: Any) -> None:
         "--backends",
         type=_backends,
         metavar="A,B,..",
-        help="of torch, onnxruntime, engine; the first is the reference (all that run here)",
+        help=f"of {', '.join(NAMES)}; the first is the reference (all that run here)",
     )
     _add_images(parser, "files or folders (the artifact's reference images)")
     parser.add_argument(
@@ -393,11 +394,10 @@ def _number(text: str) -> float:
 
 
 def _backends(text: str) -> list[str]:
-    known = ("torch", "onnxruntime", "engine")
     names = text.split(",")
     for name in names:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        if name not in NAMES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(NAMES)}")
     if len(set(names)) < 2:
         raise argparse.ArgumentTypeError("two different backends at least")
     return names

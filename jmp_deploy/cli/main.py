@@ -135,7 +135,7 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..engine.predict import Options, predict
+    from ..backends.predict import Options, predict
     from . import render
 
     if options.rebuild_engine:

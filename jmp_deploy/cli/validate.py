@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..backends import AUTO, AUTO_HELP, DEPLOYED
 from . import show
 from .flags import add_command, positive
-
-BACKENDS = ("auto", "engine", "onnxruntime")
 
 MORE = """shards in parallel (... stands for `python -m jmp_deploy validate DIR --data DIR`):
   Slurm:     ... --shard $((SLURM_PROCID + 1))/$SLURM_NTASKS --json part$SLURM_PROCID.json
@@ -67,9 +66,9 @@ def _add_validate(commands: Any) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="auto takes the engine where a GPU is, else ONNX Runtime (auto)",
+        choices=(AUTO, *DEPLOYED),
+        default=AUTO,
+        help=AUTO_HELP,
     )
     parser.add_argument(
         "--batch", type=positive, metavar="N", help="images per inference (the engine's best)"

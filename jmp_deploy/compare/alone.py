@@ -13,7 +13,8 @@ import numpy as np
 
 from ..core import interrupt
 from ..core.errors import GraphError
-from ..engine.backends import INPUT
+from ..core.images import INPUT
+from ..core.ort import session_runner
 from ..jmp.node import DOMAIN
 from .measures import TOLERANCES, relative
 from .trace import (
@@ -24,7 +25,6 @@ from .trace import (
     block_tensors,
     make_choice,
     reduction_name,
-    session_runner,
     show_choices,
 )
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..core.errors import EngineError, GraphError
-from ..engine.backends import INPUT, join, split
+from ..core.errors import GraphError
+from ..core.images import join, split
 from ..jmp.node import DOMAIN, TokenReduce
 
 if TYPE_CHECKING:
@@ -29,15 +29,6 @@ DECIDED = ("kept", "rating", "importance", "target", "merged")
 """What `Choice` is made of, as `reduction.Plan` has it."""
 SHOWN = (*DECIDED, "rest")
 """Tensors of the portable body (node_body.py) that tell it."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What runs: its name, its Polygraphy runner, and for a live PyTorch its model."""
-
-    name: str
-    runner: Any
-    model: Any = None
 
 
 class Block(NamedTuple):
@@ -139,43 +130,6 @@ def trace_torch(
     )
 
 
-def trace_onnx(
-    proto: onnx.ModelProto,
-    images: NDArray[np.float32],
-    profile: Sequence[int],
-    *,
-    blocks: bool = False,
-    name: str = "onnxruntime",
-) -> Trace:
-    """Runs a portable model with its inner tensors marked as outputs by Polygraphy.
-
-    Args:
-        proto: the model; changed in place.
-        images: [B, 3, H, W].
-        profile: (min, opt, max) batch.
-        blocks: keep the blocks' tensors too.
-
-    Raises:
-        GraphError: the model is not laid out as export.py does it.
-    """
-    nodes = show_choices(proto)
-    attributes = [_attributes(n) for n in nodes]
-    names = [f"{n.name}.{what}" for n in nodes for what in SHOWN]
-    places = block_tensors(proto) if blocks else []
-    marked = mark(proto, [*names, *_unique(places)])
-    values = run_session(marked, images, profile, name)
-    choices = [
-        make_choice(_block_of(n.name), n.name, a, as_planned(n.name, a.num_prefix, values))
-        for n, a in zip(nodes, attributes, strict=True)
-    ]
-    return Trace(
-        backend=name,
-        choices=choices,
-        blocks=[_values(place, values) for place in places],
-        num_prefix=prefix_tokens(proto),
-    )
-
-
 def mark(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """The model with these tensors, and no others, as outputs."""
     from polygraphy.backend.onnx import modify_outputs
@@ -206,7 +160,7 @@ def prefix_tokens(proto: onnx.ModelProto) -> int:
     """P of a model: tokens that its class, distillation and register parameters stand for."""
     for graph_node in proto.graph.node:
         if graph_node.domain == DOMAIN:
-            return _attributes(graph_node).num_prefix
+            return node_attributes(graph_node).num_prefix
     names = ("cls_token", "dist_token", "reg_token")
     return sum(int(w.dims[1]) for w in proto.graph.initializer if w.name in names)
 
@@ -245,38 +199,6 @@ def block_tensors(proto: onnx.ModelProto) -> list[Block]:
             "build it again with this version of jmp_deploy",
         )
     return places
-
-
-def run_session(
-    proto: onnx.ModelProto,
-    images: NDArray[np.float32],
-    profile: Sequence[int],
-    name: str = "onnxruntime",
-) -> dict[str, NDArray[Any]]:
-    """Runs a model on images, through Polygraphy: output name -> [B, ...]."""
-    least, _, most = profile
-    pieces = split(images, max(least, min(most, BATCH)), least)
-    with session_runner(proto, name) as runner:
-        return join([_copied(runner.infer({INPUT: piece})) for piece in pieces], len(images))
-
-
-def session_runner(proto: onnx.ModelProto, name: str = "onnxruntime") -> Any:
-    """A Polygraphy runner of a model that is in no file."""
-    import onnxruntime
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-
-    def session() -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # FP16 on a CPU warns of every op that it widens
-        try:
-            return onnxruntime.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions share no public base class
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"ONNX Runtime cannot open the marked model: {reason}") from error
-
-    return OnnxrtRunner(session, name=name)
 
 
 def make_choice(
@@ -321,19 +243,7 @@ def reduction_name(block: int) -> str:
     return f"blocks.{block}.token_reduce"
 
 
-def _unique(places: Sequence[Block]) -> list[str]:
-    return list(dict.fromkeys(name for place in places for name in place))
-
-
-def _values(place: Block, values: Mapping[str, NDArray[Any]]) -> Block:
-    return Block(*(values[name].astype(np.float32) for name in place))
-
-
-def _copied(outputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    return {name: np.array(value) for name, value in outputs.items()}
-
-
-def _attributes(graph_node: onnx.NodeProto) -> TokenReduce:
+def node_attributes(graph_node: onnx.NodeProto) -> TokenReduce:
     from onnx.helper import get_attribute_value
 
     values = {a.name: get_attribute_value(a) for a in graph_node.attribute}
@@ -342,7 +252,7 @@ def _attributes(graph_node: onnx.NodeProto) -> TokenReduce:
     return TokenReduce.from_onnx(own)
 
 
-def _block_of(name: str) -> int:
+def block_of(name: str) -> int:
     try:
         return int(name.split(".")[1])
     except (IndexError, ValueError) as error:

@@ -6,7 +6,7 @@ normalise), so a device without PyTorch feeds an engine exactly what PyTorch wou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash")
+INPUT = "images"
+"""Name of the one input that every exported model has."""
 MAX_SIDE = 1 << 14
 UNREADABLE_LIMIT = 0.01
 """Share of unreadable images above which a command has failed: what is left is another data set."""
@@ -133,6 +135,23 @@ def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
 def load_batch(paths: Sequence[Path | str], spec: Preprocess) -> NDArray[np.float32]:
     """Decodes and preprocesses files to [B, 3, H, W] float32."""
     return np.stack([preprocess(open_image(path), spec) for path in paths])
+
+
+def split(images: NDArray[np.float32], size: int, least: int) -> list[NDArray[np.float32]]:
+    """Batches of at most `size` images; a last one below `least` is padded with its last image."""
+    pieces = [images[start : start + size] for start in range(0, len(images), size)]
+    missing = least - len(pieces[-1])
+    if missing > 0:
+        pieces[-1] = np.concatenate([pieces[-1], np.repeat(pieces[-1][-1:], missing, axis=0)])
+    return pieces
+
+
+def join(parts: Sequence[Mapping[str, Any]], count: int) -> dict[str, NDArray[Any]]:
+    """The outputs of `split` batches as one, without the padding: name -> [count, ...]."""
+    return {
+        name: np.concatenate([np.asarray(part[name]) for part in parts])[:count]
+        for name in parts[0]
+    }
 
 
 def find_images(paths: Iterable[Path | str]) -> list[Path]:
