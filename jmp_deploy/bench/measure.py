@@ -115,7 +115,7 @@ def measure(
         latency = [_warm_up(item, settings, clock, on_progress) for item in series]
         visits = [_visit_length(seconds, settings) for seconds in latency]
         started = clock()
-        budget = settings.seconds * len(series)
+        budget = max(settings.seconds * len(series), 1e-9)
         for index in range(settings.rounds):
             late = clock() - started > budget
             # Rounds come in pairs: half a pair would favour whoever went first.

@@ -331,7 +331,7 @@ class Lane:
         self._busy_on, self._in_use = None, None
 
     def _failure(self, what: str) -> EngineError:
-        return _failure(what, self._setup.last_words())
+        return failure(what, self._setup.last_words())
 
 
 # --- Contexts: what they need, and what to say when memory runs out ---
@@ -350,16 +350,16 @@ def _make_plan(setup: Setup, batch: int) -> Plan:
     with _one_at_a_time:
         plan.context = setup.make_context()
         if plan.context is None:
-            raise _failure("TensorRT cannot make an execution context", setup.last_words())
+            raise failure("TensorRT cannot make an execution context", setup.last_words())
         need = api.set_batch(plan.context, setup.inputs, batch)
     if need is None:
         plan.context = None
-        raise _failure(f"TensorRT refuses a batch of {batch}", setup.last_words())
+        raise failure(f"TensorRT refuses a batch of {batch}", setup.last_words())
     plan.scratch_bytes = need
     return plan
 
 
-def _failure(what: str, words: str) -> EngineError:
+def failure(what: str, words: str) -> EngineError:
     """An error with TensorRT's own words; its own class where memory ran out."""
     message = f"{what}: {words}" if words else what
     lower = words.lower()
