@@ -8,20 +8,23 @@ neither PyTorch nor ONNX tools for those that run what was built.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ..core.artifact import Artifact
 from ..core.errors import EngineError
 from .base import Backend
 from .engine import EngineBackend
 from .onnxruntime import OnnxRuntimeBackend
 from .torch import TorchBackend
 
+if TYPE_CHECKING:
+    from ..core.artifact import Artifact
+
 BACKENDS: tuple[Backend, ...] = (TorchBackend(), OnnxRuntimeBackend(), EngineBackend())
 """From the model as it was to what is deployed: `compare` holds each against the first, and what
 is nearest to a deployment is taken by itself."""
 
 NAMES = tuple(backend.name for backend in BACKENDS)
-DEPLOYED = tuple(backend.name for backend in reversed(BACKENDS) if backend.file)
+DEPLOYED = tuple(backend.name for backend in reversed(BACKENDS) if backend.is_deployed)
 """Those that run what was built, the best first."""
 AUTO = "auto"
 AUTO_HELP = "auto takes the engine where a GPU is, else ONNX Runtime (auto)"

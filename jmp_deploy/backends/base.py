@@ -1,7 +1,7 @@
 """What a backend is: something that runs an artifact's model, on this machine or not.
 
-Nothing here, or at module level in a backend's own file, imports PyTorch, ONNX or TensorRT: the
-command line asks the registry for names.
+Nothing here, or at module level in a backend's own file, imports PyTorch, ONNX, TensorRT or numpy:
+the command line asks the registry for names, and waits for nothing else.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
-from ..core.artifact import Artifact, Precision, Reference
 from ..core.device import cpu_name
 from ..core.errors import EngineError, install_command
-from ..core.images import INPUT, join, split
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ..compare.trace import Trace
+    from ..core.artifact import Artifact, Precision, Reference
 
     Images = NDArray[np.float32]
 
@@ -71,7 +69,7 @@ class Backend(ABC):
     Attributes:
         name: of flags and results.
         title: for people.
-        file: of the artifact that it runs, or None for the model as it was before its export.
+        is_deployed: runs what was built, not the model as it was before.
         extra: of this package, that installs what it needs.
         packages: what it needs beside that, by the names of imports.
         ability: what `doctor` calls it where `packages` are all that it takes.
@@ -81,12 +79,17 @@ class Backend(ABC):
 
     name: str
     title: str
-    file: str | None = None
+    is_deployed = True
     extra = "runtime"
     packages: tuple[str, ...] = ()
     ability: str | None = None
     launches = False
     shows_choices = False
+
+    @property
+    def file(self) -> str | None:
+        """The artifact's file that it runs; None for the model as it was before its export."""
+        return None
 
     def obstacle(self, artifact: Artifact) -> str | None:
         """Why an artifact cannot run here, as far as can be told without opening it."""
@@ -221,6 +224,8 @@ def has(package: str) -> bool:
 
 def noise(batch: int, shape: tuple[int, ...]) -> Images:
     """Seeded normal images [batch, *shape], float32. Shapes are static: contents change no time."""
+    import numpy as np
+
     random = np.random.default_rng(SEED)
     return random.standard_normal((batch, *shape), dtype=np.float32)
 
@@ -236,6 +241,10 @@ def infer(runner: Any, images: Images, batch: tuple[int, int, int]) -> dict[str,
     Returns:
         output name -> [B, ...].
     """
+    import numpy as np
+
+    from ..core.images import INPUT, join, split
+
     least, _, most = batch
     parts = []
     for piece in split(images, most, least):
@@ -247,8 +256,11 @@ def infer(runner: Any, images: Images, batch: tuple[int, int, int]) -> dict[str,
 
 def function_runner(function: Callable[[Images], dict[str, Any]], name: str) -> Any:
     """A Polygraphy runner of a function of images [B, 3, H, W]."""
+    import numpy as np
     from polygraphy.backend.base import BaseRunner
     from polygraphy.common import TensorMetadata
+
+    from ..core.images import INPUT
 
     class FunctionRunner(BaseRunner):  # type: ignore[misc]
         def get_input_metadata_impl(self) -> Any:

@@ -12,24 +12,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..core import ort
-from ..core.artifact import DEPLOYABLE, ENGINE, TWIN_DEPLOYABLE, Artifact, Precision, Reference
 from ..core.device import gpus
 from ..core.errors import EngineError
-from ..core.images import INPUT
-from ..engine.api import MODULES, installed
-from ..engine.arrays import DeviceArray, as_array
-from ..engine.cuda import Cuda, open_cuda
-from ..engine.fit import EngineFile, locate
-from ..engine.runtime import Engine
 from .base import Backend, Infer, Opened, Times, has, infer, noise
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ..compare.trace import Trace
+    from ..core.artifact import Artifact, Precision, Reference
+    from ..engine.arrays import DeviceArray
+    from ..engine.cuda import Cuda
+    from ..engine.fit import EngineFile
 
 CAPTURED_AFTER = 3
 """Inferences after which `Engine` has captured: it does when the same arrays come again."""
@@ -40,15 +36,23 @@ class EngineBackend(Backend):
 
     name = "engine"
     title = "the engine"
-    file = ENGINE
     launches = True
+
+    @property
+    def file(self) -> str:
+        """See `Backend`."""
+        from ..core.artifact import ENGINE
+
+        return ENGINE
 
     def obstacle(self, artifact: Artifact) -> str | None:
         """See `Backend`."""
+        from ..engine.api import MODULES, installed
+
         if artifact.engine is None:
             return "none was built"
-        if not artifact.path(ENGINE).is_file():
-            return f"{ENGINE} is missing"
+        if not artifact.path(self.file).is_file():
+            return f"{self.file} is missing"
         if not gpus():
             return "no GPU is here"
         flavour = artifact.engine.flavour
@@ -75,10 +79,12 @@ class EngineBackend(Backend):
             del blocks  # nothing else can be seen
             return trace_engine(artifact, images)
 
-        return Opened(self, engine_runner(artifact.path(ENGINE)), watch)
+        return Opened(self, engine_runner(artifact.path(self.file)), watch)
 
     def timed(self, artifact: Artifact, *, threads: int) -> TimedEngine:
         """See `Backend`."""
+        from ..engine.fit import locate
+
         return TimedEngine(locate(artifact.folder))
 
     @contextmanager
@@ -86,6 +92,9 @@ class EngineBackend(Backend):
         self, artifact: Artifact, *, max_batch: int | None = None, cuda_graph: bool = True
     ) -> Iterator[Infer]:
         """See `Backend`; without Polygraphy."""
+        from ..core.images import INPUT
+        from ..engine.runtime import Engine
+
         with Engine(artifact.folder, cuda_graph=cuda_graph, max_batch=max_batch) as engine:
             yield lambda images: engine.infer({INPUT: images})
 
@@ -100,6 +109,8 @@ def engine_runner(path: Path | EngineFile) -> Any:
     """
     from polygraphy.backend.base import BaseRunner
     from polygraphy.common import TensorMetadata
+
+    from ..engine.runtime import Engine
 
     class EngineRunner(BaseRunner):  # type: ignore[misc]
         def activate_impl(self) -> None:
@@ -140,13 +151,16 @@ class TimedEngine:
         self,
         file: EngineFile,
         *,
-        open_engine: Callable[..., Any] = Engine,
+        open_engine: Callable[..., Any] | None = None,
         cuda: Cuda | None = None,
     ) -> None:
+        from ..engine.cuda import open_cuda
+        from ..engine.runtime import Engine
+
         assert file.facts is not None
         self.library = f"{file.facts.builder} {file.facts.version}"
         self.file = file
-        self._open, self._cuda = open_engine, cuda or open_cuda()
+        self._open, self._cuda = open_engine or Engine, cuda or open_cuda()
         self._engines: dict[bool, tuple[Any, int]] = {}
         self._releases = ExitStack()
         self._has_graphs: bool | None = None
@@ -220,6 +234,8 @@ class TimedEngine:
 
     def _pair(self, batch: int, tensor: Any) -> tuple[Any, DeviceArray]:
         """Pinned and device memory for a tensor of `batch` images."""
+        from ..engine.arrays import DeviceArray, as_array
+
         cuda, shape, size = self._cuda, (batch, *tensor.shape), batch * tensor.row_bytes
         address = cuda.malloc(size)
         self._releases.callback(cuda.free, address)
@@ -239,7 +255,9 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
         ArtifactError: the artifact has no deployable model.
     """
     from ..compare.trace import Block, Trace, block_tensors, mark, prefix_tokens
+    from ..core.artifact import DEPLOYABLE, ENGINE, TWIN_DEPLOYABLE
     from ..engine import builder
+    from ..engine.fit import EngineFile
     from ..engine.stage import find_plugin
     from ..export.export import load_model, save_model
 
@@ -261,7 +279,7 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
         built = replace(built, plugin=plugin[1])
         with engine_runner(EngineFile(plan, facts.flavour, built)) as runner:
             values = infer(runner, images, artifact.batch)
-    wide = {name: np.asarray(values[name]).astype(np.float32) for name in names}
+    wide = {name: values[name].astype("float32") for name in names}
     return Trace(
         backend=EngineBackend.name,
         choices=None,

@@ -8,19 +8,17 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..core import ort
-from ..core.artifact import PORTABLE, Artifact, Reference
 from ..core.errors import EngineError
-from ..core.images import INPUT, join, split
 from .base import Backend, Opened, Times, noise
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
     from numpy.typing import NDArray
 
     from ..compare.trace import Block, Trace
+    from ..core.artifact import Artifact, Reference
 
 
 TRACE_BATCH = 8
@@ -32,10 +30,16 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     title = "ONNX Runtime"
-    file = PORTABLE
     packages = ("onnxruntime", "polygraphy")
     ability = "run portable models"
     shows_choices = True
+
+    @property
+    def file(self) -> str:
+        """See `Backend`."""
+        from ..core.artifact import PORTABLE
+
+        return PORTABLE
 
     def open(
         self, artifact: Artifact, *, weights: str | None = None, reference: Reference | None = None
@@ -47,14 +51,14 @@ class OnnxRuntimeBackend(Backend):
         def watch(images: NDArray[np.float32], *, blocks: bool = False) -> Trace:
             from ..export.export import load_model
 
-            proto = load_model(artifact.verified(PORTABLE))
+            proto = load_model(artifact.verified(self.file))
             return trace_onnx(proto, images, artifact.batch, blocks=blocks)
 
-        return Opened(self, ort.session_runner(artifact.verified(PORTABLE), self.name), watch)
+        return Opened(self, ort.session_runner(artifact.verified(self.file), self.name), watch)
 
     def timed(self, artifact: Artifact, *, threads: int) -> TimedSession:
         """See `Backend`."""
-        return TimedSession(artifact.verified(PORTABLE), artifact.image_shape, threads)
+        return TimedSession(artifact.verified(self.file), artifact.image_shape, threads)
 
 
 class TimedSession:
@@ -63,21 +67,22 @@ class TimedSession:
 
     Args:
         shape: of one image.
-        name: of the input.
     """
 
     has_graphs = False
 
-    def __init__(self, model: Path, shape: tuple[int, ...], threads: int, name: str = INPUT):
+    def __init__(self, model: Path, shape: tuple[int, ...], threads: int) -> None:
         import onnxruntime
 
         self.session: Any = ort.session(model, ort.TAKES_TURNS, threads=threads)
         self.library = f"ONNX Runtime {onnxruntime.__version__}"
-        self.model, self.shape, self.name = model, shape, name
+        self.model, self.shape = model, shape
 
     def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
         """See `base.Timed`."""
-        return self.prepare_feed({self.name: noise(batch, self.shape)})
+        from ..core.images import INPUT
+
+        return self.prepare_feed({INPUT: noise(batch, self.shape)})
 
     def prepare_feed(self, feed: dict[str, Any]) -> Callable[[], Times]:
         """The same for any inputs."""
@@ -162,6 +167,8 @@ def run_session(
     name: str = "onnxruntime",
 ) -> dict[str, NDArray[Any]]:
     """Runs a model on images, through Polygraphy: output name -> [B, ...]."""
+    from ..core.images import INPUT, join, split
+
     least, _, most = profile
     pieces = split(images, max(least, min(most, TRACE_BATCH)), least)
     with ort.session_runner(proto, name) as runner:
@@ -173,8 +180,8 @@ def _unique(places: Sequence[Block]) -> list[str]:
 
 
 def _values(place: Block, values: Mapping[str, NDArray[Any]]) -> Block:
-    return type(place)(*(values[name].astype(np.float32) for name in place))
+    return type(place)(*(values[name].astype("float32") for name in place))
 
 
 def _copied(outputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    return {name: np.array(value) for name, value in outputs.items()}
+    return {name: value.copy() for name, value in outputs.items()}

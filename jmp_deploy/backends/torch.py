@@ -12,15 +12,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..core import ort
-from ..core.artifact import Artifact, Precision, Reference, Weights
 from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError
 from .base import Backend, Opened, Times, function_runner, has, noise
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
+
+    from ..core.artifact import Artifact, Precision, Reference
 
 
 class TorchBackend(Backend):
@@ -28,6 +28,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     title = "PyTorch"
+    is_deployed = False
     extra = "export"
     packages = ("torch", "timm")
     shows_choices = True
@@ -115,6 +116,7 @@ class TimedModel:
     def __init__(self, artifact: Artifact, threads: int) -> None:
         import torch
 
+        from ..core.artifact import Weights
         from ..jmp.restore import restore_model
 
         self.model: Any = restore_model(replace(artifact, weights=Weights("random", seed=0)))
