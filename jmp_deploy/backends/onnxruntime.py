@@ -82,11 +82,7 @@ class TimedSession:
         """See `base.Timed`."""
         from ..core.images import INPUT
 
-        return self.prepare_feed({INPUT: noise(batch, self.shape)})
-
-    def prepare_feed(self, feed: dict[str, Any]) -> Callable[[], Times]:
-        """The same for any inputs."""
-        session = self.session
+        session, feed = self.session, {INPUT: noise(batch, self.shape)}
 
         def infer() -> Times:
             started = time.perf_counter()
