@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .files import read_text
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -63,7 +61,11 @@ def cpu_count() -> int:
 
 def cpu_name(root: Path = Path("/")) -> str:
     """The processor's name, or its architecture where /proc/cpuinfo has none (as on ARM)."""
-    for line in read_text(root / "proc/cpuinfo").splitlines():
+    try:
+        text = (root / "proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name" and value.strip():
             return value.strip()
