@@ -258,6 +258,7 @@ def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
 
 def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: str) -> Check:
     """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
+    from .backends.torch import torch_runner
     from .compare import compare
     from .core import ort
 
@@ -270,7 +271,7 @@ def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: s
         names = [name for name, _ in photos]
         images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
     ort.quiet_polygraphy()
-    runners = [compare.torch_runner(loaded.model, output), ort.session_runner(portable)]
+    runners = [torch_runner(loaded.model, output), ort.session_runner(portable)]
     precisions: dict[str, str] = {runners[1].name: options.precision}
     twin = portable.parent / _TWIN
     if twin.is_file():

@@ -31,9 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"core", "jmp"},
     "quantize": {"core", "jmp", "export"},
     "tune": {"core", "jmp", "export"},
-    "compare": {"core", "jmp", "export", "engine"},
-    "bench": {"core", "jmp", "export", "engine"},
-    "validate": {"core", "engine"},
+    "backends": {"core", "jmp", "export", "engine"},
+    "compare": {"core", "jmp", "export", "backends"},
+    "bench": {"core", "jmp", "export", "engine", "backends"},
+    "validate": {"core", "backends"},
     "__main__": {"cli"},
 }
 """Room -> rooms that it may import. `pipeline` may import every room but cli, cli everything."""

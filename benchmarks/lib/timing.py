@@ -1,49 +1,60 @@
-"""Paired, interleaved timing: everything that is compared is timed in every round.
+"""Paired timing of what benchmarks compare, by the timer of `bench` (jmp_deploy/bench/measure.py).
 
 A machine's speed drifts with its clock, its heat and its neighbours. So no contender is timed alone
-and then another: a round times each once, in an order drawn anew, and ratios are taken round by
-round. (Drawn, not there and back: whoever is last in one round and first in the next finds its own
-data in the caches, which was worth a percent.) What is reported is the median over rounds and the
-quartiles beside it.
+and then another: a round times each once, and ratios are taken round by round. What is reported is
+the median over rounds and the quartiles beside it.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from jmp_deploy.backends.base import Times
+from jmp_deploy.bench.measure import Participant, Settings, measure
+
+WARM_SECONDS = 0.5
+"""Waiting for stable times, per contender: they were called before."""
 
 Timer = Callable[[], float]
 """Does the work once and returns how long that took, in microseconds."""
 
 
 def interleave(
-    timers: Mapping[str, Timer], *, rounds: int, seconds: float, least: int = 5
+    timers: Mapping[str, Timer], *, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Times all contenders in rounds.
+    """Times all contenders in rounds, there and back, each after an unmeasured call of its own.
 
     Args:
-        timers: name -> Timer, warmed up.
+        timers: name -> Timer.
         rounds: how many at most.
-        seconds: no new round begins after this much time,
-        least: but that many rounds are done in any case.
+        seconds: about how long; a few rounds are done in any case.
 
     Returns:
         name -> microseconds, one entry per round; entry i of all was taken in round i.
     """
-    taken: dict[str, list[float]] = {name: [] for name in timers}
-    names = list(timers)
-    order = random.Random(0)
-    start = time.monotonic()
-    for done in range(rounds):
-        if done >= least and time.monotonic() - start > seconds:
-            break
-        order.shuffle(names)
-        for name in names:
-            taken[name].append(timers[name]())
-    return taken
+    settings = Settings(
+        warm_iterations=3,
+        warm_seconds=WARM_SECONDS,
+        iterations=rounds,
+        rounds=rounds,
+        visit_seconds=0.0,
+        seconds=seconds / len(timers),
+    )
+    contenders = [Participant(name, "", 1, _inference(timer)) for name, timer in timers.items()]
+    series, complete = measure(contenders, settings)
+    if not complete:
+        raise KeyboardInterrupt
+    return {
+        item.participant.artifact: [1000 * times.total for (times,) in item.rounds]
+        for item in series
+    }
+
+
+def _inference(timer: Timer) -> Callable[[], Times]:
+    return lambda: Times(start=0.0, total=timer() / 1000)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -9,35 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..backends import AUTO, pick
+from ..backends.base import Backend, Timed
 from ..core.artifact import Artifact
-from ..core.device import gpus
-from ..core.errors import (
-    ArtifactError,
-    EngineError,
-    JmpDeployError,
-    MissingPackageError,
-    install_command,
-)
-from ..engine.backends import pick_backend
-from . import stats, telemetry
-from . import words as bench_words
-from .backend import Backend
-from .backends import open_backend
-from .host import cpu_count
+from ..core.device import cpu_count
+from ..core.errors import ArtifactError, EngineError, JmpDeployError
+from . import measure as figures
+from . import telemetry
 from .measure import OnProgress, Participant, Series, Settings, measure
 
 BATCHES = (1, 8, 32)
 SETTLE = 1 / 3
 """Share of an energy measurement that is not counted: sensors average over up to a second."""
 
+UNSTEADY = 0.1
+"""A 95 % interval wider than this share of its ratio is called unsteady."""
 INTERRUPTED = "interrupted"
 
-Opener = Callable[[Artifact, str], Backend]
+Opener = Callable[[Artifact, Backend], Timed]
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class BenchOptions:
         folder: the artifact; with `against`, the one that the other is compared with.
         against: a second artifact, or None.
         batches: batch sizes; none means those of 1, 8 and 32 that both profiles have.
-        backends: of "auto", "engine", "onnxruntime", "torch".
+        backends: of AUTO and `backends.NAMES`.
         cuda_graph: "both", "on" or "off"; for engines.
         threads: on a CPU; None takes every one that this process may use.
         settings: how long.
@@ -58,7 +52,7 @@ class BenchOptions:
     folder: Path
     against: Path | None = None
     batches: tuple[int, ...] = ()
-    backends: tuple[str, ...] = ("auto",)
+    backends: tuple[str, ...] = (AUTO,)
     cuda_graph: str = "both"
     threads: int | None = None
     settings: Settings = field(default_factory=Settings)
@@ -80,11 +74,11 @@ def bench(
     whole.
 
     Args:
-        opener: in place of `open_backend` (tests); sources: in place of what can be read here.
+        opener: in place of `Backend.timed` (tests); sources: in place of what can be read here.
 
     Raises:
         ArtifactError: a batch outside the profiles, or a broken artifact.
-        EngineError, MissingPackageError: nothing can run it here.
+        EngineError: nothing can run it here.
         KeyboardInterrupt: before anything was measured.
     """
     threads = options.threads or cpu_count()
@@ -92,11 +86,10 @@ def bench(
     artifacts = [Artifact.read(folder) for folder in folders]
     batches = choose_batches(artifacts, options.batches)
     chosen = choose_backends(artifacts, options.backends)
-    uses_gpu = "engine" in chosen or ("torch" in chosen and bool(gpus()))
     if opener is None:
-        opener = _default_opener(threads)
+        opener = partial(_open_timed, threads=threads)
     if sources is None:
-        sources = telemetry.open_sources(gpu=uses_gpu)
+        sources = telemetry.open_sources(gpu=any(backend.gpu() for backend in chosen))
     monitor = telemetry.Monitor(sources)
     busy = monitor.others()
     measured: list[tuple[Series, telemetry.Energy | None]] = []
@@ -106,10 +99,10 @@ def bench(
     try:
         with monitor, ExitStack() as stack:
             for done, (backend, batch) in enumerate(work):
-                if backend not in libraries:
+                if backend.name not in libraries:
                     stack.close()  # one backend's memory and threads are not in another's way
                     opened = _open(stack, artifacts, backend, opener)
-                    libraries[backend] = opened[0].library
+                    libraries[backend.name] = opened[0].library
 
                 def report(words: str, share: float, done: int = done, batch: int = batch) -> None:
                     on_progress(f"{words}, batch {batch}", (done + share) / len(work))
@@ -123,24 +116,23 @@ def bench(
     everything = [series for series, _ in measured]
     rows = [_row(series, energy) for series, energy in measured]
     ratios = _ratios(everything, artifacts) if options.against else []
+    summary = monitor.summary()
     result = {
-        "device": bench_words.device(chosen, threads, libraries),
+        "device": device_words(chosen, threads, libraries),
         "complete": stopped is None,
         "stopped": stopped,
-        "artifacts": [bench_words.artifact(item, chosen) for item in artifacts],
+        "artifacts": [_artifact(item, chosen) for item in artifacts],
         "rows": rows,
         "ratios": ratios,
         "settings": {
             **asdict(options.settings),
-            "threads": threads if set(chosen) - {"engine"} else None,
+            "threads": None if all(backend.gpu() for backend in chosen) else threads,
             "order": "ABBA",
             "input": "seeded noise",
         },
-        "telemetry": monitor.summary(),
-        "warnings": bench_words.warnings(
-            busy, monitor.throttled(), rows, ratios, artifacts, chosen
-        ),
-        "notes": bench_words.notes(chosen, uses_gpu, monitor.can_read_power(), rows),
+        "telemetry": summary,
+        "warnings": _warnings(busy, monitor.throttled(), rows, ratios, artifacts, chosen),
+        "notes": _notes(chosen, monitor.can_read_power(), summary.get("no_nvml"), rows),
     }
     return result, everything
 
@@ -172,35 +164,17 @@ def choose_batches(artifacts: Sequence[Artifact], asked: Sequence[int]) -> tuple
     return usual or tuple(dict.fromkeys((least, most)))
 
 
-def choose_backends(artifacts: Sequence[Artifact], asked: Sequence[str]) -> list[str]:
-    """The backends to measure, each able to run every artifact."""
-    chosen = []
-    for name in asked:
-        if name == "torch":
-            _require_torch()
-            chosen.append(name)
-            continue
-        picks = [pick_backend(item, name)[0] for item in artifacts]
-        if len(set(picks)) > 1:  # one has an engine that runs here, the other none
-            picks = [pick_backend(item, "onnxruntime")[0] for item in artifacts]
-        chosen.append(picks[0])
-    return list(dict.fromkeys(chosen))
-
-
-def _require_torch() -> None:
-    for package in ("torch", "timm"):
-        if find_spec(package) is None:
-            raise MissingPackageError(
-                f"torch: {package} is not installed", install_command("export")
-            )
+def choose_backends(artifacts: Sequence[Artifact], asked: Sequence[str]) -> list[Backend]:
+    """The backends to measure, each able to run every artifact; each once."""
+    return list(dict.fromkeys(pick(artifacts, name)[0] for name in asked))
 
 
 def _open(
     stack: ExitStack,
     artifacts: Sequence[Artifact],
-    backend: str,
+    backend: Backend,
     opener: Opener,
-) -> list[Backend]:
+) -> list[Timed]:
     """Every artifact, opened until the stack is closed."""
     opened = []
     for item in artifacts:
@@ -209,17 +183,14 @@ def _open(
     return opened
 
 
-def _default_opener(threads: int) -> Opener:
-    def opener(artifact: Artifact, backend: str) -> Backend:
-        return open_backend(artifact, backend, threads=threads)
-
-    return opener
+def _open_timed(artifact: Artifact, backend: Backend, *, threads: int) -> Timed:
+    return backend.timed(artifact, threads=threads)
 
 
 def _measure_group(
     artifacts: Sequence[Artifact],
-    opened: Sequence[Backend],
-    point: tuple[str, int],
+    opened: Sequence[Timed],
+    point: tuple[Backend, int],
     options: BenchOptions,
     monitor: telemetry.Monitor,
     on_progress: OnProgress,
@@ -230,7 +201,7 @@ def _measure_group(
     """
     backend, batch = point
     participants = [
-        Participant(str(ours.folder), backend, batch, item.prepare(batch, bool(graph)), graph)
+        Participant(str(ours.folder), backend.name, batch, item.prepare(batch, bool(graph)), graph)
         for graph in _graphs(opened, backend, options.cuda_graph)
         for ours, item in zip(artifacts, opened, strict=True)
     ]
@@ -250,9 +221,9 @@ def _measure_group(
         raise stop
 
 
-def _graphs(opened: Sequence[Backend], backend: str, asked: str) -> tuple[bool | None, ...]:
+def _graphs(opened: Sequence[Timed], backend: Backend, asked: str) -> tuple[bool | None, ...]:
     """With which launches to measure: True is CUDA graphs, None where there is no choice."""
-    if backend != "engine":
+    if not backend.launches:
         return (None,)
     if asked == "off" or all(item.has_graphs for item in opened):
         return {"both": (False, True), "on": (True,), "off": (False,)}[asked]
@@ -271,15 +242,15 @@ def _power(series: Series, seconds: float, monitor: telemetry.Monitor) -> teleme
 
 def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
     item = series.participant
-    total = stats.by_round(series, stats.total)
+    total = figures.by_round(series, figures.total)
     assert total is not None  # every runner has end-to-end times
-    latency = stats.latency(total)
+    latency = figures.latency(total)
     row: dict[str, Any] = {
         "artifact": item.artifact,
         "backend": item.backend,
         "batch": item.batch,
         "cuda_graph": item.cuda_graph,
-        "throughput": stats.throughput(item.batch, latency["p50"]),
+        "throughput": figures.throughput(item.batch, latency["p50"]),
         "latency_ms": latency,
         "gpu_ms": None,
         "gpu_throughput": None,
@@ -289,10 +260,10 @@ def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
         "power_w": None,
         "mj_per_image": None,
     }
-    compute = stats.by_round(series, stats.compute)
+    compute = figures.by_round(series, figures.compute)
     if compute is not None:
-        row["gpu_ms"] = stats.latency(compute)
-        row["gpu_throughput"] = stats.throughput(item.batch, row["gpu_ms"]["p50"])
+        row["gpu_ms"] = figures.latency(compute)
+        row["gpu_throughput"] = figures.throughput(item.batch, row["gpu_ms"]["p50"])
     if energy is not None:
         row["power_w"] = energy.watts
         row["mj_per_image"] = energy.watts * latency["mean"] / item.batch
@@ -310,7 +281,7 @@ def _ratios(everything: Sequence[Series], artifacts: Sequence[Artifact]) -> list
 
     for (backend, batch, graph), group in groupby(everything, key):
         first, second = group
-        totals = [stats.by_round(item, stats.total) for item in (first, second)]
+        totals = [figures.by_round(item, figures.total) for item in (first, second)]
         assert totals[0] is not None and totals[1] is not None
         entry = {
             "backend": backend,
@@ -318,12 +289,100 @@ def _ratios(everything: Sequence[Series], artifacts: Sequence[Artifact]) -> list
             "cuda_graph": graph,
             "first": first.participant.artifact,
             "second": second.participant.artifact,
-            **stats.ratio(totals[0], totals[1]),
+            **figures.ratio(totals[0], totals[1]),
             "gpu": None,
             "promised_by_flops": promised,
         }
-        gpu = [stats.by_round(item, stats.compute) for item in (first, second)]
+        gpu = [figures.by_round(item, figures.compute) for item in (first, second)]
         if gpu[0] is not None and gpu[1] is not None:
-            entry["gpu"] = stats.ratio(gpu[0], gpu[1])
+            entry["gpu"] = figures.ratio(gpu[0], gpu[1])
         ratios.append(entry)
     return ratios
+
+
+def _artifact(measured: Artifact, chosen: Sequence[Backend]) -> dict[str, Any]:
+    """What is measured, for the result."""
+    return {
+        "path": str(measured.folder),
+        "model": measured.model.name,
+        "image_size": measured.model.image_size,
+        "precision": measured.precision,
+        "precision_of": {backend.name: backend.timed_precision(measured) for backend in chosen},
+        "jmp": measured.jmp.schedule_name if measured.jmp else None,
+        "gmacs": measured.macs.model / 1e9,
+        "random_weights": measured.is_random,
+    }
+
+
+def device_words(chosen: Sequence[Backend], threads: int, libraries: dict[str, str]) -> str:
+    """What measures: the GPU, the CPU, and the library on it."""
+    parts = []
+    for backend in chosen:
+        words = f"{backend.device()}, {libraries.get(backend.name, backend.name)}"
+        if not backend.gpu():
+            words += f", {threads} thread{'s' if threads > 1 else ''}"
+        parts.append(words)
+    return "; ".join(parts)
+
+
+def _warnings(
+    busy: Sequence[str],
+    throttled: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    ratios: Sequence[dict[str, Any]],
+    artifacts: Sequence[Artifact],
+    chosen: Sequence[Backend],
+) -> list[str]:
+    """What makes these figures less than they seem."""
+    found = []
+    if busy:
+        found.append(f"the machine was busy before we began: {', '.join(busy)}")
+    if throttled:
+        found.append(f"the device was throttled: {', '.join(throttled)}")
+    for row in rows:
+        if not row["stable"]:
+            found.append(
+                f"{row['artifact']} at batch {row['batch']} was not stable after "
+                f"{row['warm_iterations']} warm-up inferences"
+            )
+    for entry in ratios:
+        low, high = entry["ci95"]
+        if high - low > UNSTEADY * entry["ratio"]:
+            found.append(
+                f"the ratio at batch {entry['batch']} is unsteady: {low:.2f} to {high:.2f}"
+            )
+    if len(artifacts) == 2:
+        facts: list[tuple[str, list[Any]]] = [
+            ("model", [item.model.name for item in artifacts]),
+            ("image size", [item.model.image_size for item in artifacts]),
+        ]
+        facts += [
+            (f"precision ({backend.name})", [backend.timed_precision(item) for item in artifacts])
+            for backend in chosen
+        ]
+        for name, values in facts:
+            if values[0] != values[1]:
+                found.append(f"the artifacts differ in {name}: {values[0]} and {values[1]}")
+    return found
+
+
+def _notes(
+    chosen: Sequence[Backend],
+    has_power: bool,
+    no_nvml: str | None,
+    rows: Sequence[dict[str, Any]],
+) -> list[str]:
+    """What else has to be known of these figures."""
+    found = []
+    if not any(backend.gpu() for backend in chosen):
+        names = ", ".join(backend.title for backend in chosen)
+        found.append(f"measured on the CPU ({names}): it says nothing of an engine on a GPU")
+    if not has_power:
+        why = f": {no_nvml}" if no_nvml else ""
+        found.append(f"no energy per image: power cannot be read here{why}")
+    launched = any(backend.launches for backend in chosen)
+    if launched and rows and not any(row["cuda_graph"] for row in rows):
+        found.append("no row is of CUDA graphs: not asked for, or they cannot be captured here")
+    if rows and min(row["iterations"] for row in rows) < 100:
+        found.append("p99 of fewer than 100 inferences is close to the slowest one")
+    return found

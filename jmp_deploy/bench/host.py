@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from ..core.device import cpu_count, cpu_name
+from ..core.files import read_number, read_text
 
 BUSY_LOAD = 0.25
 """Load average per CPU from which a machine counts as busy before a benchmark starts."""
@@ -96,37 +97,3 @@ class Host:
         if load <= BUSY_LOAD * cpus:
             return []
         return [f"load average {load:.1f} on {cpus} CPU{'s' if cpus > 1 else ''}"]
-
-
-def cpu_count() -> int:
-    """CPUs that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
-
-
-def cpu_name(root: Path = Path("/")) -> str:
-    """The processor's name, or its architecture where /proc/cpuinfo has none (as on ARM)."""
-    for line in read_text(root / "proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and value.strip():
-            return value.strip()
-    return platform.machine() or "unknown"
-
-
-def read_text(path: Path) -> str:
-    """A small file's text, or "" where it cannot be read: sysfs has errors of all kinds."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
-    except OSError:
-        return ""
-
-
-def read_number(path: Path) -> float | None:
-    """A file's first word as a number, or None. Some drivers write "32760 mA"."""
-    words = read_text(path).split()
-    try:
-        return float(words[0]) if words else None
-    except ValueError:
-        return None

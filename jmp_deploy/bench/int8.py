@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from ..backends.engine import EngineBackend, TimedEngine
 from ..core.artifact import Artifact, Speed
 from ..core.device import gpus
 from ..core.errors import JmpDeployError
 from ..engine.fit import EngineFile
 from ..engine.stage import Clock
-from . import stats
-from .measure import Participant, Settings, measure
+from .measure import Participant, Settings, by_round, compute, latency, measure
 
 GAIN = 1.05
 """INT8 must be this much faster to replace FP16: less is within what clocks and other work on a
@@ -79,8 +79,6 @@ def time_engines(engines: Mapping[str, EngineFile], shape: tuple[int, ...]) -> d
     Raises:
         EngineError: an engine does not fit this GPU.
     """
-    from .engine import TimedEngine
-
     batch = shape[0]
     with ExitStack() as stack:
         participants = []
@@ -89,14 +87,14 @@ def time_engines(engines: Mapping[str, EngineFile], shape: tuple[int, ...]) -> d
             stack.callback(timed.close)
             graph = timed.has_graphs
             participants.append(
-                Participant(name, "engine", batch, timed.prepare(batch, graph), graph)
+                Participant(name, EngineBackend.name, batch, timed.prepare(batch, graph), graph)
             )
         series, complete = measure(participants, SETTINGS)
     if not complete:
         raise KeyboardInterrupt
     found = {}
     for item in series:
-        times = stats.by_round(item, stats.compute)
+        times = by_round(item, compute)
         assert times is not None  # engines tell what the GPU spends
-        found[item.participant.artifact] = stats.latency(times)["p50"]
+        found[item.participant.artifact] = latency(times)["p50"]
     return found

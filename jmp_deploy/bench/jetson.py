@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .host import Reading, read_number, read_text
+from ..core.files import read_number, read_text
+from .host import Reading
 
 INPUT_RAILS = ("VDD_IN", "VIN", "POM_5V_IN")
 """Rails that measure the whole module (VIN: module and carrier board)."""

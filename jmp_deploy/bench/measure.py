@@ -1,8 +1,10 @@
-"""Measures several runners side by side: warm-up until stable, then in turns, A B B A.
+"""Measures contenders side by side: warm-up until stable, then in turns, A B B A; and from times to
+figures: percentiles, throughput, the ratio of two with its spread.
 
 Turns, because a device drifts (heat, clocks, what else runs): a ratio of two artifacts that were
-measured one after the other has the drift in it, one of turns has not. What a runner does is up
-to `bench_runners`; the clock is an argument, so that tests need no real time.
+measured one after the other has the drift in it, one of turns has not. The one timer of `bench`,
+of INT8's choice of an engine and of benchmarks/. What is timed is up to `backends`; the clock is an
+argument, so that tests need no real time.
 """
 
 from __future__ import annotations
@@ -11,8 +13,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..backends.base import Times
 from ..core import interrupt
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 WINDOW = 5
 """Inferences in a window of the warm-up."""
@@ -24,40 +36,7 @@ MOST_PER_VISIT = 500
 """Inferences per turn. More would tell no more."""
 SETTLE_BELOW = 0.1
 """Seconds. Faster inferences get an unmeasured one at each turn: caches hold the others' data."""
-
-
-@dataclass(frozen=True)
-class Times:
-    """One inference, in ms; what a runner cannot tell apart is None.
-
-    Attributes:
-        start: when it began, by the runner's clock.
-        total: end to end: from images in host memory to outputs in host memory.
-        enqueue: until the call that starts it on the device returned.
-        h2d, compute, d2h: copies in, computation and copies out by the device's own events.
-    """
-
-    start: float
-    total: float
-    enqueue: float | None = None
-    h2d: float | None = None
-    compute: float | None = None
-    d2h: float | None = None
-
-    @classmethod
-    def of_device(
-        cls, started: float, enqueued: float, ended: float, spent: Sequence[float]
-    ) -> Times:
-        """From a clock's seconds, and from milliseconds between events: (h2d, compute, d2h)."""
-        h2d, compute, d2h = spent
-        return cls(
-            start=1000 * started,
-            total=1000 * (ended - started),
-            enqueue=1000 * (enqueued - started),
-            h2d=h2d,
-            compute=compute,
-            d2h=d2h,
-        )
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -66,7 +45,7 @@ class Participant:
 
     Attributes:
         artifact: its folder, as the user wrote it.
-        backend: "engine", "onnxruntime" or "torch".
+        backend: what runs it.
         batch: images per inference.
         infer: runs one inference.
         cuda_graph: replayed as a CUDA graph; None where there is no such choice.
@@ -110,6 +89,7 @@ class Series:
     stable: bool = True
 
 
+Quantity = Callable[[Times], "float | None"]
 OnProgress = Callable[[str, float], None]
 """Called with what is being done and the share that is done, 0 to 1."""
 
@@ -135,7 +115,7 @@ def measure(
         latency = [_warm_up(item, settings, clock, on_progress) for item in series]
         visits = [_visit_length(seconds, settings) for seconds in latency]
         started = clock()
-        budget = settings.seconds * len(series)
+        budget = max(settings.seconds * len(series), 1e-9)
         for index in range(settings.rounds):
             late = clock() - started > budget
             # Rounds come in pairs: half a pair would favour whoever went first.
@@ -194,14 +174,14 @@ def _warm_up(
         if spent > settings.warm_seconds and done >= 3:
             item.stable = _is_stable(seconds[-2 * WINDOW :])
             break
-    return max(_median(seconds[-WINDOW:]), 1e-9)
+    return max(median(seconds[-WINDOW:]), 1e-9)
 
 
 def _is_stable(seconds: Sequence[float]) -> bool:
     if len(seconds) < 2 * WINDOW:
         last = seconds[-2:]
         return len(last) == 2 and abs(last[1] - last[0]) <= STABLE * last[0]
-    before, after = _median(seconds[-2 * WINDOW : -WINDOW]), _median(seconds[-WINDOW:])
+    before, after = median(seconds[-2 * WINDOW : -WINDOW]), median(seconds[-WINDOW:])
     return abs(after - before) <= STABLE * before
 
 
@@ -215,9 +195,109 @@ def _visit_length(seconds: float, settings: Settings) -> int:
     return max(1, min(wanted, affordable, MOST_PER_VISIT))
 
 
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    if len(ordered) % 2:
-        return ordered[middle]
-    return (ordered[middle - 1] + ordered[middle]) / 2
+# --- Figures ---
+
+
+def total(times: Times) -> float:
+    """End to end, in ms."""
+    return times.total
+
+
+def compute(times: Times) -> float | None:
+    """On the device, in ms."""
+    return times.compute
+
+
+def by_round(series: Series, quantity: Quantity) -> Array | None:
+    """[rounds, inferences per round] in ms; None where the runner does not tell it."""
+    rounds = [[quantity(times) for times in turn] for turn in series.rounds]
+    if any(value is None for turn in rounds for value in turn):
+        return None
+    return np.array(rounds, dtype=np.float64)
+
+
+def latency(values: Array) -> dict[str, float]:
+    """Percentiles (linear between order statistics), mean, spread and range, all in ms."""
+    p50, p90, p99 = np.percentile(values, (50, 90, 99))
+    return {
+        "p50": float(p50),
+        "p90": float(p90),
+        "p99": float(p99),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+    }
+
+
+def throughput(batch: int, median_ms: float) -> float:
+    """Images per second, one inference after the other, at the median latency.
+
+    The median, not the sum of all times: an interruption by the system is no property of the model.
+    """
+    return 1000 * batch / median_ms
+
+
+def ratio(first: Array, second: Array, *, seed: int = 0) -> dict[str, Any]:
+    """Throughput of the second over the first, with its 95 % interval.
+
+    The ratio is that of the medians over all inferences. The interval is a percentile bootstrap
+    over rounds, both participants' turns of a round together (paired): what happened to the machine
+    in a round happened to both, and inferences within a round are not independent.
+
+    Args:
+        first, second: [rounds, inferences per round] in ms, with the same number of rounds.
+
+    Returns:
+        {"ratio", "ci95": [low, high], "rounds", "round_min", "round_max"}, the last two being the
+        smallest and the largest ratio of the medians of one round.
+    """
+    rounds = len(first)
+    own = np.median(first, axis=1) / np.median(second, axis=1)
+    random = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(RESAMPLES):
+        drawn = random.integers(0, rounds, rounds)
+        ratios.append(np.median(first[drawn]) / np.median(second[drawn]))
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return {
+        "ratio": float(np.median(first) / np.median(second)),
+        "ci95": [float(low), float(high)],
+        "rounds": rounds,
+        "round_min": float(own.min()),
+        "round_max": float(own.max()),
+    }
+
+
+def trtexec_times(turns: Sequence[Sequence[Times]]) -> list[dict[str, float]]:
+    """Inferences in the form of `trtexec --exportTimes` (TensorRT 8.5 to 10: sampleReporting.cpp).
+
+    Timestamps are relative to the first inference. Without a device's events there is one interval,
+    and it is the computation.
+    """
+    everything = [times for turn in turns for times in turn]
+    origin = min((times.start for times in everything), default=0.0)
+    rows = []
+    for times in everything:
+        start = times.start - origin
+        h2d, d2h = times.h2d or 0.0, times.d2h or 0.0
+        work = times.total if times.compute is None else times.compute
+        enqueue = times.total if times.enqueue is None else times.enqueue
+        begin, end = start + h2d, start + h2d + work
+        rows.append(
+            {
+                "startEnqMs": start,
+                "endEnqMs": start + enqueue,
+                "startH2dMs": start,
+                "endH2dMs": begin,
+                "startComputeMs": begin,
+                "endComputeMs": end,
+                "startD2hMs": end,
+                "endD2hMs": end + d2h,
+                "h2dMs": h2d,
+                "computeMs": work,
+                "d2hMs": d2h,
+                "latencyMs": h2d + work + d2h,
+            }
+        )
+    return rows

@@ -17,17 +17,20 @@ from typing import Any
 
 import numpy as np
 
+from ..backends import AUTO, DEPLOYED
+from ..backends.base import Backend, Timed
+from ..backends.engine import TimedEngine
+from ..backends.onnxruntime import TimedSession
 from ..core.artifact import Artifact, Flavour, Jmp
+from ..core.device import cpu_count
 from ..core.errors import ArtifactError
+from ..engine.fit import EngineFile
 from ..jmp.latency import FORMAT, LatencyTable
 from ..jmp.schedule import ModelShape
+from . import measure as figures
 from . import parts as bench_parts
-from . import stats, telemetry
-from . import words as bench_words
-from .backend import Backend
-from .backends import OnnxRuntime, open_backend
-from .bench import choose_backends, choose_batches
-from .host import cpu_count
+from . import telemetry
+from .bench import choose_backends, choose_batches, device_words
 from .measure import OnProgress, Participant, Settings, measure
 from .parts import ATTENTION, DENSE, MLP, Parts
 
@@ -45,7 +48,7 @@ SWEEPS = 4
 
 Part = tuple[str, int | None]
 """A part's name, and the tokens of a chain."""
-Opener = Callable[[str, int | None], Backend]
+Opener = Callable[[str, int | None], Timed]
 """Opens a part by its name, a chain at a number of tokens; ARTIFACT is the artifact itself."""
 ARTIFACT = "artifact"
 
@@ -57,15 +60,15 @@ class TableOptions:
     Attributes:
         folder: the artifact.
         batches: as for `BenchOptions`.
-        backend: "auto", "engine" or "onnxruntime"; PyTorch is not deployed, and has no table.
-        threads: of ONNX Runtime.
+        backend: AUTO or one of `backends.DEPLOYED`; PyTorch is not deployed, and has no table.
+        threads: on a CPU.
         step: tokens from one row to the next.
         settings: how long, for every chain at every token count.
     """
 
     folder: Path
     batches: tuple[int, ...] = ()
-    backend: str = "auto"
+    backend: str = AUTO
     threads: int | None = None
     step: int = 8
     settings: Settings = field(default_factory=lambda: SETTINGS)
@@ -85,10 +88,11 @@ def measure_table(
     threads = options.threads or cpu_count()
     measured = Artifact.read(options.folder)
     batches = choose_batches([measured], options.batches)
-    if options.backend == "torch":
-        raise ArtifactError("a table is measured with engine or onnxruntime, not with torch")
+    if options.backend not in (AUTO, *DEPLOYED):
+        known = " or ".join(DEPLOYED)
+        raise ArtifactError(f"a table is measured with {known}, not with {options.backend}")
     (backend,) = choose_backends([measured], (options.backend,))
-    with telemetry.Monitor(telemetry.open_sources(gpu=backend == "engine")) as monitor:
+    with telemetry.Monitor(telemetry.open_sources(gpu=bool(backend.gpu()))) as monitor:
         busy = monitor.others()
         with tempfile.TemporaryDirectory(prefix="jmp-table-") as scratch:
             parts = bench_parts.export_parts(
@@ -98,8 +102,8 @@ def measure_table(
             table = fill(
                 parts.shape, measured.jmp, batches, opener, options, on_progress=on_progress
             )
-    table["device"] = bench_words.device([backend], threads, {backend: table.pop("library")})
-    table["backend"], table["precision"] = backend, measured.precision
+    table["device"] = device_words([backend], threads, {backend.name: table.pop("library")})
+    table["backend"], table["precision"] = backend.name, measured.precision
     table["telemetry"] = monitor.summary()
     if busy:
         table["warnings"].append(f"the machine was busy before we began: {', '.join(busy)}")
@@ -147,7 +151,7 @@ def fill(
                     measured = _measure(opened, batch, options.settings)
                     for part, values in zip(unit, measured, strict=True):
                         times.setdefault((batch, part), []).extend(values)
-    median = {key: stats.latency(np.array(values))["p50"] for key, values in times.items()}
+    median = {key: figures.latency(np.array(values))["p50"] for key, values in times.items()}
     for batch in batches:
         _add_batch(table, shape, jmp, batch, counts, median)
     return table
@@ -232,7 +236,7 @@ def _keeps(shape: ModelShape, steps: Sequence[Sequence[int]]) -> list[int]:
 
 
 @contextmanager
-def _opened(opener: Opener, unit: Sequence[Part]) -> Iterator[list[Backend]]:
+def _opened(opener: Opener, unit: Sequence[Part]) -> Iterator[list[Timed]]:
     with ExitStack() as stack:
         opened = []
         for name, tokens in unit:
@@ -241,7 +245,7 @@ def _opened(opener: Opener, unit: Sequence[Part]) -> Iterator[list[Backend]]:
         yield opened
 
 
-def _measure(opened: Sequence[Backend], batch: int, settings: Settings) -> list[list[float]]:
+def _measure(opened: Sequence[Timed], batch: int, settings: Settings) -> list[list[float]]:
     """Times of each in ms, measured in turns: the device's own where it tells, else end to end."""
     graph = all(backend.has_graphs for backend in opened)
     participants = [
@@ -253,43 +257,48 @@ def _measure(opened: Sequence[Backend], batch: int, settings: Settings) -> list[
         raise KeyboardInterrupt
     found = []
     for item in series:
-        values = stats.by_round(item, stats.compute)
+        values = figures.by_round(item, figures.compute)
         if values is None:
-            values = stats.by_round(item, stats.total)
+            values = figures.by_round(item, figures.total)
         assert values is not None
         found.append(values.ravel().tolist())
     return found
 
 
-def _opener(measured: Artifact, backend: str, parts: Parts, threads: int) -> Opener:
-    if backend == "engine":
-        return _engine_opener(measured, parts)
-    sessions: dict[str, OnnxRuntime] = {}
+def _opener(measured: Artifact, backend: Backend, parts: Parts, threads: int) -> Opener:
+    open_part = (
+        _engine_parts(measured, parts) if backend.launches else _session_parts(parts, threads)
+    )
 
-    def opener(name: str, tokens: int | None) -> Backend:
+    def opener(name: str, tokens: int | None) -> Timed:
         if name == ARTIFACT:
-            return open_backend(measured, backend, threads=threads)
+            return backend.timed(measured, threads=threads)
+        return open_part(name, tokens)
+
+    return opener
+
+
+def _session_parts(parts: Parts, threads: int) -> Opener:
+    sessions: dict[str, TimedSession] = {}
+
+    def opener(name: str, tokens: int | None) -> Timed:
         if name not in sessions:
-            sessions[name] = OnnxRuntime(parts.files[name], parts.image, threads)
+            sessions[name] = TimedSession(parts.files[name], parts.image, threads)
         # One session serves all token counts: ONNX Runtime has no kernels for one shape alone.
         return sessions[name].view((tokens, parts.shape.width)) if tokens else sessions[name].view()
 
     return opener
 
 
-def _engine_opener(measured: Artifact, parts: Parts) -> Opener:
+def _engine_parts(measured: Artifact, parts: Parts) -> Opener:
     """Builds an engine for every part and token count: shapes are static in a real engine too."""
     from ..engine.builder import EngineSpec, build_engine
-    from ..engine.fit import EngineFile
-    from .engine import TimedEngine
 
     assert measured.engine is not None
     flavour: Flavour = measured.engine.flavour
     built: dict[Path, EngineFile] = {}
 
-    def opener(name: str, tokens: int | None) -> Backend:
-        if name == ARTIFACT:
-            return open_backend(measured, "engine", threads=1)
+    def opener(name: str, tokens: int | None) -> Timed:
         source = parts.files[name]
         plan = source.with_name(f"{name}.{tokens or 'whole'}.engine")
         if plan not in built:

@@ -1,7 +1,7 @@
 """What the device does while a benchmark runs: clocks, temperature, power, throttling, other load.
 
-Sources, each of which reads what it can and leaves out the rest: NVML (`telemetry_nvml`), a
-Jetson's sysfs (`telemetry_jetson`), the host's /proc and /sys (`telemetry_host`). Nothing here
+Sources, each of which reads what it can and leaves out the rest: NVML (`nvml`), a
+Jetson's sysfs (`jetson`), the host's /proc and /sys (`host`). Nothing here
 raises: a benchmark does not end because a sensor did not answer.
 """
 
@@ -16,9 +16,10 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
+from ..core.errors import JmpDeployError
 from .host import Host, Reading, Source
 from .jetson import Jetson
-from .nvml import Nvml
+from .nvml import NoNvml, Nvml
 
 INTERVAL = 0.2
 """Seconds between readings of a GPU."""
@@ -148,9 +149,12 @@ def open_sources(*, gpu: bool, root: Path = Path("/")) -> list[Source]:
     """What can be read here; `gpu`: those of the GPU too."""
     sources: list[Source] = []
     if gpu:
-        for opened in (_quietly(lambda: Jetson.open(root), None), _quietly(Nvml.open, None)):
-            if opened is not None:
-                sources.append(opened)
+        jetson = _quietly(lambda: Jetson.open(root), None)
+        sources += [jetson] if jetson else []
+        try:
+            sources.append(Nvml())
+        except JmpDeployError as error:
+            sources.append(NoNvml(error))
     return [*sources, Host(root)]
 
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backends import AUTO, AUTO_HELP, NAMES
 from ..core.errors import JmpDeployError, MissingPackageError, fail, install_command
 from ..core.files import write_json
 from . import flags, show
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..bench.measure import Series
 
+BACKENDS = (AUTO, *reversed(NAMES))
 COLOURS = ("#8a8f98", "#1f6f9f", "#c2792d", "#5b8c5a")
 
 
@@ -56,10 +58,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--backend",
         dest="backends",
-        type=flags.words_of("auto", "engine", "onnxruntime", "torch"),
+        type=flags.words_of(*BACKENDS),
         metavar="A,B",
-        help="of auto, engine, onnxruntime, torch; auto takes the engine where a GPU is, else ONNX "
-        "Runtime (auto)",
+        help=f"of {', '.join(BACKENDS)}; {AUTO_HELP}",
     )
     parser.add_argument(
         "--num-warm-iter",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from ..backends import BACKENDS
 from ..core.errors import one_line
 from . import flags, probes, show
 from .probes import Check
@@ -164,5 +165,7 @@ def _abilities(checks: Sequence[Check]) -> Iterator[Check]:
         gaps.append(known["GPU"])
     yield verdict("run engines", gaps, f"with {version(runner)}")
 
-    portable = lacking(["onnxruntime"])
-    yield verdict("run portable models", portable, version("onnxruntime"))
+    for backend in BACKENDS:
+        if backend.ability:
+            yes = version(backend.packages[0])
+            yield verdict(backend.ability, lacking(backend.packages), yes)

@@ -14,6 +14,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..backends import AUTO, AUTO_HELP, DEPLOYED
+
 T = TypeVar("T")
 Handler = Callable[[argparse.Namespace], int]
 
@@ -86,8 +88,8 @@ def add_weights(parser: argparse.ArgumentParser, more: str = "") -> None:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
-        choices=("auto", "engine", "onnxruntime"),
-        help="auto takes the engine where a GPU is, else ONNX Runtime (auto)",
+        choices=(AUTO, *DEPLOYED),
+        help=AUTO_HELP,
     )
 
 

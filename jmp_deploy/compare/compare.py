@@ -7,7 +7,6 @@ whose tokens may change places in a near tie is judged by the cosine of its answ
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core import interrupt
-from ..core.artifact import PORTABLE, Artifact, Reference
+from .. import backends as registry
+from ..backends.base import Opened
+from ..core import interrupt, ort
+from ..core.artifact import Artifact, Reference
 from ..core.errors import ArtifactError, ImageError, JmpDeployError
 from ..core.images import (
     INPUT,
@@ -27,16 +28,11 @@ from ..core.images import (
     preprocess,
     split,
 )
-from ..core.ort import quiet_polygraphy
-from ..engine.backends import open_runner, pick_backend
-from ..export.graph import load_model
 from .measures import TABLE, TOLERANCES, Pair, measure
-from .trace import Backend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-BACKENDS = ("torch", "onnxruntime", "engine")
 LIMIT = 64
 BATCH = 8
 
@@ -65,7 +61,7 @@ def compare_artifact(
 
     Args:
         folder: the artifact.
-        backends: of "torch", "onnxruntime", "engine"; None takes all that can run here.
+        backends: of `backends.NAMES`; None takes all that can run here.
         images: files; none means the artifact's reference images.
         limit: files to use at most, spread evenly over those given.
         weights: where PyTorch takes the weights from, if not from where the build did.
@@ -84,15 +80,15 @@ def compare_artifact(
             can be read.
     """
     artifact = Artifact.read(folder)
-    quiet_polygraphy()
+    ort.quiet_polygraphy()
     precision = artifact.precision
     photos, reference = _input(artifact, images, limit)
     chosen, skipped = _open(artifact, backends, weights, reference)
     pairs, times, _ = run_and_pair(
-        [backend.runner for backend in chosen],
+        [opened.runner for opened in chosen],
         photos.images,
         artifact.batch,
-        {backend.name: artifact.precision_of(backend.name) for backend in chosen},
+        {opened.name: opened.backend.precision(artifact) for opened in chosen},
         min_cosine=min_cosine,
         max_abs=max_abs,
         near_ties=artifact.jmp is not None,
@@ -112,7 +108,7 @@ def compare_artifact(
         "images": len(photos.names),
         "unreadable": [{"image": path, "reason": why} for path, why in photos.unreadable],
         "random_weights": artifact.is_random,
-        "backends": [backend.name for backend in chosen],
+        "backends": [opened.name for opened in chosen],
         "skipped": skipped,
         "pairs": [_as_dict(pair, photos.names) for pair in pairs],
         "runtime_ms": times,
@@ -205,17 +201,6 @@ def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
     return Photos(np.stack(images), tuple(names), tuple(unreadable))
 
 
-def torch_runner(model: Any, output: str, name: str = "torch") -> Any:
-    """A Polygraphy runner of a PyTorch model in FP32 on the CPU."""
-    import torch
-
-    def forward(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            return model(torch.from_numpy(images)).numpy()
-
-    return _function_runner(forward, output, name)
-
-
 def _input(
     artifact: Artifact, images: Sequence[Path], limit: int
 ) -> tuple[Photos, Reference | None]:
@@ -231,12 +216,15 @@ def _open(
     wanted: Sequence[str] | None,
     weights: str | None,
     reference: Reference | None,
-) -> tuple[list[Backend], dict[str, str]]:
+) -> tuple[list[Opened], dict[str, str]]:
     """The backends that can run, and why the others cannot."""
     chosen, skipped = [], {}
-    for name in wanted or BACKENDS:
+    for name in wanted or registry.NAMES:
+        backend = registry.get(name)
         try:
-            chosen.append(_backend(name, artifact, weights, reference))
+            if backend.file:  # PyTorch's outputs travel with the artifact: they may stand in
+                registry.pick([artifact], name)
+            chosen.append(backend.open(artifact, weights=weights, reference=reference))
         except JmpDeployError as error:
             if wanted:
                 raise
@@ -250,34 +238,9 @@ def _open(
     return chosen, skipped
 
 
-def _backend(
-    name: str,
-    artifact: Artifact,
-    weights: str | None,
-    reference: Reference | None,
-) -> Backend:
-    if name != "torch":
-        pick_backend(artifact, name)
-        return Backend(name, open_runner(artifact, name))
-    output = artifact.model.output
-    try:
-        from ..jmp.models import restore_model
-
-        model = restore_model(artifact, weights)
-        return Backend(name, torch_runner(model, output), model)
-    except (ImportError, JmpDeployError) as error:
-        if reference is None or weights is not None:
-            raise error if isinstance(error, JmpDeployError) else ArtifactError(str(error)) from (
-                error
-            )
-        # PyTorch's outputs travel with the artifact, for devices without PyTorch.
-        runner = _stored_runner(reference, output)
-        return Backend(runner.name, runner)
-
-
 def _reductions(
     artifact: Artifact,
-    chosen: Sequence[Backend],
+    chosen: Sequence[Opened],
     images: NDArray[np.float32],
 ) -> tuple[dict[str, Any] | None, str | None]:
     """(report, None), or (None, why there is none).
@@ -287,20 +250,19 @@ def _reductions(
     """
     if artifact.jmp is None:
         return None, "the model is dense"
-    torch_model = next((b.model for b in chosen if b.model is not None), None)
-    if torch_model is None or not any(b.name == "onnxruntime" for b in chosen):
+    seen = [opened for opened in chosen if opened.watch and opened.backend.shows_choices]
+    if len(seen) < 2:
         return None, (
             "kept tokens can be seen in PyTorch and ONNX Runtime, and not both take part (an "
             "engine's stay inside the plugin; stored outputs hold none)"
         )
-    from ..jmp.trace import trace_torch
     from . import reductions
-    from .trace import trace_onnx
 
+    first, second = sorted(seen, key=lambda opened: registry.NAMES.index(opened.name))[:2]
+    assert first.watch and second.watch
     try:
-        proto = load_model(artifact.path(PORTABLE))
-        theirs = trace_onnx(proto, images, artifact.batch)
-        report = reductions.report(trace_torch(torch_model, images), theirs, artifact.precision)
+        theirs = second.watch(images)
+        report = reductions.report(first.watch(images), theirs, second.backend.precision(artifact))
     except ModuleNotFoundError as error:
         return None, f"{error.name} is not installed"
     except JmpDeployError as error:
@@ -310,18 +272,18 @@ def _reductions(
 
 def _debug(
     artifact: Artifact,
-    chosen: Sequence[Backend],
+    chosen: Sequence[Opened],
     pairs: Sequence[Pair],
     images: NDArray[np.float32],
     min_cosine: float | None,
 ) -> tuple[list[dict[str, Any]] | None, str | None]:
     """(conclusions, None), or (None, why there are none): the pairs outside, else the first."""
+    from .debug import examine
+
     outside = [pair for pair in pairs if not pair.ok] or pairs[:1]
     wanted = dict.fromkeys((pair.a, pair.b) for pair in outside)
-    by_name = {backend.name: backend for backend in chosen}
+    by_name = {opened.name: opened for opened in chosen}
     try:
-        from .debug import examine
-
         found = [examine(artifact, by_name[a], by_name[b], images, min_cosine) for a, b in wanted]
     except ModuleNotFoundError as error:
         return None, f"blocks cannot be looked at without {error.name}"
@@ -333,33 +295,3 @@ def _debug(
 def _as_dict(pair: Pair, names: Sequence[str]) -> dict[str, Any]:
     worst = names[pair.worst] if pair.worst is not None else None
     return {**vars(pair), "problems": list(pair.problems), "worst_image": worst}
-
-
-def _stored_runner(reference: Reference, output: str) -> Any:
-    """Plays back PyTorch's stored outputs for the reference images, in their order."""
-    stored, position = reference.output, 0
-
-    def replay(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        nonlocal position
-        index = [min(position + k, len(stored) - 1) for k in range(len(images))]
-        position += len(images)
-        return stored[index]
-
-    return _function_runner(replay, output, "torch (stored)")
-
-
-def _function_runner(function: Any, output: str, name: str) -> Any:
-    from polygraphy.backend.base import BaseRunner
-    from polygraphy.common import TensorMetadata
-
-    class FunctionRunner(BaseRunner):  # type: ignore[misc]
-        def get_input_metadata_impl(self) -> Any:
-            return TensorMetadata().add(INPUT, np.float32, (-1, 3, -1, -1))
-
-        def infer_impl(self, feed_dict: dict[str, Any]) -> dict[str, Any]:
-            started = time.perf_counter()
-            value = function(np.asarray(feed_dict[INPUT]))
-            self.inference_time = time.perf_counter() - started
-            return {output: value}
-
-    return FunctionRunner(name=name)

@@ -14,27 +14,23 @@ bisection needs several for.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.artifact import DEPLOYABLE, ENGINE, PORTABLE, TWIN_DEPLOYABLE, Artifact
-from ..core.errors import ArtifactError, EngineError
-from ..engine.backends import engine_runner, infer
-from ..export.graph import block_tensors, load_model, mark, prefix_tokens, save_model
-from ..jmp.trace import Block, Trace, owners, trace_torch
+from ..backends.onnxruntime import OnnxRuntimeBackend
+from ..core.artifact import PORTABLE, Artifact
+from ..core.errors import ArtifactError
+from ..export.graph import load_model
+from ..jmp.trace import Trace, owners
 from .alone import PARTS, by_itself, limit_of, own_error
 from .measures import TINY, TOLERANCES, cosines, relative
-from .trace import Backend, trace_onnx
 
 if TYPE_CHECKING:
-    import onnx
     from numpy.typing import NDArray
+
+    from ..backends.base import Opened
 
 IMAGES = 8
 """Images to look at: every block's tensors of all of them are held in memory."""
@@ -44,8 +40,8 @@ STANDS_OUT = 10.0
 
 def examine(
     artifact: Artifact,
-    a: Backend,
-    b: Backend,
+    a: Opened,
+    b: Opened,
     images: NDArray[np.float32],
     min_cosine: float | None = None,
 ) -> dict[str, Any]:
@@ -60,32 +56,24 @@ def examine(
         EngineError: an engine with marked blocks cannot be built or run.
     """
 
-    def portable() -> onnx.ModelProto:
-        return load_model(artifact.verified(PORTABLE))
+    def watch(opened: Opened) -> Trace:
+        if opened.watch is None:
+            raise ArtifactError(
+                f"{opened.name} holds outputs only, nothing of the blocks",
+                "compare where PyTorch is installed, or with --backends onnxruntime,engine",
+            )
+        return opened.watch(some, blocks=True)
 
-    def trace(backend: Backend) -> Trace:
-        if backend.model is not None:
-            return trace_torch(backend.model, some, blocks=True, name=backend.name)
-        if backend.name == "onnxruntime":
-            return trace_onnx(portable(), some, artifact.batch, blocks=True)
-        if backend.name == "engine":
-            return trace_engine(artifact, some)
-        raise ArtifactError(
-            f"{backend.name} holds outputs only, nothing of the blocks",
-            "compare where PyTorch is installed, or with --backends onnxruntime,engine",
-        )
-
-    precision = artifact.precision_of(b.name)
+    precision = b.backend.precision(artifact)
     tolerance = TOLERANCES[precision] if min_cosine is None else min_cosine
     some = images[:IMAGES]
-    traces = trace(a), trace(b)
+    traces = watch(a), watch(b)
     way = along_the_way(*traces, tolerance)
     alone = None
-    source = next(
-        (t for t, backend in zip(traces, (a, b), strict=True) if backend.model is not None), None
-    )
-    if source is not None and "onnxruntime" in (a.name, b.name):
-        alone = by_itself(portable(), source, artifact.precision, tolerance)
+    by_file = {opened.backend.file: trace for opened, trace in zip((a, b), traces, strict=True)}
+    if by_file.keys() == {None, PORTABLE}:
+        portable = load_model(artifact.verified(PORTABLE))
+        alone = by_itself(portable, by_file[None], artifact.precision, tolerance)
     return conclusion(a.name, b.name, tolerance, precision, way, alone)
 
 
@@ -149,7 +137,7 @@ def conclusion(
     elif alone is None:
         words.append(
             "blocks by themselves can only be told of ONNX Runtime beside PyTorch, not of "
-            + (b if b != "onnxruntime" else a)
+            + (b if b != OnnxRuntimeBackend.name else a)
         )
     else:
         stage, part, error = _worst(alone)
@@ -169,47 +157,6 @@ def conclusion(
         "stages": list(way),
         "alone": list(alone) if alone is not None else None,
     }
-
-
-def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
-    """Builds the engine anew with every block's output marked, and runs it.
-
-    Marked tensors keep TensorRT from fusing across them, so this engine may round otherwise than
-    the artifact's; which tokens it keeps stays inside the plugin.
-
-    Raises:
-        EngineError: it cannot be built or run here.
-        ArtifactError: the artifact has no deployable model.
-    """
-    from ..engine import builder
-    from ..engine.fit import EngineFile
-    from ..engine.stage import find_plugin
-
-    facts = artifact.engine
-    if facts is None:
-        raise EngineError("the artifact has no engine")
-    twin = artifact.precision == "int8" and facts.precision == "fp16"
-    proto = load_model(artifact.verified(TWIN_DEPLOYABLE if twin else DEPLOYABLE))
-    places = block_tensors(proto)
-    names = [places[0].entry, *(place.out for place in places)]
-    targets = facts.targets if facts.flavour == "rtx" else ()
-    options = replace(artifact.engine_options, targets=targets)
-    spec = builder.EngineSpec(artifact.batch, artifact.image_shape, options, facts.precision)
-    with tempfile.TemporaryDirectory(prefix="jmp-debug-") as name:
-        model, plan = Path(name) / DEPLOYABLE, Path(name) / ENGINE
-        save_model(mark(proto, names), model)
-        plugin = find_plugin() if artifact.jmp else (None, None)
-        built = builder.build_engine(model, plan, facts.flavour, spec, plugin=plugin[0])
-        built = replace(built, plugin=plugin[1])
-        with engine_runner(EngineFile(plan, facts.flavour, built)) as runner:
-            values = infer(runner, images, artifact.batch)
-    wide = {name: np.asarray(values[name]).astype(np.float32) for name in names}
-    return Trace(
-        backend="engine",
-        choices=None,
-        blocks=[Block(wide[entry], None, None, wide[out]) for entry, out in pairwise(names)],
-        num_prefix=prefix_tokens(proto),
-    )
 
 
 def _tokens(

@@ -278,8 +278,8 @@ class Artifact:
 
     Attributes:
         folder: where it lies.
-        precision: of the models: INT8 for linear layers and FP16 for the rest, say. What an
-            engine computes with is its own (`precision_of`).
+        precision: of the models: INT8 for linear layers and FP16 for the rest, say. What a
+            backend computes with is its own (`backends.Backend.precision`).
         batch: (min, opt, max) images of the engine's profile.
         rebuild: the command that makes it anew.
         class_names, synsets: one per output, or None where unknown.
@@ -358,13 +358,6 @@ class Artifact:
     def is_random(self) -> bool:
         """Whether the weights are random: good for timing, meaningless in what they answer."""
         return self.weights.kind == "random"
-
-    def precision_of(self, backend: str) -> Precision:
-        """Which numbers a backend computes with: "engine" those of the engine that is there,
-        "onnxruntime" those of the portable model, PyTorch FP32."""
-        if backend == "engine" and self.engine:
-            return self.engine.precision
-        return "fp32" if backend == "torch" else self.precision
 
     def path(self, name: str) -> Path:
         """Where one of its files lies."""

@@ -1,8 +1,10 @@
-"""What GPU and driver are here: asked of the driver itself, without any CUDA package."""
+"""What GPU, driver and CPU are here: asked of driver and kernel, without any CUDA package."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,11 +13,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA device: its name, compute capability such as (8, 7), and memory in bytes."""
+    """A CUDA device: its name, compute capability such as (8, 7), memory in bytes, and address on
+    the bus such as "0000:17:00.0"."""
 
     name: str
     compute_capability: tuple[int, int]
     memory: int
+    bus_id: str = ""
 
 
 @lru_cache(maxsize=1)
@@ -32,7 +36,7 @@ def gpus() -> tuple[Gpu, ...]:
     for index in range(count.value):
         handle, memory = ctypes.c_int(), ctypes.c_size_t()
         major, minor = ctypes.c_int(), ctypes.c_int()
-        name = ctypes.create_string_buffer(256)
+        name, address = ctypes.create_string_buffer(256), ctypes.create_string_buffer(64)
         # 75 and 76: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
         results = (
             driver.cuDeviceGet(ctypes.byref(handle), index),
@@ -40,9 +44,11 @@ def gpus() -> tuple[Gpu, ...]:
             driver.cuDeviceGetAttribute(ctypes.byref(major), 75, handle),
             driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, handle),
             driver.cuDeviceTotalMem_v2(ctypes.byref(memory), handle),
+            driver.cuDeviceGetPCIBusId(address, 64, handle),
         )
         if not any(results):
-            found.append(Gpu(name.value.decode(), (major.value, minor.value), memory.value))
+            capability = major.value, minor.value
+            found.append(Gpu(name.value.decode(), capability, memory.value, address.value.decode()))
     return tuple(found)
 
 
@@ -77,3 +83,24 @@ def jetson_linux() -> tuple[int, ...] | None:
         return None
     found = re.search(r"R(\d+)[^,]*, REVISION: ([\d.]+)", text)
     return tuple(map(int, re.findall(r"\d+", f"{found[1]}.{found[2]}"))) if found else ()
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """The processor's name, or its architecture where /proc/cpuinfo has none (as on ARM)."""
+    try:
+        text = (root / "proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.machine() or "unknown"

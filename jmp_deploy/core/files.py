@@ -85,3 +85,20 @@ def _hint(error: OSError, target: Path) -> str:
     if error.errno == errno.ENOSPC:
         return f"the disk is full: free some space on the volume of {target.parent}"
     return "choose another folder with -o"
+
+
+def read_text(path: Path) -> str:
+    """A small file's text, or "" where it cannot be read: sysfs has errors of all kinds."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0 \n\t")
+    except OSError:
+        return ""
+
+
+def read_number(path: Path) -> float | None:
+    """A file's first word as a number, or None. Some drivers write "32760 mA"."""
+    words = read_text(path).split()
+    try:
+        return float(words[0]) if words else None
+    except ValueError:
+        return None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash")
+INPUT = "images"
+"""Name of the one input that every exported model has."""
 MAX_SIDE = 1 << 14
 INPUT = "images"
 """Name of the one input that every exported model has, [B, 3, H, W] float32."""

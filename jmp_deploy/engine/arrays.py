@@ -143,6 +143,13 @@ def as_host(array: Any, what: str) -> NDArray[Any]:
     return found
 
 
+def as_array(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A numpy array over host memory that is not numpy's; it does not own it."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory: Any = (ctypes.c_byte * size).from_address(address)
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
 def as_device(array: Any, what: str, *, stream: int, writable: bool = False) -> DeviceArray:
     """A view of an array in GPU memory; no copy.
 

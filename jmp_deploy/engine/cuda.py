@@ -134,6 +134,15 @@ class Cuda:
         flags = self._runtime.cudaEventDisableTiming
         return self._keep(self._call("cudaEventCreateWithFlags", flags))
 
+    def timer_create(self) -> int:
+        """An event with a time."""
+        flags = self._runtime.cudaEventDefault
+        return self._keep(self._call("cudaEventCreateWithFlags", flags))
+
+    def elapsed_ms(self, start: int, end: int) -> float:
+        """GPU time between two events that were both reached; resolution about 0.5 µs."""
+        return float(self._call("cudaEventElapsedTime", self._handles[start], self._handles[end]))
+
     def event_record(self, event: int, stream: int) -> None:
         """Marks the end of what is on a stream now."""
         self._call("cudaEventRecord", self._handles[event], self._stream(stream))

@@ -12,9 +12,9 @@ from ..core.errors import ArtifactError, EngineError, JmpDeployError
 from ..core.files import sha256, write_bytes
 from ..core.paths import cache_dir
 from . import api, fit
-from .contexts import failure
 from .cuda import Cuda
 from .fit import EngineFile, Mismatch
+from .lane import failure
 
 
 class LoadedEngine:

@@ -29,9 +29,8 @@ from . import arrays as gpu_arrays
 from . import fit
 from .api import Tensor
 from .arrays import DeviceArray
-from .contexts import Setup
 from .cuda import DEFAULT_STREAM, open_cuda
-from .lane import Lane
+from .lane import Lane, Setup
 from .loading import LoadedEngine
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.artifact import ENGINE, PORTABLE, Artifact
-from ..core.device import gpus
-from ..core.errors import ArtifactError, EngineError
+from ..backends.base import Backend, infer
+from ..core.artifact import Artifact
+from ..core.device import cpu_count
+from ..core.errors import ArtifactError
 from ..core.outputs import Output, output_named
-from ..engine.backends import infer, pick_backend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,13 +28,11 @@ class Subject:
     Attributes:
         name: MODEL for the one that is validated, DENSE for what it is compared with.
         artifact: which one.
-        backend: "engine" or "onnxruntime", once chosen.
         runner: an active Polygraphy runner, once opened.
     """
 
     name: str
     artifact: Artifact
-    backend: str = ""
     runner: Any = field(default=None, repr=False)
 
     @property
@@ -44,9 +40,10 @@ class Subject:
         """What it gives."""
         return output_named(self.artifact.model.output)
 
-    def file_sha256(self) -> str:
+    def file_sha256(self, backend: Backend) -> str:
         """Hash of the file that runs, by the manifest; whether it is true is seen on opening."""
-        return self.artifact.files[ENGINE if self.backend == "engine" else PORTABLE].sha256
+        assert backend.file is not None
+        return self.artifact.files[backend.file].sha256
 
     def answer(self, images: NDArray[Any]) -> NDArray[Any]:
         """[b, 3, H, W] float32 -> [b, classes or channels]."""
@@ -72,7 +69,7 @@ def load_subjects(folder: Path, against: Path | None, allow_random: bool) -> lis
     return subjects
 
 
-def notes_on(subjects: Sequence[Subject]) -> list[str]:
+def notes_on(subjects: Sequence[Subject], backend: Backend) -> list[str]:
     """What a reader of the figures has to know."""
     notes = [
         f"{subject.artifact.folder} has RANDOM WEIGHTS: its accuracy means nothing"
@@ -86,40 +83,15 @@ def notes_on(subjects: Sequence[Subject]) -> list[str]:
         notes.append(f"{dense.folder} is not dense: it has JMP in it too")
     if model.weights.identity != dense.weights.identity:
         notes.append("the two artifacts were built from different weights")
-    ours, theirs = (subject.artifact.precision_of(subject.backend) for subject in subjects)
+    ours, theirs = (backend.precision(subject.artifact) for subject in subjects)
     if ours != theirs:
         notes.append(f"{ours.upper()} is compared with {theirs.upper()}")
     return notes
 
 
-def pick_backends(subjects: Sequence[Subject], wanted: str) -> str:
-    """Chooses one backend for all, so that a difference is the model's; returns why this one.
-
-    Raises:
-        EngineError: none can run all of them here.
-    """
-    model = subjects[0]
-    chosen, reason = pick_backend(model.artifact, wanted)
-    for subject in subjects[1:]:
-        try:
-            pick_backend(subject.artifact, chosen)
-        except EngineError as error:
-            folder = subject.artifact.folder
-            if wanted != "auto" or chosen == "onnxruntime":
-                raise EngineError(f"{folder}: {error.message}", error.hint) from error
-            chosen, reason = "onnxruntime", f"{folder} has no engine that runs here"
-            pick_backend(model.artifact, chosen)
-            pick_backend(subject.artifact, chosen)
-    for subject in subjects:
-        subject.backend = chosen
-    return reason
-
-
-def device_name(backend: str) -> str:
+def device_name(backend: Backend) -> str:
     """What a backend runs on here, in words."""
-    if backend == "engine" and gpus():
-        return gpus()[0].name
-    return f"CPU ({platform.machine()}, {len(os.sched_getaffinity(0))} threads)"
+    return backend.gpu() or f"{backend.device()}, {cpu_count()} threads"
 
 
 def _refuse_unlike(model: Artifact, dense: Artifact) -> None:

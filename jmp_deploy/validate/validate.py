@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
+from ..backends import AUTO, pick
+from ..backends.base import Backend
 from ..core import interrupt
 from ..core.errors import ArtifactError, CheckError, ImageError, NonFiniteError
 from ..core.images import UNREADABLE_LIMIT
-from ..engine.backends import open_runner
 from . import probe as validate_probe
-from .artifacts import DENSE, MODEL, Subject, device_name, load_subjects, notes_on, pick_backends
+from .artifacts import DENSE, MODEL, Subject, device_name, load_subjects, notes_on
 from .data import ClassOrder, Dataset, for_classifier, for_features
 from .loader import batches, default_workers
 from .score import answers, score, top_classes
@@ -49,7 +50,7 @@ class ValidateOptions:
         data: folder of images.
         labels: CSV of labels, or None where class folders say it.
         against: dense artifact, or None.
-        backend: "auto", "engine" or "onnxruntime", for both artifacts.
+        backend: AUTO or one of `backends.DEPLOYED`, for both artifacts.
         batch: images per inference, or None for what the engine is tuned for.
         workers: processes that decode, 0 for none, or None for one per CPU.
         limit, train_limit: images of the val and train split to use, or None for all.
@@ -64,7 +65,7 @@ class ValidateOptions:
     data: Path
     labels: Path | None = None
     against: Path | None = None
-    backend: str = "auto"
+    backend: str = AUTO
     batch: int | None = None
     workers: int | None = None
     limit: int | None = None
@@ -97,14 +98,14 @@ def validate(
     """
     subjects = load_subjects(options.folder, options.against, options.allow_random)
     data = _datasets(options, subjects)
-    reason = pick_backends(subjects, options.backend)
+    backend, reason = pick([subject.artifact for subject in subjects], options.backend)
     size = options.batch or subjects[0].artifact.batch[1]
     kind = validate_probe.pick_kind(options.probe) if data.train else None
     identity = {
         "version": __version__,
-        "artifact": subjects[0].file_sha256(),
-        "against": subjects[1].file_sha256() if options.against else None,
-        "backend": subjects[0].backend,
+        "artifact": subjects[0].file_sha256(backend),
+        "against": subjects[1].file_sha256(backend) if options.against else None,
+        "backend": backend.name,
         "data": [split.digest() for split in (data.train, data.val) if split],
         "batch": size,
         "probe": kind,
@@ -116,8 +117,7 @@ def validate(
     run = _Run(state, workers, on_progress)
     with ExitStack() as stack:
         for subject in subjects:
-            runner = open_runner(subject.artifact, subject.backend)
-            subject.runner = stack.enter_context(runner)
+            subject.runner = stack.enter_context(backend.open(subject.artifact).runner)
         try:
             if data.train:  # without --against, the artifact itself is dense: see `_datasets`
                 run.split(
@@ -127,7 +127,7 @@ def validate(
         except BaseException:
             state.save()
             raise
-    result = _result(options, subjects, data, run, groups, kind)
+    result = _result(options, backend, subjects, data, run, groups, kind)
     result["backend_reason"] = reason
     if shard:
         result["shard"].update(index=shard[0], of=shard[1], identity=identity)
@@ -263,7 +263,7 @@ class _Run:
             folder = subject.artifact.folder
             more = f" and {len(bad) - NAMED} more of this batch" if len(bad) > NAMED else ""
             raise NonFiniteError(
-                f"the {subject.output.name} of {folder} ({subject.backend}) are not finite "
+                f"the {subject.output.name} of {folder} ({subject.runner.name}) are not finite "
                 f"for {', '.join(bad[:NAMED])}{more}",
                 f"run `python -m jmp_deploy compare {folder}` to see which backend fails",
             )
@@ -272,6 +272,7 @@ class _Run:
 
 def _result(
     options: ValidateOptions,
+    backend: Backend,
     subjects: Sequence[Subject],
     data: _Data,
     run: _Run,
@@ -311,16 +312,16 @@ def _result(
         "artifact": str(options.folder),
         "against": str(options.against) if options.against else None,
         "model": model.artifact.model.name,
-        "precision": model.artifact.precision_of(model.backend),
+        "precision": backend.precision(model.artifact),
         "data": str(options.data),
         "images": len(data.val.samples),
         "labels": data.val.rule,
         "batch": max(map(len, groups)),
-        "backend": model.backend,
-        "device": device_name(model.backend),
+        "backend": backend.name,
+        "device": device_name(backend),
         "probe": probe,
         "unreadable": record,
-        "notes": notes_on(subjects),
+        "notes": notes_on(subjects, backend),
         "throughput": run.clock.rates(run.workers),
         "resumed_batches": run.state.resumed,
         "shard": part if options.shard else None,

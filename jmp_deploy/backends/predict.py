@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.artifact import Artifact
-from ..core.errors import ArtifactError, EngineError, ImageError, NonFiniteError
-from ..core.images import INPUT, UNREADABLE_LIMIT, Preprocess, find_images, load_batch
+from ..core.errors import ArtifactError, ImageError, NonFiniteError
+from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
 from ..core.outputs import TOPK, Output, output_named
-from . import backends
-from .runtime import Engine, require_finite
+from ..engine.runtime import Engine, require_finite
+from . import AUTO, pick
+from .base import Infer
+from .engine import EngineBackend
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CHUNK = 256
 """Images decoded at a time: a folder of any size fits into memory."""
-
-Run = Callable[["NDArray[np.float32]"], "NDArray[Any]"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Options:
     """How to run.
 
     Attributes:
-        backend: "auto", "engine" or "onnxruntime".
+        backend: AUTO or one of `DEPLOYED`.
         batch: images per inference at most, below the engine's own limit.
         cuda_graph: replay CUDA graphs.
         use_manifest: False runs an engine of which nothing is known.
         allow_random: run random weights too.
     """
 
-    backend: str = "auto"
+    backend: str = AUTO
     batch: int | None = None
     cuda_graph: bool = True
     use_manifest: bool = True
@@ -97,11 +97,11 @@ def predict(
     paths = find_images(images)
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    with _open(path, found, options) as (run, spec, output, backend, reason):
+    with _open(path, found, options) as (infer, spec, output, backend, reason):
         names = found.class_names if found else None
         for start in range(0, len(paths), CHUNK):
             piece, batch = _decode(paths[start : start + CHUNK], spec, skipped)
-            for image, row in zip(piece, _run_finite(run, batch, piece), strict=True):
+            for image, row in zip(piece, _run_finite(infer, output, batch, piece), strict=True):
                 records.append({"image": str(image), **output.answer(row, names, topk)})
     if not records:
         raise ImageError(skipped[0]["error"], f"{len(skipped)} images, none of them readable")
@@ -111,39 +111,20 @@ def predict(
 @contextmanager
 def _open(
     path: Path, found: Artifact | None, options: Options
-) -> Iterator[tuple[Run, Preprocess, Output, str, str]]:
+) -> Iterator[tuple[Infer, Preprocess, Output, str, str]]:
     """(images to outputs, preprocessing, output, backend, reason)."""
     if found is None:
         with Engine(
             path, use_manifest=False, cuda_graph=options.cuda_graph, max_batch=options.batch
         ) as engine:
             spec, output = _assumed(engine), output_named(engine.outputs[0].name)
-            yield _of_engine(engine, output), spec, output, "engine", "without a manifest"
+            reason = "without a manifest"
+            yield engine.infer, spec, output, EngineBackend.name, reason
         return
-    spec, output = found.preprocess, output_named(found.model.output)
-    chosen, reason = backends.pick_backend(found, options.backend)
-    if chosen == "engine":
-        with Engine(path, cuda_graph=options.cuda_graph, max_batch=options.batch) as engine:
-            yield _of_engine(engine, output), spec, output, chosen, reason
-        return
-    least, best, most = found.batch
-    most = min(most, options.batch or most)
-    if most < least:
-        raise EngineError(f"--batch {most} is below the model's {least}")
-    with backends.open_runner(found, chosen) as runner:
-        yield (
-            lambda batch: backends.infer(runner, batch, (least, min(best, most), most))[
-                output.name
-            ],
-            spec,
-            output,
-            chosen,
-            reason,
-        )
-
-
-def _of_engine(engine: Engine, output: Output) -> Run:
-    return lambda batch: engine.infer({INPUT: batch})[output.name]
+    backend, reason = pick([found], options.backend)
+    output = output_named(found.model.output)
+    with backend.running(found, max_batch=options.batch, cuda_graph=options.cuda_graph) as infer:
+        yield infer, found.preprocess, output, backend.name, reason
 
 
 def _assumed(engine: Engine) -> Preprocess:
@@ -182,11 +163,13 @@ def _decode(
     return readable, np.concatenate(rows)
 
 
-def _run_finite(run: Run, batch: NDArray[np.float32], paths: Sequence[Path]) -> NDArray[Any]:
+def _run_finite(
+    infer: Infer, output: Output, batch: NDArray[np.float32], paths: Sequence[Path]
+) -> NDArray[Any]:
     if not len(batch):
         return np.empty((0, 0), np.float32)
     try:
-        values = run(batch)
+        values = infer(batch)[output.name]
         require_finite({"answer": values})
     except NonFiniteError as error:
         raise NonFiniteError(

@@ -1,0 +1,192 @@
+"""PyTorch: the model as it was before its export, what all others are held against.
+
+In FP32 on the CPU where answers count; for timing on the GPU where PyTorch finds one: what a model
+costs before it is deployed, and a figure for the GPU where no TensorRT is installed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..core import ort
+from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError
+from .base import Backend, Opened, Times, function_runner, has, noise
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..core.artifact import Artifact, Precision, Reference
+
+
+class TorchBackend(Backend):
+    """See the module."""
+
+    name = "torch"
+    title = "PyTorch"
+    is_deployed = False
+    extra = "export"
+    packages = ("torch", "timm")
+    shows_choices = True
+
+    def gpu(self) -> str | None:
+        """The one that `timed` uses."""
+        if not has("torch"):
+            return None
+        import torch
+
+        return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+    def precision(self, artifact: Artifact) -> Precision:
+        """FP32, whatever the artifact's is."""
+        del artifact
+        return "fp32"
+
+    def timed_precision(self, artifact: Artifact) -> Precision:
+        """FP16 for an FP16 artifact on a GPU: what one would deploy without TensorRT."""
+        return "fp16" if artifact.precision == "fp16" and self.gpu() else "fp32"
+
+    def open(
+        self, artifact: Artifact, *, weights: str | None = None, reference: Reference | None = None
+    ) -> Opened:
+        """See `Backend`. Its outputs travel with the artifact, for devices without PyTorch."""
+        ort.quiet_polygraphy()
+        output = artifact.model.output
+        try:
+            from ..jmp.models import restore_model
+            from ..jmp.trace import trace_torch
+
+            model = restore_model(artifact, weights)
+        except (ImportError, JmpDeployError) as error:
+            if reference is not None and weights is None:
+                return Opened(self, _stored_runner(reference, output))
+            if isinstance(error, JmpDeployError):
+                raise
+            raise ArtifactError(str(error)) from error
+        return Opened(self, torch_runner(model, output, self.name), partial(trace_torch, model))
+
+    def timed(self, artifact: Artifact, *, threads: int) -> TimedModel:
+        """See `Backend`."""
+        return TimedModel(artifact, threads)
+
+
+def torch_runner(model: Any, output: str, name: str = TorchBackend.name) -> Any:
+    """A Polygraphy runner of a PyTorch model in FP32 on the CPU."""
+    import torch
+
+    def forward(images: NDArray[np.float32]) -> dict[str, Any]:
+        with torch.inference_mode():
+            return {output: model(torch.from_numpy(images)).numpy()}
+
+    return function_runner(forward, name)
+
+
+def _stored_runner(reference: Reference, output: str) -> Any:
+    """Plays back PyTorch's stored outputs for the reference images, in their order."""
+    stored, position = reference.output, 0
+
+    def replay(images: NDArray[np.float32]) -> dict[str, Any]:
+        nonlocal position
+        index = [min(position + k, len(stored) - 1) for k in range(len(images))]
+        position += len(images)
+        return {output: stored[index]}
+
+    return function_runner(replay, f"{TorchBackend.name} (stored)")
+
+
+class TimedModel:
+    """An artifact's model for timing, in eager mode, patched as its manifest says.
+
+    Weights are random: time does not depend on them, and no checkpoint has to be at hand.
+
+    Args:
+        artifact: runs at `TorchBackend.timed_precision`.
+        threads: on a CPU.
+
+    Raises:
+        ModuleNotFoundError: PyTorch or timm is not installed.
+    """
+
+    has_graphs = False
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        import torch
+
+        from ..core.artifact import Weights
+        from ..jmp.models import restore_model
+
+        self.model: Any = restore_model(replace(artifact, weights=Weights("random", seed=0)))
+        self.shape = artifact.image_shape
+        self.on_gpu = torch.cuda.is_available()
+        precision = TorchBackend().timed_precision(artifact)
+        if self.on_gpu:
+            self.model = self.model.to(
+                "cuda", torch.float16 if precision == "fp16" else torch.float32
+            )
+        else:
+            torch.set_num_threads(threads)
+        self.library = f"PyTorch {torch.__version__}, {precision.upper()}, eager"
+
+    def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
+        """See `base.Timed`."""
+        import torch
+
+        images = torch.from_numpy(noise(batch, self.shape))
+        return self._on_gpu(images) if self.on_gpu else self._on_cpu(images)
+
+    def close(self) -> None:
+        """Gives the model back."""
+        self.model = None
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def _on_cpu(self, images: Any) -> Callable[[], Times]:
+        import torch
+
+        model = self.model
+
+        def infer() -> Times:
+            started = time.perf_counter()
+            with torch.inference_mode():
+                model(images).numpy()
+            return Times.of_host(started, time.perf_counter())
+
+        return infer
+
+    def _on_gpu(self, images: Any) -> Callable[[], Times]:
+        import torch
+
+        model, dtype = self.model, next(self.model.parameters()).dtype
+        pinned = images.pin_memory()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        try:
+            with torch.inference_mode():
+                answer = model(pinned.to("cuda", dtype)).float().cpu().pin_memory()
+        except torch.cuda.OutOfMemoryError as error:
+            raise GpuMemoryError(
+                f"PyTorch has no GPU memory for a batch of {len(images)}", "choose a smaller one"
+            ) from error
+
+        def infer() -> Times:
+            started = time.perf_counter()
+            with torch.inference_mode():
+                events[0].record()
+                there = pinned.to("cuda", non_blocking=True)
+                events[1].record()
+                result = model(there.to(dtype)).float()
+                events[2].record()
+                answer.copy_(result, non_blocking=True)
+                events[3].record()
+            enqueued = time.perf_counter()
+            events[3].synchronize()
+            ended = time.perf_counter()
+            spent = [events[k].elapsed_time(events[k + 1]) for k in range(3)]
+            return Times.of_device(started, enqueued, ended, spent)
+
+        return infer
