@@ -15,7 +15,7 @@ from ..core import interrupt
 from ..core.errors import GraphError
 from ..core.images import INPUT
 from ..core.ort import session_runner
-from ..export.graph import SHOWN, as_planned, block_tensors, show_choices
+from ..export.graph import SHOWN, as_planned, block_tensors, reductions, show_choices
 from ..jmp.node import reduction_name
 from ..jmp.trace import Block, Trace, make_choice
 from .measures import TOLERANCES, relative
