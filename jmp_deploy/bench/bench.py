@@ -356,14 +356,12 @@ def _warnings(
             ("model", [item.model.name for item in artifacts]),
             ("image size", [item.model.image_size for item in artifacts]),
         ]
-        facts += [
-            (f"precision ({backend.name})", [backend.timed_precision(item) for item in artifacts])
-            for backend in chosen
-        ]
+        for backend in chosen:
+            facts.append(("precision", [backend.timed_precision(item) for item in artifacts]))
         for name, values in facts:
             if values[0] != values[1]:
                 found.append(f"the artifacts differ in {name}: {values[0]} and {values[1]}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _notes(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jmp_deploy.bench import telemetry
 from jmp_deploy.bench.host import Host, Reading
 from jmp_deploy.bench.jetson import Jetson
-from jmp_deploy.bench.nvml import INSUFFICIENT_SIZE, Nvml
+from jmp_deploy.bench.nvml import Nvml
+from jmp_deploy.core.device import Gpu
+from jmp_deploy.core.errors import EngineError
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -156,90 +159,63 @@ def test_other_machines_are_no_jetson(tmp_path):
 
 
 class FakeNvml:
-    """The functions that we call, with the pointers that C gives them."""
+    """The functions of pynvml that we call; `missing` ones another driver or package has not."""
 
-    def __init__(self, *, unsupported=(), missing=(), reasons=0, processes=0, busy=0, init=0):
-        self.unsupported, self.missing = unsupported, missing
-        self.reasons, self.processes, self.busy, self.init = reasons, processes, busy, init
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *, unsupported=(), missing=(), reasons=0, processes=0, busy=0, init=None):
         self.address = None
-        self.energy = 1_000_000
+        answers = {
+            "nvmlInit": lambda: None,
+            "nvmlDeviceGetHandleByPciBusId": self.handle,
+            "nvmlDeviceGetHandleByIndex": self.handle,
+            "nvmlSystemGetDriverVersion": lambda: "580.65",
+            "nvmlDeviceGetMaxClockInfo": lambda _, kind: {1: 1980}[kind],
+            "nvmlDeviceGetEnforcedPowerLimit": lambda _: 700_000,
+            "nvmlDeviceGetPowerUsage": lambda _: 350_500,
+            "nvmlDeviceGetTotalEnergyConsumption": lambda _: 1_000_000,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda _: reasons,
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda _: reasons,
+            "nvmlDeviceGetClockInfo": lambda _, kind: {1: 1755, 2: 2619}[kind],
+            "nvmlDeviceGetTemperature": lambda _, sensor: {0: 61}[sensor],
+            "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=80 * 2**30, used=2**30),
+            "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=busy, memory=0),
+            "nvmlDeviceGetComputeRunningProcesses_v2": lambda _: [object()] * processes,
+            "nvmlDeviceGetComputeRunningProcesses_v3": lambda _: [object()] * processes,
+        }
+        self.names = list(answers)
+        for name, answer in answers.items():
+            if name in unsupported or (name == "nvmlInit" and init):
+                answer = self.refuse
+            if name not in missing:
+                setattr(self, name, answer)
 
-    def __call__(self, name):
-        return self
+    def handle(self, address):
+        self.address = address
+        return object()
 
-    def __getattr__(self, name):
-        if not hasattr(type(self), f"fake_{name}") or name in self.missing:
-            raise AttributeError(name)
-
-        def call(*arguments):
-            if name in self.unsupported:
-                return 3  # NVML_ERROR_NOT_SUPPORTED
-            return getattr(type(self), f"fake_{name}")(self, *arguments)
-
-        return call
-
-    def fake_nvmlInit_v2(self):
-        return self.init
-
-    def fake_nvmlDeviceGetHandleByPciBusId_v2(self, address, handle):
-        self.address, handle._obj.value = address, 42
-        return 0
-
-    def fake_nvmlDeviceGetHandleByIndex_v2(self, index, handle):
-        self.address, handle._obj.value = index.value, 42
-        return 0
-
-    def fake_nvmlSystemGetDriverVersion(self, text, size):
-        text.value = b"580.65"
-        return 0
-
-    def number(value, kind=ctypes.c_uint):
-        def fake(self, handle, *arguments):
-            assert handle.value == 42
-            pointer = arguments[-1]._obj
-            assert type(pointer) is kind  # a narrower one would be written past its end
-            pointer.value = value(self, *arguments) if callable(value) else value
-            return 0
-
-        return fake
-
-    fake_nvmlDeviceGetMaxClockInfo = number(1980)
-    fake_nvmlDeviceGetEnforcedPowerLimit = number(700_000)
-    fake_nvmlDeviceGetPowerUsage = number(350_500)
-    fake_nvmlDeviceGetTotalEnergyConsumption = number(lambda self, _: self.energy, ctypes.c_uint64)
-    fake_nvmlDeviceGetCurrentClocksThrottleReasons = number(
-        lambda self, _: self.reasons, ctypes.c_uint64
-    )
-    fake_nvmlDeviceGetCurrentClocksEventReasons = fake_nvmlDeviceGetCurrentClocksThrottleReasons
-    fake_nvmlDeviceGetClockInfo = number(lambda self, kind, _: {1: 1755, 2: 2619}[kind.value])
-    fake_nvmlDeviceGetTemperature = number(lambda self, sensor, _: 61 + sensor.value)
-
-    def fake_nvmlDeviceGetMemoryInfo(self, handle, memory):
-        memory._obj.total, memory._obj.used = 80 * 2**30, 2**30
-        return 0
-
-    def fake_nvmlDeviceGetUtilizationRates(self, handle, use):
-        use._obj.gpu = self.busy
-        return 0
-
-    def fake_nvmlDeviceGetComputeRunningProcesses_v2(self, handle, count, infos):
-        assert count._obj.value == 0 and infos is None
-        count._obj.value = self.processes
-        return INSUFFICIENT_SIZE if self.processes else 0
-
-    fake_nvmlDeviceGetComputeRunningProcesses_v3 = fake_nvmlDeviceGetComputeRunningProcesses_v2
+    def refuse(self, *_):
+        raise self.NVMLError("Not Supported")
 
 
-def nvml(**options) -> tuple[Nvml, FakeNvml]:
-    library = FakeNvml(**options)
-    found = Nvml.open(library, lambda: b"0000:17:00.0")
-    assert found is not None
-    return found, library
+@pytest.fixture
+def nvml(monkeypatch):
+    def open_nvml(**options) -> tuple[Nvml, FakeNvml]:
+        package = FakeNvml(**options)
+        monkeypatch.setitem(sys.modules, "pynvml", package)
+        here = Gpu("Fake GPU", (9, 0), 1, "0000:17:00.0")
+        monkeypatch.setattr("jmp_deploy.bench.nvml.gpus", lambda: (here,))
+        return Nvml(), package
+
+    return open_nvml
 
 
-def test_nvml_reads_the_gpu_that_cuda_uses():
+def test_nvml_reads_the_gpu_that_cuda_uses(nvml):
     gpu, library = nvml()
-    assert library.address == b"0000:17:00.0"
+    assert library.address == "0000:17:00.0"
     reading = gpu.read()
     assert (reading.gpu_mhz, reading.memory_mhz, reading.temperature_c) == (1755, 2619, 61)
     assert (reading.power_w, reading.energy_j, reading.memory_mb) == (350.5, 1000.0, 1024)
@@ -250,39 +226,47 @@ def test_nvml_reads_the_gpu_that_cuda_uses():
     assert gpu.others() == []
 
 
-def test_nvml_names_the_reasons_of_throttling_and_not_those_of_idling():
+def test_nvml_names_the_reasons_of_throttling_and_not_those_of_idling(nvml):
     # idle 0x1, application clocks 0x2, sync boost 0x10, display 0x100 are no throttling
     gpu, _ = nvml(reasons=0x1 | 0x2 | 0x10 | 0x100 | 0x4 | 0x40)
     assert gpu.read().throttled == ("power limit", "temperature (hardware)")
 
 
-def test_nvml_tells_who_else_is_on_the_gpu():
+def test_nvml_tells_who_else_is_on_the_gpu(nvml):
     gpu, _ = nvml(processes=2, busy=37)
     assert gpu.others() == ["2 other processes on the GPU", "the GPU is 37 % busy"]
     old_driver, _ = nvml(processes=1, missing=("nvmlDeviceGetComputeRunningProcesses_v3",))
     assert old_driver.others() == ["1 other process on the GPU"]
 
 
-def test_nvml_leaves_out_what_a_device_does_not_support():
-    functions = [name.removeprefix("fake_") for name in dir(FakeNvml) if name.startswith("fake_")]
-    gpu, _ = nvml(
-        unsupported=[name for name in functions if "Handle" not in name and "Init" not in name]
-    )
-    assert gpu.read() == Reading() and gpu.others() == []
-    assert gpu.facts() == {"power_of": "the GPU board"}
+def test_nvml_leaves_out_what_a_device_does_not_support(nvml):
+    names = [n for n in FakeNvml().names if "Handle" not in n and "Init" not in n]
+    for how in ("unsupported", "missing"):
+        gpu, _ = nvml(**{how: names})
+        assert gpu.read() == Reading() and gpu.others() == []
+        assert gpu.facts() == {"power_of": "the GPU board"}
 
 
-def test_nvml_of_another_driver_calls_throttling_by_another_name():
+def test_nvml_of_another_driver_calls_throttling_by_another_name(nvml):
     gpu, _ = nvml(reasons=0x20, missing=("nvmlDeviceGetCurrentClocksThrottleReasons",))
     assert gpu.read().throttled == ("temperature (driver)",)
 
 
-def test_without_a_driver_there_is_no_nvml():
-    def load(name):
-        raise OSError("libnvidia-ml.so.1: cannot open shared object file")
+def test_without_driver_or_package_there_is_no_nvml_and_a_reason(nvml, monkeypatch, tmp_path):
+    with pytest.raises(EngineError, match="NVML: Not Supported"):
+        nvml(init=True)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with telemetry.Monitor(telemetry.open_sources(gpu=True, root=tmp_path)) as monitor:
+        assert not monitor.can_read_power()
+    assert "nvidia-ml-py is not installed" in monitor.summary()["no_nvml"]
 
-    assert Nvml.open(load) is None
-    assert Nvml.open(FakeNvml(init=9), lambda: None) is None  # NVML_ERROR_DRIVER_NOT_LOADED
+
+def test_what_we_call_is_in_nvidia_s_package():
+    pynvml = pytest.importorskip("pynvml")
+    assert all(hasattr(pynvml, name) for name in FakeNvml().names if not name.endswith("_v2"))
+    for name in ("NVML_CLOCK_SM", "NVML_CLOCK_MEM", "NVML_TEMPERATURE_GPU"):
+        assert getattr(pynvml, name) == getattr(FakeNvml, name)
+    assert issubclass(pynvml.NVMLError, Exception)
 
 
 # --- host ---------------------------------------------------------------------------------------

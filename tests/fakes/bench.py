@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jmp_deploy.backends.base import Times
 from jmp_deploy.bench.host import Reading
-from jmp_deploy.bench.measure import Settings, Times
+from jmp_deploy.bench.measure import Settings
 from jmp_deploy.core.artifact import Macs
 from tests.fakes.artifacts import FILE_WEIGHTS, RANDOM_WEIGHTS, write_artifact
 

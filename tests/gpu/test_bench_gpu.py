@@ -26,8 +26,7 @@ MANIFEST = {
 def test_nvml_of_a_real_driver_gives_sane_figures():
     from jmp_deploy.bench.nvml import Nvml
 
-    gpu = Nvml.open()
-    assert gpu is not None
+    gpu = Nvml()
     reading, facts = gpu.read(), gpu.facts()
     assert reading.gpu_mhz is None or 0 < reading.gpu_mhz <= facts.get("gpu_mhz_limit", 10_000)
     assert reading.temperature_c is None or 0 < reading.temperature_c < 120
@@ -56,9 +55,9 @@ def test_energy_counter_agrees_with_power():
 def test_pytorch_on_the_gpu_is_timed_by_events(batch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("timm")
-    from jmp_deploy.bench.torch_timed import TorchModel
+    from jmp_deploy.backends.torch import TimedModel
 
-    model = TorchModel(MANIFEST, (3, 224, 224), 1)
+    model = TimedModel(MANIFEST, (3, 224, 224), 1)
     assert model.on_gpu and "FP16" in model.library
     infer = model.prepare(batch, False)
     for _ in range(10):
@@ -72,9 +71,9 @@ def test_pytorch_on_the_gpu_is_timed_by_events(batch):
 
 def test_events_of_cuda_bindings_have_a_time():
     pytest.importorskip("cuda.bindings")
-    from jmp_deploy.bench.engine import _timed_cuda
+    from jmp_deploy.engine.cuda import open_cuda
 
-    cuda = _timed_cuda()
+    cuda = open_cuda()
     stream, size = cuda.stream_create(), 1 << 26
     events = [cuda.timer_create() for _ in range(2)]
     device, host = cuda.malloc(size), cuda.malloc_host(size)
