@@ -272,7 +272,7 @@ def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: s
         images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
     ort.quiet_polygraphy()
     runners = [torch_runner(loaded.model, output), ort.session_runner(portable)]
-    precisions: dict[str, str] = {runners[1].name: options.precision}
+    precisions: dict[str, str] = {runners[0].name: "fp32", runners[1].name: options.precision}
     twin = portable.parent / _TWIN
     if twin.is_file():
         runners.append(ort.session_runner(twin, "onnxruntime (FP16 twin)"))

@@ -28,7 +28,7 @@ from ..core.images import (
     preprocess,
     split,
 )
-from .measures import TABLE, TOLERANCES, Pair, measure
+from .measures import TABLE, TOLERANCES, Pair, coarser, measure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -162,7 +162,7 @@ def run_and_pair(
             output,
             ours,
             outputs[runner.name][output],
-            precisions[runner.name],
+            coarser(precisions[first], precisions[runner.name]),
             min_cosine=min_cosine,
             max_abs=max_abs,
             near_ties=near_ties,

@@ -25,7 +25,7 @@ from ..core.errors import ArtifactError
 from ..export.graph import load_model
 from ..jmp.trace import Trace, owners
 from .alone import PARTS, by_itself, limit_of, own_error
-from .measures import TINY, TOLERANCES, cosines, relative
+from .measures import TINY, TOLERANCES, coarser, cosines, relative
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +49,7 @@ def examine(
 
     Args:
         images: [B, 3, H, W], of which the first few are used.
-        min_cosine: smallest cosine; None takes that of what b computes with.
+        min_cosine: smallest cosine; None takes that of the coarser precision of the two.
 
     Raises:
         ArtifactError: the blocks of one of them cannot be seen.
@@ -64,7 +64,7 @@ def examine(
             )
         return opened.watch(some, blocks=True)
 
-    precision = b.backend.precision(artifact)
+    precision = coarser(*(opened.backend.precision(artifact) for opened in (a, b)))
     tolerance = TOLERANCES[precision] if min_cosine is None else min_cosine
     some = images[:IMAGES]
     traces = watch(a), watch(b)

@@ -62,6 +62,12 @@ TABLE = {
 }
 """The one table of tolerances."""
 
+
+def coarser(*precisions: str) -> str:
+    """The precision whose tolerances hold between two: the one of fewer bits."""
+    return max(precisions, key=[*TABLE].index)
+
+
 TOLERANCES = {name: row.cosine for name, row in TABLE.items()}
 """Its column of cosines: what `build` and `compare` hold outputs against."""
 
@@ -71,7 +77,7 @@ class Pair:
     """How far output `output` of backend b is from that of a, over all images.
 
     Attributes:
-        precision: what b computes with, whose tolerances hold.
+        precision: the coarser of what a and b compute with; its tolerances hold.
         cosine, cosine_mean, cosine_median: smallest over the images, and their mean and median.
         max_abs, mean_abs: of the differences' magnitudes.
         max_rel: max_abs over a's largest magnitude.

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jmp_deploy.bench import bench, measure, stats
-from jmp_deploy.bench.measure import Participant, Series, Settings, Times
+from jmp_deploy import backends as registry
+from jmp_deploy.backends.base import Times
+from jmp_deploy.bench import bench, measure
+from jmp_deploy.bench.measure import Participant, Series, Settings
 from jmp_deploy.cli import bench as command
 from jmp_deploy.cli.main import main
 from jmp_deploy.core.artifact import Artifact
@@ -44,7 +46,7 @@ class Machine:
 
 
 def flat(series: Series) -> np.ndarray:
-    values = stats.by_round(series, stats.total)
+    values = measure.by_round(series, measure.total)
     assert values is not None
     return values
 
@@ -69,7 +71,7 @@ def test_drift_of_the_machine_does_not_reach_the_ratio():
     settings = Settings(warm_iterations=3, iterations=40, warm_seconds=0.1)
     (a, b), _ = measure.measure(runners, settings, clock=machine.clock)
     assert flat(a).max() > 1.3 * flat(a).min()
-    assert stats.ratio(flat(a), flat(b))["ratio"] == pytest.approx(1.0, abs=0.01)
+    assert measure.ratio(flat(a), flat(b))["ratio"] == pytest.approx(1.0, abs=0.01)
 
 
 def test_warm_up_goes_on_until_times_are_stable():
@@ -135,24 +137,24 @@ def test_interrupt_before_two_rounds_gives_nothing(count):
 
 
 def test_percentiles_by_hand():
-    figures = stats.latency(np.arange(1.0, 12.0).reshape(1, 11))  # 1..11 ms
+    figures = measure.latency(np.arange(1.0, 12.0).reshape(1, 11))  # 1..11 ms
     assert figures["p50"] == 6 and figures["p90"] == 10 and figures["mean"] == 6
     assert figures["p99"] == pytest.approx(10.9)  # 9.9 steps from the first of ten
     assert figures["std"] == pytest.approx(10**0.5)
     assert (figures["min"], figures["max"]) == (1, 11)
-    assert stats.throughput(8, 4.0) == 2000
+    assert measure.throughput(8, 4.0) == 2000
 
 
 def test_ratio_is_paired_by_round():
     noise = np.array([[1.0], [3.0], [0.5], [9.0], [2.0]])  # a machine that jumps by rounds
-    found = stats.ratio(2 * noise, noise)
+    found = measure.ratio(2 * noise, noise)
     assert found["ratio"] == 2 and found["ci95"] == [2, 2]
     assert (found["round_min"], found["round_max"], found["rounds"]) == (2, 2, 5)
 
 
 def test_bootstrap_interval_by_hand():
     # two rounds: drawn are (1,1), (1,2), (2,1), (2,2) alike, medians of the first 1, 2, 2, 3
-    found = stats.ratio(np.array([[1.0], [3.0]]), np.array([[1.0], [1.0]]))
+    found = measure.ratio(np.array([[1.0], [3.0]]), np.array([[1.0], [1.0]]))
     assert found["ratio"] == 2 and found["ci95"] == [1, 3]
 
 
@@ -161,7 +163,7 @@ def test_trtexec_times_have_its_keys_and_add_up():
         [Times(start=5.0, total=3.5, enqueue=0.2, h2d=1.0, compute=2.0, d2h=0.25)],
         [Times(start=9.0, total=4.0)],
     ]
-    gpu, cpu = stats.trtexec_times(turns)
+    gpu, cpu = measure.trtexec_times(turns)
     assert gpu == {
         "startEnqMs": 0.0,
         "endEnqMs": 0.2,
@@ -212,7 +214,8 @@ def test_a_planted_slow_artifact_is_slower_by_what_was_planted(pair):
 
 
 def test_gpu_time_and_end_to_end_time_are_told_apart_with_and_without_graph(pair, monkeypatch):
-    monkeypatch.setattr(bench, "pick_backend", lambda *_: ("engine", ""))
+    engine = registry.get("engine")
+    monkeypatch.setattr(bench, "pick", lambda *_: (engine, ""))
     backends = [FakeBackend(9.0, on_gpu=True), FakeBackend(5.0, on_gpu=True)]
     result, everything = run(pair, backends, batches=(8,))
     ways = [(Path(row["artifact"]).name, row["cuda_graph"]) for row in result["rows"]]
@@ -296,7 +299,7 @@ def test_error_at_a_later_batch_keeps_what_was_measured(runnable, tmp_path, monk
                 raise EngineError("out of GPU memory: batch 4 needs 9 GiB")
             return super().prepare(batch, cuda_graph)
 
-    monkeypatch.setattr(bench, "open_backend", lambda *_, **__: Full(1.0))
+    monkeypatch.setattr(bench, "_open_timed", lambda *_, **__: Full(1.0))
     out = tmp_path / "r.json"
     assert main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 2
     result = json.loads(out.read_text())
@@ -400,7 +403,7 @@ def test_interrupted_command_writes_what_it_has_and_says_so(
     runnable, tmp_path, monkeypatch, capsys
 ):
     left = iter([FakeBackend(1.0, stop_at=4)])
-    monkeypatch.setattr(bench, "open_backend", lambda *_, **__: next(left))
+    monkeypatch.setattr(bench, "_open_timed", lambda *_, **__: next(left))
     out = tmp_path / "r.json"
     assert main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 130
     result = json.loads(out.read_text())
@@ -409,7 +412,7 @@ def test_interrupted_command_writes_what_it_has_and_says_so(
 
 
 def test_interrupted_before_anything_writes_nothing(runnable, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "open_backend", lambda *_, **__: FakeBackend(1.0, stop_at=1))
+    monkeypatch.setattr(bench, "_open_timed", lambda *_, **__: FakeBackend(1.0, stop_at=1))
     out = tmp_path / "r.json"
     assert main(["bench", str(runnable[0]), "-b", "1,4", "--json", str(out)]) == 130
     assert not out.exists() and "nothing was measured" in capsys.readouterr().err
@@ -419,7 +422,7 @@ def test_plot_without_matplotlib_is_refused_before_measuring(
     runnable, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    monkeypatch.setattr(bench, "open_backend", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "_open_timed", lambda *_, **__: pytest.fail("measured"))
     assert main(["bench", str(runnable[0]), "--plot", str(tmp_path / "p.png")]) == 2
     assert "[plot]" in capsys.readouterr().err
 
@@ -442,14 +445,14 @@ def test_pytorch_is_measured_too(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     import torch
 
-    from jmp_deploy.bench import torch_timed
+    from jmp_deploy.backends.torch import TimedModel
     from jmp_deploy.jmp import models
     from tests.fakes.models import tiny_vit
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(models, "restore_model", lambda data: tiny_vit(depth=2))
     folder = artifact(tmp_path / "a", side=32)
-    model = torch_timed.TorchModel(Artifact.read(folder), 1)
+    model = TimedModel(Artifact.read(folder), 1)
     times = model.prepare(2, False)()
     assert times.total > 0 and times.compute is None and "FP32" in model.library
     model.close()
@@ -464,7 +467,7 @@ def test_pytorch_is_measured_too(tmp_path, monkeypatch):
         "--seconds",
         "0.1",
     ]
-    monkeypatch.setattr(bench, "open_backend", lambda *_, **__: FakeBackend(2.0))
+    monkeypatch.setattr(bench, "_open_timed", lambda *_, **__: FakeBackend(2.0))
     assert main([*command, "--seconds", "0.1", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [row["backend"] for row in result["rows"]] == ["torch", "onnxruntime"]

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from jmp_deploy import backends
+from jmp_deploy.backends.engine import TimedEngine
 from jmp_deploy.bench import bench
-from jmp_deploy.bench.engine import TimedCuda, TimedEngine
 from jmp_deploy.bench.measure import Settings
 from jmp_deploy.core import artifact as manifest
 from jmp_deploy.core.artifact import Artifact, EngineFacts
@@ -62,7 +63,7 @@ def artifact(world, name: str = "a", **engine) -> Artifact:
 
 
 def timed(world, made: Artifact) -> TimedEngine:
-    cuda = TimedCuda(world.cuda.runtime, world.cuda.driver)
+    cuda = Cuda(world.cuda.runtime, world.cuda.driver)
     return TimedEngine(locate(made.folder), cuda=cuda)
 
 
@@ -122,7 +123,7 @@ def test_an_engine_of_another_version_is_refused_and_leaves_nothing(world):
 def test_a_plan_of_ours_needs_no_manifest_and_no_warning(world, recwarn):
     path = world.folder / "chain.engine"
     path.write_bytes(plan())
-    cuda = TimedCuda(world.cuda.runtime, world.cuda.driver)
+    cuda = Cuda(world.cuda.runtime, world.cuda.driver)
     backend = TimedEngine(EngineFile(path, "tensorrt", artifact(world).engine), cuda=cuda)
     assert backend.prepare(2, False)().compute == 1.0
     assert not [w for w in recwarn if "manifest" in str(w.message)]
@@ -132,7 +133,7 @@ def test_a_plan_of_ours_needs_no_manifest_and_no_warning(world, recwarn):
 def test_bench_of_two_engines(world, monkeypatch):
     world.several = True
     dense, jmp = artifact(world, "dense"), artifact(world, "jmp")
-    monkeypatch.setattr(bench, "pick_backend", lambda *_: ("engine", ""))
+    monkeypatch.setattr(bench, "pick", lambda *_: (backends.get("engine"), ""))
     quick = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
     asked = bench.BenchOptions(
         folder=dense.folder, against=jmp.folder, batches=(2,), settings=quick
@@ -153,7 +154,7 @@ def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monk
     world.several = True
     world.cuda.runtime.cudaStreamBeginCapture = refuse
     folder = artifact(world).folder
-    monkeypatch.setattr(bench, "pick_backend", lambda *_: ("engine", ""))
+    monkeypatch.setattr(bench, "pick", lambda *_: (backends.get("engine"), ""))
     quick = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
     options = {"opener": lambda made, _: timed(world, made), "sources": []}
     asked = bench.BenchOptions(folder=folder, batches=(2,), settings=quick)

@@ -15,12 +15,13 @@ import pytest
 from safetensors.torch import save_file
 
 from jmp_deploy import pipeline
+from jmp_deploy.backends import base
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import compare
 from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import gpus
 from jmp_deploy.core.images import INPUT
-from jmp_deploy.engine import backends, builder
+from jmp_deploy.engine import builder
 from jmp_deploy.export import export, graph
 
 needs_rtx = pytest.mark.skipif(not builder.installed("rtx"), reason="TensorRT-RTX not installed")
@@ -396,6 +397,6 @@ def test_batches_are_split_and_padded_to_the_profile():
             return {"y": feed[INPUT] * 2}
 
     images = np.arange(11, dtype=np.float32).reshape(11, 1)
-    out = backends.infer(Runner(), images, (2, 4, 5))["y"]
+    out = base.infer(Runner(), images, (2, 4, 5))["y"]
     assert calls == [5, 5, 2]
     np.testing.assert_array_equal(out, images * 2)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from jmp_deploy.backends.predict import Options, predict
 from jmp_deploy.bench.bench import BenchOptions
 from jmp_deploy.bench.measure import Settings
 from jmp_deploy.bench.table import SETTINGS, TableOptions
 from jmp_deploy.cli import flags
 from jmp_deploy.cli.main import COMMANDS, make_parser
 from jmp_deploy.compare.compare import compare_artifact
-from jmp_deploy.engine.predict import Options, predict
 from jmp_deploy.jmp.visualize import VisualizeOptions
 from jmp_deploy.pipeline import BuildOptions
 from jmp_deploy.plugin.library import build_plugin

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jmp_deploy import backends
+from jmp_deploy.backends import engine as engine_backend
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact, device
 from jmp_deploy.core.artifact import Artifact, EngineFacts
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.core.images import load_batch
-from jmp_deploy.engine import api, backends, builder, stage
+from jmp_deploy.engine import api, builder, stage
 from jmp_deploy.engine.api import installed
 from tests.fakes.engine import World, make_world, world  # noqa: F401
 from tests.fakes.tensorrt import answer, plan
@@ -34,9 +36,8 @@ HERE = Gpu("Fake GPU", (8, 6), 1 << 30)
 def gpu(monkeypatch, request):
     if "real_machine" in request.keywords:
         return
-    for module in (backends, device, stage):
+    for module in (engine_backend, device, stage):
         monkeypatch.setattr(module, "gpus", lambda: (HERE,))
-    monkeypatch.setattr(backends, "installed", lambda flavour: True)
     monkeypatch.setattr(api, "installed", lambda flavour: True)
 
 
@@ -96,7 +97,7 @@ def test_polygraphy_s_runner_asks_the_same_first(world, monkeypatch):
     monkeypatch.setattr(api, "load", lambda flavour: world.trt)
     folder = world.artifact(version="10.3.0.26", targets=("sm_87",))
     with pytest.raises(EngineError, match=r"expected 10\.3\.0\.26.*expected sm_87") as caught:
-        backends.open_runner(Artifact.read(folder), "engine").activate()
+        backends.get("engine").open(Artifact.read(folder)).runner.activate()
     assert "--rebuild" in caught.value.hint
 
 

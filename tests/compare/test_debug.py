@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
+from jmp_deploy import backends
+from jmp_deploy.backends import engine as engine_backend
+from jmp_deploy.backends.base import Opened
+from jmp_deploy.backends.onnxruntime import trace_onnx
 from jmp_deploy.cli.main import main
-from jmp_deploy.compare import debug, trace
-from jmp_deploy.compare.trace import Backend, trace_onnx
+from jmp_deploy.compare import debug
 from jmp_deploy.core import artifact
 from jmp_deploy.core.artifact import Artifact, EngineFacts, EngineOptions, PluginFile
-from jmp_deploy.core.errors import GraphError
+from jmp_deploy.core.errors import EngineError, GraphError
 from jmp_deploy.core.images import load_batch
-from jmp_deploy.engine import backends, builder
+from jmp_deploy.core.ort import session_runner
+from jmp_deploy.engine import builder
 from jmp_deploy.engine import stage as engine_stage
 from jmp_deploy.export.body import add_bodies
 from jmp_deploy.export.graph import block_tensors, mark
@@ -96,9 +102,17 @@ def test_visualize_draws_patches_in_the_tokens_that_compare_finds(form, photos):
             assert (stage.merged, stage.pruned) == ((fate >= 0).sum(), (fate < 0).sum())
 
 
+def opened(folder: Path, model) -> tuple[Opened, Opened]:
+    """PyTorch and ONNX Runtime."""
+    torch_ = backends.get("torch")
+    watch = partial(trace_torch, model)
+    runner = backends.torch.torch_runner(model, "logits")
+    return Opened(torch_, runner, watch), backends.get("onnxruntime").open(Artifact.read(folder))
+
+
 def test_a_sound_model_has_no_block_outside(form):
     folder, model = form
-    a, b = Backend("torch", None, model), Backend("onnxruntime", None)
+    a, b = opened(folder, model)
     found = debug.examine(Artifact.read(folder), a, b, IMAGES, 0.99999)
     assert found["first"] is None and found["cause"] is None
     assert [row["stage"] for row in found["stages"]] == [
@@ -134,7 +148,7 @@ def test_a_planted_fault_is_found_by_name(half, tmp_path, monkeypatch, capsys, b
 def test_the_order_of_the_backends_does_not_hide_the_fault(half, tmp_path):
     source, model = half
     folder = broken_copy(source, tmp_path / "a", 1, "fc2", lambda w: w * 3)
-    a, b = Backend("onnxruntime", None), Backend("torch", None, model)
+    b, a = opened(folder, model)
     found = debug.examine(Artifact.read(folder), a, b, IMAGES, 0.999)
     assert found["cause"] == "blocks.1" and found["a"] == "onnxruntime"
 
@@ -175,13 +189,15 @@ def test_the_engine_is_built_anew_with_its_blocks_marked(half, tmp_path, monkeyp
                 del node.attribute[:]
                 node.attribute.extend(kept)
         add_bodies(proto)
-        return trace.session_runner(proto, "engine")
+        return session_runner(proto, "engine")
 
     monkeypatch.setattr(builder, "build_engine", build_engine)
-    monkeypatch.setattr(debug, "engine_runner", engine_runner)
+    monkeypatch.setattr(engine_backend, "engine_runner", engine_runner)
     monkeypatch.setattr(engine_stage, "find_plugin", lambda: ("library.so", PLUGIN))
-    for a in (Backend("torch", None, model), Backend("onnxruntime", None)):
-        found = debug.examine(made, a, Backend("engine", None), IMAGES, 0.999)
+    engine = backends.get("engine")
+    b = Opened(engine, session_runner(portable(folder), "engine"), engine.open(made).watch)
+    for a in opened(folder, model):
+        found = debug.examine(made, a, b, IMAGES, 0.999)
         assert found["first"] == "blocks.4" and found["alone"] is None
         assert "not of engine" in found["verdict"]
         assert all(row["matched"] is None for row in found["stages"])
@@ -231,7 +247,7 @@ def test_runner_of_a_model_that_does_not_open(half):
     proto = portable(half[0])
     del proto.functions[:]
     with (
-        pytest.raises(backends.EngineError, match="cannot open"),
-        trace.session_runner(proto),
+        pytest.raises(EngineError, match="cannot open"),
+        session_runner(proto),
     ):
         pass

@@ -7,11 +7,11 @@ import json
 import sys
 import types
 
-import numpy as np
 import onnx
 import pytest
 
-from jmp_deploy import pipeline
+from jmp_deploy import backends, pipeline
+from jmp_deploy.backends.base import infer
 from jmp_deploy.bench import int8 as int8_speed
 from jmp_deploy.cli.build import int8_rows
 from jmp_deploy.cli.main import main
@@ -20,7 +20,7 @@ from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import gpus
 from jmp_deploy.core.errors import CalibrationError, EngineError
 from jmp_deploy.core.images import Preprocess
-from jmp_deploy.engine import backends, builder
+from jmp_deploy.engine import builder
 from jmp_deploy.engine.stage import Clock
 from jmp_deploy.export import graph
 from jmp_deploy.jmp import models
@@ -117,7 +117,7 @@ def test_the_artifact_is_whole_and_a_cache_rebuilds_it_bit_for_bit(tiny, tmp_pat
 
 def test_share_of_macs_is_counted_by_what_runs(dense):
     """By hand: 17 tokens, 12 C*C per token and block in linear layers."""
-    data = Artifact.read(dense)
+    data = Artifact.read(dense).to_json()
     linear = 3 * 17 * 12 * 48 * 48
     assert data["int8"]["macs_share"] == pytest.approx(linear / data["macs"]["dense"])
     values = 3 * 17 * (3 * 48 + 192)
@@ -126,19 +126,18 @@ def test_share_of_macs_is_counted_by_what_runs(dense):
 
 
 def test_the_check_holds_int8_and_its_twin_against_pytorch(dense):
-    data = Artifact.read(dense)
+    data = Artifact.read(dense).to_json()
     ours, twin = data["check"]["pairs"]
     assert data["check"]["ok"] and "FP16 twin" in twin["b"]
     assert 0.99 <= ours["cosine"] < twin["cosine"] and twin["cosine"] >= 0.999
 
 
 def test_the_artifact_runs_on_onnx_runtime(dense):
-    data = Artifact.read(dense)
-    reference = np.load(dense / "reference.npz")
-    backends.quiet_polygraphy()
-    with backends.open_runner(dense, data, "onnxruntime") as runner:
-        got = backends.infer(runner, reference["images"], tuple(data["batch"]))["logits"]
-    assert (got.argmax(1) == reference["output"].argmax(1)).all()
+    made = Artifact.read(dense)
+    reference = made.reference()
+    with backends.get("onnxruntime").open(made).runner as runner:
+        got = infer(runner, reference.images, made.batch)["logits"]
+    assert (got.argmax(1) == reference.output.argmax(1)).all()
 
 
 @needs_rtx
