@@ -1,4 +1,4 @@
-"""Measures a latency table (`latency_table`) for `tune --latency-ms X --on TABLE`.
+"""Measures a latency table (`jmp.latency`) for `tune --latency-ms X --on TABLE`.
 
 Per token count, the attention halves and the MLP halves of all blocks are timed as two chains and
 divided by the depth; what is outside the blocks is the dense model's time less theirs; and what a

@@ -1,7 +1,7 @@
 """PyTorch, ONNX Runtime and the engine side by side, on the same images.
 
 Polygraphy's runners and its Comparator.run run them; what is compared and how is ours
-(compare_measures.py): Comparator.compare_accuracy judges tensors element by element, and a ViT
+(measures.py): Comparator.compare_accuracy judges tensors element by element, and a ViT
 whose tokens may change places in a near tie is judged by the cosine of its answer for each image.
 """
 
@@ -65,15 +65,15 @@ def compare_artifact(
         images: files; none means the artifact's reference images.
         limit: files to use at most, spread evenly over those given.
         weights: where PyTorch takes the weights from, if not from where the build did.
-        min_cosine, max_abs: tolerances in place of the precision's own (compare_measures.TABLE).
+        min_cosine, max_abs: tolerances in place of the precision's own (measures.TABLE).
         debug: look at every block of each pair outside tolerance, or of the first pair.
 
     Returns:
         {"ok", "precision", "tolerance", "images", "unreadable", "random_weights", "backends",
         "skipped": {backend: reason}, "pairs", "reductions", "reductions_skipped", "debug",
         "debug_skipped", "runtime_ms": {backend: per image}}. pairs are those of
-        compare_measures.Pair; reductions is compare_reductions.report's, debug a list of
-        compare_debug.conclusion's; where one is None, its _skipped says why.
+        measures.Pair; reductions is reductions.report's, debug a list of
+        debug.conclusion's; where one is None, its _skipped says why.
 
     Raises:
         JmpDeployError: fewer than two backends can run, or one that was asked for cannot; no image
@@ -140,7 +140,7 @@ def run_and_pair(
         runners, images: Polygraphy's runners, and [B, 3, H, W].
         profile: (min, opt, max) batch.
         precisions: by runner's name, what it computes with.
-        min_cosine, max_abs, near_ties: as for `compare_measures.measure`.
+        min_cosine, max_abs, near_ties: as for `measures.measure`.
 
     Returns:
         The pairs; per runner the time of one image in ms (whole batches, first one included: an

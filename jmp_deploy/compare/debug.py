@@ -2,7 +2,7 @@
 
 Two readings of the same blocks. Along the way: every block's output in either backend, for the
 same images; errors add up from block to block, and the first block outside tolerance is named. By
-itself (compare_alone.py): where an error is made, also where the backends keep different tokens.
+itself (alone.py): where an error is made, also where the backends keep different tokens.
 
 Along the way only tokens that are made of the same patches are held against each other, where both
 backends show what they keep and merge; an engine does not, and there each token is held against its
