@@ -238,7 +238,7 @@ def write_times(everything: Sequence[Series], target: Path) -> list[str]:
     Returns:
         The files: `target` itself for one row, else its name with the row's in it.
     """
-    from ..bench.stats import trtexec_times
+    from ..bench.measure import trtexec_times
 
     written = []
     for index, series in enumerate(everything):

@@ -191,11 +191,11 @@ def test_the_engine_is_built_anew_with_its_blocks_marked(half, tmp_path, monkeyp
         add_bodies(proto)
         return session_runner(proto, "engine")
 
+    engine = backends.get("engine")
+    b = Opened(engine, session_runner(portable(folder), "engine"), engine.open(made).watch)
     monkeypatch.setattr(builder, "build_engine", build_engine)
     monkeypatch.setattr(engine_backend, "engine_runner", engine_runner)
     monkeypatch.setattr(engine_stage, "find_plugin", lambda: ("library.so", PLUGIN))
-    engine = backends.get("engine")
-    b = Opened(engine, session_runner(portable(folder), "engine"), engine.open(made).watch)
     for a in opened(folder, model):
         found = debug.examine(made, a, b, IMAGES, 0.999)
         assert found["first"] == "blocks.4" and found["alone"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 
@@ -52,6 +53,18 @@ def violations(architecture, sources) -> list[str]:
 
 def test_imports_keep_to_the_table(architecture, sources):
     assert violations(architecture, sources) == []
+
+
+def test_what_is_imported_is_there(architecture, sources):
+    """Imports within functions too, which neither a start of the program nor mypy looks at."""
+    for module, source in sources.items():
+        for target, _ in architecture.imports(source, module):
+            if target[0] != "jmp_deploy" or target in sources or (*target, "__init__") in sources:
+                continue
+            holder = next(
+                (sources[m] for m in (target[:-1], (*target[:-1], "__init__")) if m in sources), ""
+            )
+            assert re.search(rf"\b{target[-1]}\b", holder), f"{module} imports {target}"
 
 
 @pytest.mark.parametrize(
