@@ -16,7 +16,7 @@ from . import flags, show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..engine.predict import Predictions
+    from ..backends.predict import Predictions
 
 
 def add(commands: Any) -> None:
@@ -69,7 +69,7 @@ def add(commands: Any) -> None:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from ..engine.predict import Options, predict
+    from ..backends.predict import Options, predict
 
     if given.rebuild:
         _rebuild(given.folder)
