@@ -6,6 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..backends import NAMES
 from . import flags, show
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def add(commands: Any) -> None:
         "--backends",
         type=_backends,
         metavar="A,B,..",
-        help="of torch, onnxruntime, engine; the first is the reference (all that run here)",
+        help=f"of {', '.join(NAMES)}; the first is the reference (all that run here)",
     )
     flags.add_images(parser, "files or folders (the artifact's reference images)")
     parser.add_argument(
@@ -84,7 +85,7 @@ def _not_negative(text: str) -> float:
 
 
 def _backends(text: str) -> tuple[str, ...]:
-    names = flags.words_of("torch", "onnxruntime", "engine")(text)
+    names = flags.words_of(*NAMES)(text)
     if len(set(names)) < 2:
         raise argparse.ArgumentTypeError("two different backends at least")
     return names

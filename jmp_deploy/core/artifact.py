@@ -14,9 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
-import msgspec
-from msgspec import Meta
-
 from .. import __version__
 from .errors import ArtifactError
 from .files import sha256, write_json
@@ -24,7 +21,16 @@ from .images import Preprocess
 from .outputs import OUTPUTS
 
 if TYPE_CHECKING:
+    from msgspec import Meta
     from numpy.typing import NDArray
+else:
+    try:
+        from msgspec import Meta
+    except ImportError:  # a bare GPU machine (scripts/gpu_check.sh), which reads no manifest
+
+        def Meta(**limits: Any) -> None:
+            """Limits that nobody asks for there."""
+
 
 FILE = "manifest.json"
 FORMAT = 3
@@ -319,6 +325,8 @@ class Artifact:
         Raises:
             ArtifactError: no folder, no manifest, or one that this version cannot read.
         """
+        import msgspec
+
         folder = Path(folder)
         path = folder / FILE
         if not folder.is_dir():
@@ -442,6 +450,8 @@ class Artifact:
 
 def _plain(value: Any) -> dict[str, Any]:
     """A dataclass as JSON has it: lists for tuples, null for what is not finite."""
+    import msgspec
+
     found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(value, enc_hook=str))
     return found
 

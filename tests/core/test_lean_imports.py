@@ -59,6 +59,19 @@ def test_commands_that_need_the_base_install_alone(arguments):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
+def test_a_bare_gpu_machine_patches_and_times_without_our_packages():
+    """What scripts/gpu_check.sh needs: PyTorch and timm, and none of what we install besides."""
+    code = (
+        "import benchmarks.kernel, benchmarks.endtoend\n"
+        "from jmp_deploy import patch\n"
+        "from jmp_deploy.jmp.models import load_model\n"
+        "patch(load_model('deit_t', 'random').model)"
+    )
+    ours = ("msgspec", "rich", "onnxscript", "onnx_graphsurgeon", "skimage", "pynvml")
+    done = python(code, (*ours, *BUILDERS))
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_package_imports_nothing_heavy():
     code = "import jmp_deploy; print([m for m in sys.modules if m in ('numpy', 'rich', 'PIL')])"
     done = python(code, TOOLS + BUILDERS)

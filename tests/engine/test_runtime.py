@@ -709,14 +709,14 @@ def test_torch_reads_a_device_array_s_interface():
     assert array.nbytes == 12 and len(array) == 2
 
 
-def test_importing_the_runtime_takes_numpy_alone():
+def test_importing_the_runtime_takes_the_base_install_alone():
     code = (
         "import sys\n"
         "before = set(sys.modules)\n"  # what .pth files of the installation load
-        "import jmp_deploy.runtime\n"
+        "import jmp_deploy.engine.runtime\n"
         "names = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "names -= set(sys.stdlib_module_names)\n"
         "print(sorted(name for name in names if not name.startswith('_')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['jmp_deploy', 'numpy']", done.stdout
+    assert done.stdout.strip() == "['jmp_deploy', 'msgspec', 'numpy']", done.stdout

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from jmp_deploy.backends import get
 from jmp_deploy.core import artifact as files
 from jmp_deploy.core.artifact import Artifact, EngineFacts, EngineOptions, Int8, Speed
 from jmp_deploy.core.device import Gpu
@@ -51,7 +52,8 @@ def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, th
     made = stage.make_engines(
         int8_artifact(tmp_path), tmp_path, tmp_path, CHOICE, settle_for(first), clock=stage.Clock()
     ).write()
-    assert made.precision_of("engine") == first and made.precision_of("onnxruntime") == "int8"
+    assert get("engine").precision(made) == first
+    assert get("onnxruntime").precision(made) == "int8" and get("torch").precision(made) == "fp32"
     for turn, winner in enumerate((first, then)):
         if turn:
             made = stage.rebuild(made, settle_for(winner))

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-pytestmark = pytest.mark.gpu
+from jmp_deploy.core.artifact import Jmp
+from tests.fakes.artifacts import make_artifact
 
-MANIFEST = {
-    "model": {"name": "deit_tiny_patch16_224", "image_size": 224, "output": "logits"},
-    "preprocess": {"height": 224, "width": 224},
-    "precision": "fp16",
-    "jmp": {
-        "schedule_name": "list",
-        "schedule": [[3, 138], [6, 97], [9, 68]],
-        "selection": "importance",
-        "last_prefix_only": False,
-        "tau": 0.7,
-        "merge_weight": 1.0,
-        "granularity": "token",
-        "proportional": True,
-    },
-}
+pytestmark = pytest.mark.gpu
 
 
 def test_nvml_of_a_real_driver_gives_sane_figures():
@@ -57,7 +46,8 @@ def test_pytorch_on_the_gpu_is_timed_by_events(batch):
     pytest.importorskip("timm")
     from jmp_deploy.backends.torch import TimedModel
 
-    model = TimedModel(MANIFEST, (3, 224, 224), 1)
+    jmp = Jmp("list", ((3, 138), (6, 97), (9, 68)), tau=0.7)
+    model = TimedModel(make_artifact(Path(), side=224, name="deit_tiny_patch16_224", jmp=jmp), 1)
     assert model.on_gpu and "FP16" in model.library
     infer = model.prepare(batch, False)
     for _ in range(10):

@@ -149,9 +149,8 @@ def test_base(base: Installed, built: Path) -> None:
 
 def test_base_compiles_the_plugin(base: Installed) -> None:
     """From the sources in the wheel; with the compiler and the headers of this machine."""
-    from jmp_deploy.plugin.toolchain import find_toolchain
-
     from jmp_deploy.core.errors import ToolchainError
+    from jmp_deploy.plugin.toolchain import find_toolchain
 
     try:
         tools = find_toolchain()
