@@ -67,8 +67,8 @@ def test_a_bare_gpu_machine_patches_and_times_without_our_packages():
         "from jmp_deploy.jmp.models import load_model\n"
         "patch(load_model('deit_t', 'random').model)"
     )
-    ours = ("msgspec", "rich", "onnxscript", "onnx_graphsurgeon", "skimage", "pynvml")
-    done = python(code, (*ours, *BUILDERS))
+    ours = ("msgspec", "rich", "onnxscript", "onnx_graphsurgeon", "pynvml", "polygraphy")
+    done = python(code, (*ours, "skimage", "tensorrt", "tensorrt_rtx"))
     assert done.returncode == 0, done.stderr
 
 
