@@ -49,7 +49,8 @@ check "mypy" "$BIN/mypy" jmp_deploy
 check "plugin, warnings as errors" compile_plugin
 
 echo "jmp_deploy tests: pytest"
-"$PYTHON" -m pytest -n 2 "$@" </dev/null || failed+=("pytest")
+# a file to a worker, so that its fixtures are made once
+"$PYTHON" -m pytest -n 2 --dist loadfile "$@" </dev/null || failed+=("pytest")
 
 if ((${#failed[@]})); then
   printf 'FAILED: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2

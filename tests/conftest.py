@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -62,16 +64,40 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """An artifact of DeiT-Ti with seeded weights from a file, built by the command line."""
-    from safetensors.torch import save_file
+def once(tmp_path_factory):
+    """Fills a folder once per run: the worker that asks first does, the others share it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
 
-    from jmp_deploy.cli.main import main
-    from jmp_deploy.jmp.models import load_model
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = root / name
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "whole").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder / "whole").touch()
+        return folder
 
-    folder = tmp_path_factory.mktemp("cli")
-    save_file(load_model("deit_t", "random").model.state_dict(), folder / "w.safetensors")
-    command = ["build", "deit_t", "--weights", str(folder / "w.safetensors")]
-    command += ["-o", str(folder / "a"), "--json", str(folder / "build.json")]
-    assert main(command) == 0
-    return folder / "a"
+    return make
+
+
+@pytest.fixture(scope="session")
+def built(once):
+    """An artifact of DeiT-Ti with seeded weights from a file, built by the command line. Shared:
+    a test that changes it takes a copy."""
+
+    def fill(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        from jmp_deploy.cli.main import main
+        from jmp_deploy.jmp.models import load_model
+
+        save_file(load_model("deit_t", "random").model.state_dict(), folder / "w.safetensors")
+        command = ["build", "deit_t", "--weights", str(folder / "w.safetensors")]
+        command += ["-o", str(folder / "a"), "--json", str(folder / "build.json")]
+        assert main(command) == 0
+
+    return once("built", fill) / "a"

@@ -30,7 +30,7 @@ from .errors import (
 )
 from .paths import IMPORT_ROOT
 
-TRIAL_SECONDS = 120  # the first import of PyTorch from a cold disk takes a minute on a small board
+TRIAL_SECONDS = 300  # the first import of PyTorch from a cold disk takes a minute on a small board
 
 
 @dataclass(frozen=True)

@@ -355,7 +355,7 @@ def test_base_install_alone_is_enough() -> None:
         [sys.executable, "-c", BARE],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=False,
         cwd=Path(__file__).parents[2],
     )

@@ -29,7 +29,7 @@ def command(
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=False,
     )
 
@@ -107,7 +107,7 @@ def test_build_engine_names_what_broke_in_the_process_of_the_builder(tmp_path: P
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=False,
     )
     assert "cannot import polygraphy" in done.stdout and ": planted |" in done.stdout, done.stdout

@@ -186,7 +186,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Layer]]:
         [sys.executable, "-c", SCRIPT, str(library), *models],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         cwd=REPO,
         env=os.environ | {"LD_LIBRARY_PATH": str(folder)},
     )

@@ -61,7 +61,7 @@ def compile_host(output: Path, *options: str) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler (g++) on this machine")
     command = [compiler, *FLAGS, "-DJMP_CUDA_ON_HOST", *options, "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     if done.returncode != 0 and re.search(r"cannot find.*(tsan|asan|ubsan)", done.stderr):
         pytest.skip("the compiler's sanitizer runtime is not installed")
     assert done.returncode == 0, done.stderr
@@ -720,7 +720,7 @@ def run_driver(
             [*prefix, *command],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=1200,
             env=os.environ | exit_codes | environment,
         )
         # Older sanitizers cannot cope with 32 random bits in addresses: again without any.

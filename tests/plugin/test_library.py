@@ -642,7 +642,7 @@ def in_registry(library: Path, requests: list[Any]) -> list[dict[str, Any]]:
         [sys.executable, "-c", REGISTRY_SCRIPT, str(library), json.dumps(requests)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         cwd=REPO,
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
@@ -761,7 +761,7 @@ def build_onnx(library: Path, folder: Path, models: list[Path]) -> list[dict[str
         [sys.executable, "-c", ONNX_SCRIPT, str(library), *map(str, models)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         cwd=REPO,
         env=os.environ | {"LD_LIBRARY_PATH": str(folder)},
     )
@@ -861,7 +861,7 @@ def test_cmake_builds_it_without_a_warning(library: Path, tmp_path: Path) -> Non
         f"-DTENSORRT_INCLUDE_DIR={tools.headers}",
     ]
     for command in (configure, [cmake, "--build", str(tmp_path), "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in (done.stdout + done.stderr).lower()
     assert (tmp_path / "libjmp_deploy_plugin.so").is_file()
