@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         weights = "random" if weights == "auto" else weights
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model, weights, img_size=options.img_size, seed=options.seed)
-    if loaded.origin["kind"] == "random":
+    if loaded.origin.kind == "random":
         print("warning: random weights: the figures below mean nothing", file=sys.stderr)
     shape = model_shape(loaded.model)
 
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {
         "model": loaded.name,
-        "weights": {k: v for k, v in loaded.origin.items() if k != "path"},
+        "weights": command.weights_facts(loaded.origin),
         "part": options.part,
         "seed": options.seed,
         "dense_gmacs": dense / 1e9,

@@ -101,7 +101,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise ModelError(f"--forms {options.forms!r}", "dense, jmp, or dense,jmp")
     forms.sort()  # dense first: it is the reference
     loaded = load_model(options.model, options.weights, seed=options.seed)
-    if loaded.origin["kind"] == "random":
+    if loaded.origin.kind == "random":
         print("warning: random weights: the figures below mean nothing", file=sys.stderr)
     head = options.data_dir is not None and output_of(loaded.model).classifies
     if not head:
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     result: dict[str, Any] = {
         "model": loaded.name,
-        "weights": {k: v for k, v in loaded.origin.items() if k != "path"},
+        "weights": command.weights_facts(loaded.origin),
         "judge": "own classifier" if head else "probe",
         "part": options.part,
         "seed": options.seed,
@@ -176,13 +176,14 @@ class Models:
     def __init__(
         self, form: str, loaded: LoadedModel, options: argparse.Namespace, store: _Store
     ) -> None:
+        from jmp_deploy.core.artifact import Jmp
         from jmp_deploy.core.files import sha256
         from jmp_deploy.export import export
         from jmp_deploy.jmp import schedule
         from jmp_deploy.jmp.patch import model_shape, patch, unpatch
 
         self.form, self.loaded, self.options, self.store = form, loaded, options, store
-        self.jmp: dict[str, Any] | None = None
+        self.jmp: Jmp | None = None
         size = loaded.preprocess.height, loaded.preprocess.width
         with tempfile.TemporaryDirectory(dir=store.folder) as folder:
             path = Path(folder) / "fp32.onnx"
@@ -190,7 +191,14 @@ class Models:
                 shape = model_shape(loaded.model)
                 steps = schedule.parse(options.schedule, shape)
                 patch(loaded.model, steps)
-                self.jmp = {"schedule": [list(step) for step in steps.steps]}
+                self.jmp = Jmp(
+                    schedule_name=steps.name,
+                    schedule=steps.steps,
+                    tau=steps.tau,
+                    selection=steps.selection,
+                    merge_weight=steps.merge_weight,
+                    last_prefix_only=steps.last_prefix_only,
+                )
                 self.macs = schedule.macs(shape, steps)
             else:
                 self.macs = schedule.macs(model_shape(loaded.model))
@@ -312,17 +320,17 @@ class _Lines:
 
 
 def _expected(before: NDArray[Any], after: NDArray[Any], probe: Any) -> dict[str, Any]:
-    """The loss with the luck of single images averaged out, see `jmp_deploy/quantize/drop.py`."""
+    """The loss with the luck of single images averaged out, see quantize/sensitivity.py."""
     from dataclasses import asdict
 
     import numpy as np
 
-    from jmp_deploy.quantize import drop
+    from jmp_deploy.quantize import sensitivity
 
     if probe is not None:
         # logarithms of probabilities are logits
         before, after = (np.log(probe.probabilities(x) + 1e-300) for x in (before, after))
-    return asdict(drop.estimate(before, after, classifies=True))
+    return asdict(sensitivity.estimate(before, after, classifies=True))
 
 
 def _tasks(options: argparse.Namespace) -> list[Task]:

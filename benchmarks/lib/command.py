@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from jmp_deploy.core.errors import JmpDeployError, fail
+
+if TYPE_CHECKING:
+    from jmp_deploy.core.artifact import Weights
 
 
 def exit_code(work: Callable[[], object]) -> int:
@@ -14,3 +19,9 @@ def exit_code(work: Callable[[], object]) -> int:
     except JmpDeployError as error:
         return fail(error.message, error.hint, error.exit_code)
     return 0
+
+
+def weights_facts(origin: Weights) -> dict[str, Any]:
+    """Which weights they are, wherever they lie: for results, and for the names of what is kept."""
+    facts = asdict(origin).items()
+    return {key: value for key, value in facts if key != "path" and value is not None}

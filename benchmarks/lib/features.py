@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.lib.command import weights_facts
 from benchmarks.lib.data import Samples, batch
 from benchmarks.lib.methods import Method
 from benchmarks.lib.rules import Rule
@@ -59,7 +60,7 @@ class Features:
         self.loaded = loaded
         self.cache = cache
         self._stems: dict[str, Tensor] = {}
-        origin = {k: v for k, v in loaded.origin.items() if k != "path"}
+        origin = weights_facts(loaded.origin)
         self._model_key = repr((loaded.name, sorted(origin.items()), loaded.preprocess))
 
     def dense(self, samples: Samples) -> NDArray[Any]:

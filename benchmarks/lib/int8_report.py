@@ -54,7 +54,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         "`expected`: beyond its FP16, with the luck of single images averaged out "
-        "(`jmp_deploy/quantize/drop.py`, from the margins and the confidence of the classifier).",
+        "(`jmp_deploy/quantize/sensitivity.py`, from the margins and the confidence of the "
+        "classifier).",
         "",
         "### What is in INT8",
         "",

@@ -7,8 +7,10 @@ imports this.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +71,19 @@ def save_model(proto: onnx.ModelProto, path: Path) -> None:
                 f"the model is too large for one ONNX file ({error})",
                 "models above 2 GB in FP32 (ViT-g and larger) are not supported yet",
             ) from error
+
+
+@contextmanager
+def temporary_file(proto: onnx.ModelProto) -> Iterator[Path]:
+    """A model in a file for as long as it takes to open it.
+
+    Serialized in memory, ViT-B would be there three times over: whoever asks lets go of `proto`.
+    """
+    with tempfile.TemporaryDirectory(prefix="jmp-model-") as folder:
+        path = Path(folder) / "model.onnx"
+        save_model(proto, path)
+        del proto
+        yield path
 
 
 def is_reduction(graph_node: onnx.NodeProto) -> bool:

@@ -29,7 +29,7 @@ from .ranges import Range
 if TYPE_CHECKING:
     from torch import nn
 
-    from .qdq import Layer
+    from .layers import Layer
 
 FORMAT = 1
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import GraphError
-from .qdq import Layer
+from .layers import Layer
 from .ranges import Observed
 
 if TYPE_CHECKING:

@@ -8,20 +8,22 @@ branches compute in FP32, with the scales and integers of the model that `qdq.qu
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core import ort
 from ..core.outputs import output_named
+from ..export.graph import load_model, temporary_file
+from .qdq import insert
 
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from .qdq import Layer
+    from .layers import Layer
 
 GATES = "gates"
 BATCH = 8
@@ -33,7 +35,7 @@ class Gated:
     Args:
         model: portable FP32 ONNX.
         scales: layer name -> scale of its input; layers without one stay in floating point.
-        keep_float: words (`qdq.select`) for layers that stay in floating point.
+        keep_float: words (`layers.select`) for layers that stay in floating point.
 
     Attributes:
         layers: those that have a gate, in graph order.
@@ -45,10 +47,6 @@ class Gated:
     ) -> None:
         import onnx
 
-        from ..core import ort
-        from ..export.graph import load_model, save_model
-        from .qdq import insert
-
         proto = load_model(model)
         plain = {tensor.name: tensor for tensor in proto.graph.initializer}
         weights = {n.name: n.input[1] for n in proto.graph.node if len(n.input) > 1}
@@ -59,10 +57,7 @@ class Gated:
         self.layers = insert(quantized, scales, keep_float=keep_float)
         _add_gates(quantized, self.layers, {k: plain[v] for k, v in weights.items() if v in plain})
         del proto, plain
-        with tempfile.TemporaryDirectory() as folder:
-            # From a file: serialized in memory, ViT-B would be there twice over.
-            path = Path(folder) / "gated.onnx"
-            save_model(quantized, path)
+        with temporary_file(quantized) as path:
             del quantized
             self._session = ort.session(path, keep_memory=False)
 

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ..core import artifact, interrupt
 from ..core.artifact import Int8, Jmp
 from ..core.errors import CalibrationError
+from ..export.graph import load_model, save_model, weight_types
 from . import cache as calibration_cache
 from . import images as calibration
-from . import recipes
+from . import qdq, recipes
 from .cache import Calibration
+from .layers import Layer, find_layers, select
 
 if TYPE_CHECKING:
     from ..jmp.models import LoadedModel
-    from .qdq import Layer
 
 OnProgress = Callable[[str, int, int], None]
 """(phase, done, total)"""
@@ -172,11 +173,10 @@ def calibrate(
     Raises:
         CalibrationError: the cache is another model's, no image can be used, values not finite.
     """
-    from ..export.graph import load_model, save_model
-    from . import equalize, qdq
+    from . import equalize
 
     proto = load_model(fp32)
-    found = qdq.layers(proto)
+    found = find_layers(proto)
     spec = loaded.preprocess
     wanted = calibration_cache.identity(
         model=loaded.name,
@@ -218,9 +218,6 @@ def quantize(result: Quantized, fp32: Path, target: Path, *, macs: int) -> None:
         target: portable INT8 model.
         macs: of the whole model per image, to say what share is in INT8.
     """
-    from ..export.graph import load_model, weight_types
-    from . import qdq
-
     made = result.calibration
     done = qdq.quantize(fp32, target, made.scales, keep_float=set(made.keep_fp16))
     names = {layer.name for layer in done}
@@ -251,14 +248,13 @@ def _observe(
     wanted: dict[str, Any],
     on_progress: OnProgress,
 ) -> Quantized:
-    from ..export.graph import load_model, save_model
-    from . import equalize, qdq, ranges
+    from . import equalize, ranges
 
     recipe = recipes.for_model(timm_name)
     method = options.method or recipe.method
     proto = load_model(fp32)
-    found = qdq.layers(proto)
-    kept = qdq.select(found, recipe.keep_fp16)
+    found = find_layers(proto)
+    kept = select(found, recipe.keep_fp16)
     reasons = {layer.name: f"recipe {recipe.name}" for layer in found if layer.name in kept}
 
     def observe(layers: list[Layer], phase: str, count: int) -> dict[str, ranges.Observed]:
@@ -280,7 +276,7 @@ def _observe(
         factors = equalize.factors(proto, found, seen, recipe.equalize, keep_float=kept)
         equalize.apply(proto, found, factors)
         save_model(proto, fp32)
-        found = qdq.layers(proto)
+        found = find_layers(proto)
         seen = {name: one.divided(factors.get(name)) for name, one in seen.items()}
     if twice:
         seen = observe(found, "running images", len(images))

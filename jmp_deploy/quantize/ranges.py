@@ -20,7 +20,6 @@ Methods (`--calib-method`):
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core import ort
 from ..core.errors import CalibrationError
-from .qdq import Layer, activation_scale
+from ..export.graph import load_model, temporary_file
+from .layers import Layer
+from .qdq import activation_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,7 +157,7 @@ def observe(
 
     Args:
         model: portable FP32 ONNX.
-        layers: of this model (`qdq.layers`).
+        layers: of this model (`layers.find_layers`).
         batches: [B, 3, H, W] float32, preprocessed.
         total: images in all, for on_progress.
 
@@ -290,9 +292,6 @@ def _session(model: Path, tensors: Iterable[str]) -> tuple[Any, str]:
     """A session that gives these tensors as well, and the name of its input."""
     import onnx
 
-    from ..core import ort
-    from ..export.graph import load_model, save_model
-
     proto = load_model(model)
     image_input = proto.graph.input[0].name
     del proto.graph.output[:]
@@ -300,10 +299,6 @@ def _session(model: Path, tensors: Iterable[str]) -> tuple[Any, str]:
         if name != image_input:
             value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
             proto.graph.output.append(value)
-    with tempfile.TemporaryDirectory() as folder:
-        # From a file: serialized in memory, ViT-B would be there three times over.
-        path = Path(folder) / "observed.onnx"
-        save_model(proto, path)
+    with temporary_file(proto) as path:
         del proto
-        session = ort.session(path, keep_memory=False)
-    return session, image_input
+        return ort.session(path, keep_memory=False), image_input

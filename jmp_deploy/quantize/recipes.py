@@ -6,7 +6,7 @@ each of its lines:
     models = ["vit_*_dinov2*"]      # patterns of timm names
     method = "max"                  # as for --calib-method
     equalize = 0.5                  # how much of outlier channels goes into the weights; 0: nothing
-    keep_fp16 = ["fc2"]             # kinds of layers, blocks or layers; see qdq.select
+    keep_fp16 = ["fc2"]             # kinds of layers, blocks or layers; see layers.select
 
 `default.toml` serves every model that no other file names.
 """
@@ -33,7 +33,7 @@ class Recipe:
         models: patterns of timm names, as fnmatch has them.
         method: see `ranges.parse_method`.
         equalize: exponent of `equalize.factors`, 0 to 1; 0 leaves the weights alone.
-        keep_fp16: words of `qdq.select`.
+        keep_fp16: words of `layers.select`.
     """
 
     name: str

@@ -5,12 +5,31 @@ unquantized model; noise of different layers adds up, nearly, so the layers with
 the fewest multiply-adds are the ones to keep. How many of them, models decide that are measured
 whole, on all images: the fewest that hold the budget.
 
-Needs no labels (`drop.py` says what stands in for points) and no GPU: ONNX Runtime runs the layers
-in FP32 with the scales and integers of the INT8 model.
+Needs no GPU: ONNX Runtime runs the layers in FP32 with the scales and integers of the INT8 model.
+And no labels: what a changed output costs, in points of accuracy, is estimated.
+
+Two estimates, by what the model gives:
+
+*Logits.* The change of an image's logits is taken for noise: its size is the root mean square, over
+the classes, of how far their distance to the best class moved, and the chance that a class
+overtakes the best one is that of a normal deviate larger than the margin. (Counting flips outright
+would resolve 1.6 points with 64 images.) The flips in percent bound the loss from above, but most
+of them are between classes that the model can hardly tell apart, of which it is right about one as
+often as about the other. So the loss is what the model itself thinks of it: the confidence that it
+has in the class that it leaves, less that in the one that it takes. Models that were trained with
+mixed or smoothed labels have less confidence than they deserve; where its mean is below
+`LEAST_CONFIDENCE`, the logits are scaled up until it is not. (Too much confidence makes the
+estimate too large, which costs speed; too little would break the promise.)
+
+*Features.* There is no classifier to ask, so the loss follows from the relative noise
+r = |change| / |features less their mean over the images|, as `POINTS_PER_NOISE * r**2`. A linear
+law in r**2: flips grow with r, and what each costs does as well. The constant is measured, see
+calibration/README.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +38,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import CalibrationError
-from .drop import POINTS_PER_NOISE, Drop, estimate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .gated import Gated
-    from .qdq import Layer
+    from .layers import Layer
 
 LEAST_IMAGES = 8
 SCREEN_IMAGES = 12
@@ -33,8 +51,32 @@ SCREEN_IMAGES = 12
 NEGLIGIBLE = 0.1
 """Layers that, all together, have at most this share of the noise are not measured one by one."""
 
+POINTS_PER_NOISE = 60.0
+LEAST_CONFIDENCE = 0.8
+"""About the accuracy of the ImageNet models that are deployed."""
+MOST_SCALE = 20.0
+"""As a power of two."""
+SHRINKAGE = 4
+"""Classes' worth of weight that the noise of the average image has in that of each."""
+
 OnProgress = Callable[[int, int], None]
 """(forward passes done, passes in all as far as is known)"""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What a change of the outputs costs.
+
+    Attributes:
+        points: estimated loss of accuracy, in percent.
+        noise: relative noise, squared: mean square of the change over that of what tells images
+            apart. Layers that are quantized together add up in it, nearly.
+        flips: estimated share of images whose best class changes, percent; None without classes.
+    """
+
+    points: float
+    noise: float
+    flips: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,13 +110,13 @@ def choose(
         scales: layer name -> scale of its input.
         images: [n, 3, H, W], prepared calibration images.
         max_drop: points.
-        keep_float: words (`qdq.select`) for layers that stay in floating point in any case.
+        keep_float: words (`layers.select`) for layers that stay in floating point in any case.
 
     Returns:
         The choice. Its `result` has "budget" and "drop" in points, "flips" in percent or None,
         "macs_share" (of the gated layers' MACs, in INT8), "all_int8", and lists of rows: "groups"
         (kinds and blocks, each alone), "ranking" (single layers, the first to keep first) and
-        "tried" (whole models). A row's "noise" is squared and relative, see `drop.Drop`.
+        "tried" (whole models). A row's "noise" is squared and relative, see `Drop`.
 
     Raises:
         CalibrationError: too few images, outputs that are not finite or the same for all images,
@@ -122,6 +164,35 @@ def choose(
         "tried": tried,
     }
     return Choice(_reasons(ranking), final.points, result)
+
+
+def estimate(reference: NDArray[Any], changed: NDArray[Any], *, classifies: bool) -> Drop:
+    """The cost of `changed` in place of `reference`.
+
+    Args:
+        reference: [n, C], outputs of the model as it was, for n >= 2 different images.
+        changed: [n, C], of the changed model for the same images.
+        classifies: outputs are logits.
+    """
+    before, after = reference.astype(np.float64), changed.astype(np.float64)
+    spread = np.square(before - before.mean(axis=0)).sum()
+    noise = float(np.square(after - before).sum() / max(spread, np.finfo(np.float64).tiny))
+    if not classifies or before.shape[1] < 2:
+        return Drop(POINTS_PER_NOISE * noise, noise)
+    flips, loss = _flips(before, after)
+    return Drop(float(100 * loss.mean()), noise, float(100 * flips.mean()))
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What `choose` came to, in one sentence; `result` is that of a `Choice`."""
+    kept = sum(row["kept"] for row in result["ranking"])
+    flips = "" if result["flips"] is None else f", {result['flips']:.2g} % of answers change"
+    return (
+        f"estimated drop {result['drop']:.2g} points of {result['budget']:g} allowed{flips}: "
+        f"{kept} of {len(result['ranking'])} layers stay in FP16 "
+        f"({result['macs_share']:.0%} of their MACs in INT8); "
+        f"all in INT8: {result['all_int8']['points']:.2g} points"
+    )
 
 
 class _Bench:
@@ -266,13 +337,47 @@ def _measure(classifies: bool) -> str:
     return f"{POINTS_PER_NOISE:g} times the squared relative noise of the features; no labels"
 
 
-def summary(result: dict[str, Any]) -> str:
-    """What `choose` came to, in one sentence; `result` is that of a `Choice`."""
-    kept = sum(row["kept"] for row in result["ranking"])
-    flips = "" if result["flips"] is None else f", {result['flips']:.2g} % of answers change"
-    return (
-        f"estimated drop {result['drop']:.2g} points of {result['budget']:g} allowed{flips}: "
-        f"{kept} of {len(result['ranking'])} layers stay in FP16 "
-        f"({result['macs_share']:.0%} of their MACs in INT8); "
-        f"all in INT8: {result['all_int8']['points']:.2g} points"
+def _flips(before: NDArray[Any], after: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Per image: the chance that its best class changes, and the loss of expected accuracy."""
+    rows = np.arange(len(before))
+    best = before.argmax(axis=1)
+    margin = before[rows, best][:, None] - before
+    moved = after - before
+    moved = moved[rows, best][:, None] - moved
+    others = before.shape[1] - 1
+    energy = np.square(moved).sum(axis=1)
+    # An image of few classes says little of its own noise: the average image is asked too.
+    energy = (energy + SHRINKAGE * energy.mean() / others) / (others + SHRINKAGE)
+    noise = np.sqrt(energy)[:, None]
+    far = np.divide(margin, noise, out=np.full_like(margin, np.inf), where=noise > 0)
+    overtakes = _upper_tail(far)
+    overtakes[rows, best] = 0.0
+    flips = 1 - np.prod(1 - overtakes, axis=1)
+    confidence = _confidence(margin)
+    share = overtakes / np.maximum(overtakes.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    taken = (share * confidence).sum(axis=1)
+    return flips, flips * (confidence[rows, best] - taken)
+
+
+def _confidence(margin: NDArray[Any]) -> NDArray[Any]:
+    """Softmax over the classes [n, C] by their distance to the best, scaled if it is too flat."""
+
+    def softmax(power: float) -> NDArray[Any]:
+        values = np.exp(-margin * 2.0**power)
+        return values / values.sum(axis=1, keepdims=True)
+
+    low, high = 0.0, MOST_SCALE
+    if softmax(low).max(axis=1).mean() >= LEAST_CONFIDENCE:
+        return softmax(low)
+    for _ in range(40):
+        middle = (low + high) / 2
+        flat = softmax(middle).max(axis=1).mean() < LEAST_CONFIDENCE
+        low, high = (middle, high) if flat else (low, middle)
+    return softmax(high)
+
+
+def _upper_tail(values: NDArray[Any]) -> NDArray[Any]:
+    """Chance that a standard normal deviate is larger."""
+    return np.array([0.5 * math.erfc(value / math.sqrt(2)) for value in values.ravel()]).reshape(
+        values.shape
     )

@@ -9,7 +9,7 @@ import pytest
 from jmp_deploy.core.errors import CalibrationError
 from jmp_deploy.quantize import cache, recipes
 from jmp_deploy.quantize.cache import Calibration
-from jmp_deploy.quantize.qdq import Layer
+from jmp_deploy.quantize.layers import Layer
 from jmp_deploy.quantize.ranges import Range
 from tests.fakes.models import tiny_vit
 

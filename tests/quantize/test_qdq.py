@@ -6,12 +6,12 @@ from fractions import Fraction
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import timm
 import torch
 from onnx import numpy_helper
 
+from jmp_deploy.core import ort
 from jmp_deploy.core.errors import CalibrationError, GraphError
 from jmp_deploy.core.images import INPUT
 from jmp_deploy.engine import builder
@@ -20,6 +20,7 @@ from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
 from jmp_deploy.plugin.library import plugin_library
 from jmp_deploy.quantize import equalize, qdq, ranges
+from jmp_deploy.quantize.layers import find_layers
 from tests.fakes.models import tiny_vit
 
 needs_rtx = pytest.mark.skipif(not builder.installed("rtx"), reason="TensorRT-RTX not installed")
@@ -48,7 +49,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def scales(portable, images):
-    observed = ranges.observe(portable, qdq.layers(onnx.load(portable)), [images])
+    observed = ranges.observe(portable, find_layers(onnx.load(portable)), [images])
     return {name: found.scale for name, found in ranges.choose(observed, "max").items()}
 
 
@@ -57,10 +58,7 @@ def run(proto, images, *more):
     proto = onnx.ModelProto.FromString(proto.SerializeToString())
     for name in more:
         proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
-    return session.run(None, {INPUT: images})
+    return ort.session(proto, ort.EXACT_INT8).run(None, {INPUT: images})
 
 
 def arrays(proto):
@@ -85,7 +83,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_layer_is_found_by_its_place(kind, tmp_path):
     model = export_tiny(tmp_path / "m.onnx", depth=5, **KINDS[kind])
-    found = qdq.layers(onnx.load(tmp_path / "m.onnx"))
+    found = find_layers(onnx.load(tmp_path / "m.onnx"))
     names = [f"blocks.{b}.{k}" for b in range(5) for k in ("qkv", "proj", "fc1", "fc2")]
     head = ["head"] if model.num_classes else []
     assert [layer.name for layer in found] == ["patch_embed", *names, *head]
@@ -106,7 +104,7 @@ def test_two_fc1_that_read_one_tensor(tmp_path):
     export_tiny(
         tmp_path / "m.onnx", dense=True, mlp_layer=timm.layers.SwiGLU, act_layer=torch.nn.SiLU
     )
-    found = [layer for layer in qdq.layers(onnx.load(tmp_path / "m.onnx")) if layer.block == 0]
+    found = [layer for layer in find_layers(onnx.load(tmp_path / "m.onnx")) if layer.block == 0]
     assert [layer.name.split(".")[-1] for layer in found] == ["qkv", "proj", "fc1", "fc1_2", "fc2"]
     # one of the two in FP16: it must read the tensor as it was
     proto, _ = quantized(tmp_path / "m.onnx", {"blocks.0.fc1": 0.1}, keep_float=["blocks.0.fc1_2"])
@@ -259,7 +257,7 @@ def test_a_word_that_means_no_layer(portable, scales):
 
 def test_weights_that_are_not_finite(portable, scales):
     proto = onnx.load(portable)
-    layer = next(x for x in qdq.layers(proto) if x.name == "blocks.2.fc1")
+    layer = next(x for x in find_layers(proto) if x.name == "blocks.2.fc1")
     weight = next(t for t in proto.graph.initializer if t.name == layer.weight)
     values = numpy_helper.to_array(weight).copy()
     values[3, 5] = np.nan
@@ -270,7 +268,7 @@ def test_weights_that_are_not_finite(portable, scales):
 
 def test_a_channel_of_zeros(portable, scales, images):
     proto = onnx.load(portable)
-    layer = next(x for x in qdq.layers(proto) if x.name == "blocks.2.fc1")
+    layer = next(x for x in find_layers(proto) if x.name == "blocks.2.fc1")
     weight = next(t for t in proto.graph.initializer if t.name == layer.weight)
     values = numpy_helper.to_array(weight).copy()
     values[:, 7] = 0
@@ -284,7 +282,7 @@ def test_a_channel_of_zeros(portable, scales, images):
 def test_a_weight_that_two_layers_share(portable, scales):
     """One of them in FP16 must keep its own: the exporter merges equal tensors."""
     proto = onnx.load(portable)
-    found = {layer.name: layer for layer in qdq.layers(proto)}
+    found = {layer.name: layer for layer in find_layers(proto)}
     nodes = {n.name: n for n in proto.graph.node}
     shared = found["blocks.0.qkv"].weight
     nodes[found["blocks.1.qkv"].node].input[1] = shared
@@ -298,12 +296,12 @@ def test_a_weight_that_two_layers_share(portable, scales):
 def test_a_model_that_is_quantized_already(portable, scales):
     proto, _ = quantized(portable, scales)
     with pytest.raises(GraphError, match="quantized already"):
-        qdq.layers(proto)
+        find_layers(proto)
 
 
 def test_equalising_changes_nothing_but_the_ranges(portable, images):
     proto = onnx.load(portable)
-    found = qdq.layers(proto)
+    found = find_layers(proto)
     observed = ranges.observe(portable, found, [images])
     # a planted outlier channel, as DINOv2 and AugReg models have them
     layer = next(x for x in found if x.name == "blocks.1.fc1")
@@ -313,7 +311,7 @@ def test_equalising_changes_nothing_but_the_ranges(portable, images):
     assert all(np.log2(value) == int(np.log2(value)) for v in factors.values() for value in v)
     equalize.apply(proto, found, factors)
     np.testing.assert_array_equal(run(proto, images)[0], run(onnx.load(portable), images)[0])
-    again = qdq.layers(proto)
+    again = find_layers(proto)
     path = portable.parent / "equal.onnx"
     graph.save_model(proto, path)
     seen = ranges.observe(path, again, [images])
@@ -335,7 +333,7 @@ def test_equalising_pays_for_an_outlier_channel(tmp_path, images):
 
     def error(alpha):
         proto = onnx.load(path)
-        found = qdq.layers(proto)
+        found = find_layers(proto)
         observed = ranges.observe(path, found, [images])
         factors = equalize.factors(proto, found, observed, alpha) if alpha else {}
         equalize.apply(proto, found, factors)

@@ -13,7 +13,8 @@ from jmp_deploy.core.errors import CalibrationError
 from jmp_deploy.export import export
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
-from jmp_deploy.quantize import qdq, ranges
+from jmp_deploy.quantize import ranges
+from jmp_deploy.quantize.layers import find_layers
 from jmp_deploy.quantize.ranges import BINS, Observed
 from tests.fakes.models import tiny_vit
 
@@ -30,7 +31,7 @@ def tiny(tmp_path_factory):
     model, path = tiny_vit(), tmp_path_factory.mktemp("ranges") / "m.onnx"
     patch(model, schedule.parse(STEPS, model_shape(model)), tau=0.3)
     export.export_onnx(model, path, image_size=(32, 32))
-    return model, path, qdq.layers(onnx.load(path))
+    return model, path, find_layers(onnx.load(path))
 
 
 def seen_by_pytorch(model, images):

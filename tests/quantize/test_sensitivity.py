@@ -8,19 +8,20 @@ import math
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from rich.console import Console, Group
 
 from benchmarks.lib import int8_report
 from jmp_deploy.cli import build
+from jmp_deploy.core import ort
 from jmp_deploy.core.errors import CalibrationError
 from jmp_deploy.core.images import INPUT
 from jmp_deploy.export import export
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
-from jmp_deploy.quantize import drop, gated, qdq, ranges
+from jmp_deploy.quantize import gated, qdq, ranges, sensitivity
+from jmp_deploy.quantize.layers import find_layers
 from jmp_deploy.quantize.sensitivity import choose
 from tests.fakes.models import tiny_vit
 
@@ -51,7 +52,7 @@ def exported(path, images, *, bad=False, dense=False, **options):
     if not dense:
         patch(model, schedule.parse(STEPS, model_shape(model)), tau=0.3)
     export.export_onnx(model, path, image_size=(32, 32))
-    found = ranges.choose(ranges.observe(path, qdq.layers(onnx.load(path)), [images]), "max")
+    found = ranges.choose(ranges.observe(path, find_layers(onnx.load(path)), [images]), "max")
     return path, {name: one.scale for name, one in found.items()}
 
 
@@ -72,10 +73,7 @@ def bad_features(tmp_path_factory, images):
 
 
 def run(proto, images):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
-    return session.run(None, {INPUT: images})[0]
+    return ort.session(proto, ort.EXACT_INT8).run(None, {INPUT: images})[0]
 
 
 # --- points ---------------------------------------------------------------------------------------
@@ -86,7 +84,7 @@ def test_points_of_a_classifier_are_what_noise_of_that_size_costs_on_average():
     random = np.random.default_rng(1)
     before = 2 * random.normal(size=(400, 2))
     after = before + 0.5 * random.normal(size=before.shape)
-    found = drop.estimate(before, after, classifies=True)
+    found = sensitivity.estimate(before, after, classifies=True)
     confidence = np.exp(before) / np.exp(before).sum(1, keepdims=True)
     rows, flips, loss = np.arange(400), [], []
     for _ in range(400):
@@ -102,21 +100,23 @@ def test_points_by_hand():
     """Margin 3 and the distance moved by 1.5: two standard deviations."""
     before = np.array([[3.0, 0.0], [0.0, 3.0]])
     after = np.array([[2.25, 0.75], [0.75, 2.25]])
-    found = drop.estimate(before, after, classifies=True)
+    found = sensitivity.estimate(before, after, classifies=True)
     flips = 0.5 * math.erfc(2 / math.sqrt(2))
     assert found.flips == pytest.approx(100 * flips)
     assert found.points == pytest.approx(100 * flips * math.tanh(1.5))
     assert found.noise == pytest.approx(0.25)
     # features: what is the same for all images tells nothing, and counts for nothing
-    moved = drop.estimate(before + 50, after + 50, classifies=False)
-    assert moved.points == pytest.approx(drop.POINTS_PER_NOISE * 0.25) and moved.flips is None
+    moved = sensitivity.estimate(before + 50, after + 50, classifies=False)
+    assert (
+        moved.points == pytest.approx(sensitivity.POINTS_PER_NOISE * 0.25) and moved.flips is None
+    )
 
 
 def test_a_model_that_is_too_modest_does_not_hide_its_loss():
     """Logits a hundred times smaller say the same of the images; 80 % is what they stand for."""
     before = np.array([[3.0, 0.0], [0.0, 3.0]]) / 100
     after = np.array([[2.25, 0.75], [0.75, 2.25]]) / 100
-    found = drop.estimate(before, after, classifies=True)
+    found = sensitivity.estimate(before, after, classifies=True)
     flips = 0.5 * math.erfc(2 / math.sqrt(2))
     assert found.flips == pytest.approx(100 * flips)
     assert found.points == pytest.approx(100 * flips * (0.8 - 0.2), rel=1e-6)
@@ -124,8 +124,8 @@ def test_a_model_that_is_too_modest_does_not_hide_its_loss():
 
 def test_no_change_costs_nothing():
     same = np.random.default_rng(0).normal(size=(9, 5))
-    assert drop.estimate(same, same, classifies=True) == drop.Drop(0.0, 0.0, 0.0)
-    assert drop.estimate(same, same, classifies=False) == drop.Drop(0.0, 0.0)
+    assert sensitivity.estimate(same, same, classifies=True) == sensitivity.Drop(0.0, 0.0, 0.0)
+    assert sensitivity.estimate(same, same, classifies=False) == sensitivity.Drop(0.0, 0.0)
 
 
 # --- gates ----------------------------------------------------------------------------------------
@@ -184,7 +184,9 @@ def test_the_layer_that_int8_ruins_is_named_and_kept(bad, images, tmp_path):
     # what it says of the model is true of the model that is written
     proto = onnx.load(path)
     qdq.insert(proto, scales, keep_float=set(found.keep_fp16))
-    written = drop.estimate(run(onnx.load(path), images), run(proto, images), classifies=True)
+    written = sensitivity.estimate(
+        run(onnx.load(path), images), run(proto, images), classifies=True
+    )
     assert written.points == pytest.approx(found.drop, rel=0.5, abs=0.2)
     total = {done_and_all[1] for done_and_all in steps}
     assert len(total) == 1 and steps[-1][0] == steps[-1][1]
@@ -196,7 +198,7 @@ def test_features_have_no_classes_and_are_judged_by_their_noise(bad_features, im
     found = choose(path, scales, images, max_drop=1.0)
     assert BAD in found.keep_fp16 and found.result["ranking"][0]["name"] == BAD
     assert found.drop <= 1.0 < found.result["all_int8"]["points"]
-    assert found.drop == pytest.approx(drop.POINTS_PER_NOISE * found.result["noise"])
+    assert found.drop == pytest.approx(sensitivity.POINTS_PER_NOISE * found.result["noise"])
     assert found.result["flips"] is None
 
 
