@@ -81,7 +81,7 @@ def onnx_facts(path: Path) -> dict[str, Any]:
         proto = graph.load_model(path)
     except ModuleNotFoundError as error:  # on a device the small extra is enough
         raise MissingPackageError(
-            f"this needs {error.name}, which is not installed", install_command("runtime")
+            f"{error.name} is not installed", install_command("runtime")
         ) from error
     reductions = [
         {"name": node.name, "position": index, **vars(graph.read_node(node))}

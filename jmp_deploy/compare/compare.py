@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import backends as registry
+from .. import backends
 from ..backends.base import Opened
 from ..core import interrupt, ort
 from ..core.artifact import Artifact, Reference
@@ -219,11 +219,11 @@ def _open(
 ) -> tuple[list[Opened], dict[str, str]]:
     """The backends that can run, and why the others cannot."""
     chosen, skipped = [], {}
-    for name in wanted or registry.NAMES:
-        backend = registry.get(name)
+    for name in wanted or backends.NAMES:
+        backend = backends.get(name)
         try:
             if backend.file:  # PyTorch's outputs travel with the artifact: they may stand in
-                registry.pick([artifact], name)
+                backends.pick([artifact], name)
             chosen.append(backend.open(artifact, weights=weights, reference=reference))
         except JmpDeployError as error:
             if wanted:
@@ -258,7 +258,7 @@ def _reductions(
         )
     from . import reductions
 
-    first, second = sorted(seen, key=lambda opened: registry.NAMES.index(opened.name))[:2]
+    first, second = sorted(seen, key=lambda opened: backends.NAMES.index(opened.name))[:2]
     assert first.watch and second.watch
     try:
         theirs = second.watch(images)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from jmp_deploy.core.artifact import Weights
 from jmp_deploy.core.errors import ModelError, WeightsError
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.families import SHORT_NAMES
@@ -25,7 +26,7 @@ def test_every_short_name_is_a_timm_model():
 
 def test_random_weights_are_reproducible_and_marked():
     first, again, other = (models.load_model("deit_t", "random", seed=s) for s in (0, 0, 1))
-    assert first.origin == {"kind": "random", "seed": 0}
+    assert first.origin == Weights("random", seed=0)
     assert torch.equal(first.model.head.weight, again.model.head.weight)
     assert not torch.equal(first.model.head.weight, other.model.head.weight)
     assert first.class_names is not None and first.class_names[281].startswith("tabby")
@@ -33,8 +34,8 @@ def test_random_weights_are_reproducible_and_marked():
 
 def test_auto_falls_back_to_random_and_says_so():
     loaded = models.load_model("deit_t", "auto")
-    assert loaded.origin["kind"] == "random"
-    assert loaded.origin["fallback_for"] == "pretrained" and loaded.origin["reason"]
+    assert loaded.origin.kind == "random"
+    assert loaded.origin.fallback_for == "pretrained" and loaded.origin.reason
 
 
 def test_pretrained_does_not_fall_back():
@@ -51,7 +52,7 @@ def test_weights_from_files(tmp_path, state, suffix):
         torch.save({"model": state} if "nested" in suffix else state, path)
     loaded = models.load_model("deit_t", str(path))
     assert torch.equal(loaded.model.head.weight, state["head.weight"])
-    assert loaded.origin["kind"] == "file" and len(loaded.origin["sha256"]) == 64
+    assert loaded.origin.kind == "file" and len(loaded.origin.sha256) == 64
 
 
 def test_a_checkpoint_with_another_number_of_classes(tmp_path, state):

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.core.errors import ScheduleError
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.schedule import ModelShape
@@ -96,14 +97,14 @@ def test_paper_costs_what_was_published_whatever_the_head_reads():
 def test_an_artifact_gives_its_schedule_back():
     for spec in ("paper", "spread", "spread:50", "3:138"):
         steps = schedule.parse(spec, SAVING)
-        jmp = {
-            "schedule_name": steps.name,
-            "schedule": [list(step) for step in steps.steps],
-            "selection": steps.selection,
-            "last_prefix_only": steps.last_prefix_only,
-            "tau": steps.tau,
-            "merge_weight": steps.merge_weight,
-        }
+        jmp = Jmp(
+            steps.name,
+            steps.steps,
+            selection=steps.selection,
+            last_prefix_only=steps.last_prefix_only,
+            tau=steps.tau,
+            merge_weight=steps.merge_weight,
+        )
         assert schedule.from_manifest(jmp) == steps
 
 

@@ -18,9 +18,9 @@ from jmp_deploy.core.images import Preprocess
 from jmp_deploy.jmp import latency, models, schedule
 from jmp_deploy.jmp.patch import model_shape, patch
 from jmp_deploy.tune import search
+from jmp_deploy.tune import tune as tuning
 from jmp_deploy.tune.measure import Evaluator, pairs
 from jmp_deploy.tune.tune import TuneOptions, tune
-from jmp_deploy.tune.tune import tune as tuning
 from tests.fakes.artifacts import FILE_WEIGHTS
 from tests.fakes.models import tiny_vit
 from tests.jmp.test_schedule import DEIT_S
@@ -374,7 +374,7 @@ def test_command_prints_how_to_build_and_keeps_the_curve(folder, tmp_path, capsy
     out = tmp_path / "s.json"
     arguments = ["tune", "tiny", "--images", str(folder), "--speedup", "1.4", "--passes", "2"]
     arguments += ["--limit", "16", "-o", str(out), "--plot", str(tmp_path / "p.png")]
-    assert main.main(arguments) == 0
+    assert main(arguments) == 0
     printed = capsys.readouterr()
     assert "--schedule" in printed.out
     assert "matplotlib is not installed" in printed.err and not (tmp_path / "p.png").exists()
