@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from .. import __version__
-from .errors import ArtifactError
+from .errors import ArtifactError, one_line
 from .files import sha256, write_json
 from .images import Preprocess
 from .outputs import OUTPUTS
@@ -417,9 +417,9 @@ class Artifact:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 found = Reference(*(archive[name] for name in Reference._fields))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a broken archive raises anything from zipfile, zlib, numpy
             raise ArtifactError(
-                f"{path} cannot be read: {error}", f"build it again: {self.rebuild}"
+                f"{path} cannot be read: {one_line(error)}", f"build it again: {self.rebuild}"
             ) from error
         return found
 

@@ -120,3 +120,10 @@ def test_an_altered_file_is_noticed(tmp_path):
         made.verify(files.PORTABLE)
     with pytest.raises(ArtifactError, match="built without"):
         made.verify(files.REFERENCE)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x93NUMPY cut", b"\x80\x04."])
+def test_a_reference_that_is_no_archive_of_arrays_is_refused(tmp_path, content):
+    (tmp_path / files.REFERENCE).write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"reference\.npz cannot be read"):
+        write_artifact(tmp_path).reference()
