@@ -3,7 +3,7 @@
 A `Rule` replaces `JMPBlocks.reduce`, so all methods run in the same model, at the same place of
 the same blocks, with the same number of tokens. Written from the papers, not from their code; what
 a method does beyond its choice of tokens (schedules found by search, training) is left out, and
-`baselines.py` says so for each.
+`methods.py` says so for each.
 """
 
 from __future__ import annotations

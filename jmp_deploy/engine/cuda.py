@@ -3,7 +3,7 @@
 Handles and addresses are plain integers outside this module. Every call is checked: an error of
 CUDA is an `EngineError` that names the call, and what takes memory that is not there raises
 `GpuMemoryError`. The two modules of cuda-bindings come in from outside, so that a driver made of
-host memory can stand in for them (tests/fake_cuda.py).
+host memory can stand in for them (tests/fakes/cuda.py).
 """
 
 from __future__ import annotations

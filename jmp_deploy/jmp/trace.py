@@ -2,8 +2,8 @@
 
 `watch` is the one place that looks into reductions while a model runs, for pictures, comparisons
 and benchmarks alike: what it shows is what the model does, bit for bit. `trace_torch` keeps it for
-a batch of images, as `compare.trace.trace_onnx` does of a portable model. What became of each patch
-of an image follows from that: `owners` and `stages`.
+a batch of images, as `backends.onnxruntime.trace_onnx` does of a portable model. What became of
+each patch of an image follows from that: `owners` and `stages`.
 
 This module is light: it needs PyTorch only where a model runs.
 """

@@ -1,6 +1,6 @@
 """The command `run` on an engine: what it prints, and what it says where the engine does not fit.
 
-The GPU and TensorRT are those of tests/engine_world.py, except where TensorRT-RTX really builds.
+The GPU and TensorRT are those of tests/fakes/engine.py, except where TensorRT-RTX really builds.
 """
 
 # ruff: noqa: F811 (fixtures of engine_world)

@@ -210,7 +210,7 @@ def test_nobody_else_looks_into_reductions():
     found = {}
     for room in ("jmp_deploy", "benchmarks", "scripts", "examples"):
         for path in sorted((ROOT / room).rglob("*.py")):
-            # the engine's plans for batches (contexts.py) share a name with ours
+            # the engine's plans for batches (lane.py) share a name with ours
             if path.parent.name == "engine":
                 continue
             if what := places(ast.parse(path.read_text())):

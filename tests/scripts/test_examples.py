@@ -1,4 +1,4 @@
-"""The examples run, on the GPU of tests/engine_world.py; that of PyTorch needs a real one."""
+"""The examples run, on the GPU of tests/fakes/engine.py; that of PyTorch needs a real one."""
 
 # ruff: noqa: F811 (fixtures of engine_world)
 from __future__ import annotations
