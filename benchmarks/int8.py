@@ -191,14 +191,7 @@ class Models:
                 shape = model_shape(loaded.model)
                 steps = schedule.parse(options.schedule, shape)
                 patch(loaded.model, steps)
-                self.jmp = Jmp(
-                    schedule_name=steps.name,
-                    schedule=steps.steps,
-                    tau=steps.tau,
-                    selection=steps.selection,
-                    merge_weight=steps.merge_weight,
-                    last_prefix_only=steps.last_prefix_only,
-                )
+                self.jmp = schedule.to_manifest(steps)
                 self.macs = schedule.macs(shape, steps)
             else:
                 self.macs = schedule.macs(model_shape(loaded.model))

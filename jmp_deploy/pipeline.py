@@ -232,12 +232,8 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
         granularity=options.granularity,
         proportional=options.proportional,
     )
-    return Jmp(
-        schedule_name=schedule.name,
-        schedule=schedule.steps,
-        selection=schedule.selection,
-        merge_weight=schedule.merge_weight,
-        last_prefix_only=schedule.last_prefix_only,
+    return replace(
+        schedules.to_manifest(schedule),
         strategy=options.strategy,
         tau=tau,
         granularity=options.granularity,

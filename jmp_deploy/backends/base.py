@@ -11,11 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.device import cpu_name
 from ..core.errors import EngineError, install_command
+from ..core.packages import importable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,7 @@ class Backend(ABC):
         if self.file and not artifact.path(self.file).is_file():
             return f"{self.file} is missing"
         for package in self.packages:
-            if not has(package):
+            if not importable(package):
                 return f"{package} is not installed ({install_command(self.extra)})"
         return None
 
@@ -212,14 +212,6 @@ class Timed(Protocol):
 
     def close(self) -> None:
         """Gives back what it holds."""
-
-
-def has(package: str) -> bool:
-    """Whether a package is installed."""
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package that it is in
-        return False
 
 
 def noise(batch: int, shape: tuple[int, ...]) -> Images:

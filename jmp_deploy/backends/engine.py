@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..core import ort
 from ..core.device import gpus
 from ..core.errors import EngineError
-from .base import Backend, Infer, Opened, Times, has, infer, noise
+from ..core.packages import importable
+from .base import Backend, Infer, Opened, Times, infer, noise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +57,7 @@ class EngineBackend(Backend):
         if not gpus():
             return "no GPU is here"
         flavour = artifact.engine.flavour
-        if not installed(flavour) or not has("cuda.bindings"):
+        if not installed(flavour) or not importable("cuda.bindings"):
             return f"it needs {MODULES[flavour]} and cuda-bindings"
         return None
 

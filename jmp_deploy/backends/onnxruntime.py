@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import ort
 from ..core.errors import EngineError
-from .base import Backend, Opened, Times, noise
+from .base import Backend, Opened, Times, infer, noise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,12 +162,9 @@ def run_session(
     name: str = "onnxruntime",
 ) -> dict[str, NDArray[Any]]:
     """Runs a model on images, through Polygraphy: output name -> [B, ...]."""
-    from ..core.images import INPUT, join, split
-
-    least, _, most = profile
-    pieces = split(images, max(least, min(most, TRACE_BATCH)), least)
+    least, best, most = profile
     with ort.session_runner(proto, name) as runner:
-        return join([_copied(runner.infer({INPUT: piece})) for piece in pieces], len(images))
+        return infer(runner, images, (least, best, max(least, min(most, TRACE_BATCH))))
 
 
 def _unique(places: Sequence[Block]) -> list[str]:
@@ -176,7 +173,3 @@ def _unique(places: Sequence[Block]) -> list[str]:
 
 def _values(place: Block, values: Mapping[str, NDArray[Any]]) -> Block:
     return type(place)(*(values[name].astype("float32") for name in place))
-
-
-def _copied(outputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    return {name: value.copy() for name, value in outputs.items()}

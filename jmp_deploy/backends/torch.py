@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import ort
 from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError
-from .base import Backend, Opened, Times, function_runner, has, noise
+from ..core.packages import importable
+from .base import Backend, Opened, Times, function_runner, noise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ class TorchBackend(Backend):
 
     def gpu(self) -> str | None:
         """The one that `timed` uses."""
-        if not has("torch"):
+        if not importable("torch"):
             return None
         import torch
 

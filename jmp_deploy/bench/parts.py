@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.artifact import Artifact
-from ..core.images import INPUT
 from ..export import graph
-from ..jmp.node import OPSET
 from ..jmp.schedule import ModelShape
 
 ATTENTION, MLP, DENSE = "attention", "mlp", "dense"
@@ -90,38 +88,14 @@ def _at_precision(raw: Path, target: Path, precision: str) -> Path:
 
 
 def _export_chain(model: Any, name: str, shape: ModelShape, path: Path) -> None:
-    import io
-    import warnings
-    from contextlib import redirect_stdout
-
     import torch
 
-    from ..core.errors import GraphError
-    from ..jmp.families import written_out_attention
+    from ..export.export import BATCH, to_proto
 
-    chain = _chain(model, name)
     example = torch.zeros(2, shape.num_prefix + shape.num_patches, shape.width)
-    dims = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("tokens", min=2)}
-    try:
-        with (
-            written_out_attention(chain),
-            warnings.catch_warnings(),
-            redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                chain,
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=["out"],
-                dynamic_shapes=(dims,),
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise GraphError(f"PyTorch could not export {name}: {str(error).strip()}") from error
-    graph.save_model(program.model_proto, path)
+    dims = {0: BATCH, 1: torch.export.Dim("tokens", min=2)}
+    proto = to_proto(_chain(model, name), example, dims, "out", name)
+    graph.save_model(proto, path)
 
 
 def _chain(model: Any, name: str) -> Any:

@@ -177,7 +177,7 @@ def _table(given: argparse.Namespace) -> int:
 
     from ..bench.table import SETTINGS, TableOptions, measure_table
 
-    backends = getattr(given, "backends", ("auto",))
+    backends = getattr(given, "backends", (AUTO,))
     if "against" in given or given.times or given.plot or len(backends) > 1:
         raise JmpDeployError(
             "--table measures one artifact with one backend: no --against, --times or --plot"

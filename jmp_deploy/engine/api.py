@@ -16,12 +16,12 @@ import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.errors import EngineError, install_command
+from ..core.packages import importable
 
 if TYPE_CHECKING:
     import tensorrt
@@ -58,9 +58,8 @@ class Tensor:
 
 
 def installed(flavour: str) -> bool:
-    """Whether a flavour is there; type stubs make an empty namespace package of its name."""
-    spec = find_spec(MODULES[flavour])
-    return spec is not None and spec.origin is not None
+    """Whether a flavour is there."""
+    return importable(MODULES[flavour])
 
 
 def load(flavour: str) -> Any:

@@ -171,12 +171,7 @@ def rebuild(
     models = [files.DEPLOYABLE]
     if artifact.precision == "int8":
         models.append(files.TWIN_DEPLOYABLE)
-    for name in models:
-        if name not in others:
-            raise ArtifactError(
-                f"{artifact.folder} was built without {name}", f"build it again: {artifact.rebuild}"
-            )
-    artifact.verify(*others)
+    artifact.verify(*dict.fromkeys([*models, *others]))
     choice = builder.choose("auto")
     if choice.flavour is None:
         raise EngineError(f"no builder can work here: {choice.reason}")

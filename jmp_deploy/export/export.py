@@ -27,6 +27,8 @@ from ..jmp.patch import JMPBlocks
 from .body import add_bodies
 from .graph import reductions, save_model
 
+BATCH = torch.export.Dim("batch", min=1, max=4096)
+
 
 def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) -> Path:
     """Exports a timm ViT, patched or dense, to portable FP32 ONNX with a dynamic batch.
@@ -46,28 +48,53 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     """
     # A batch of 2: torch.export takes sizes 0 and 1 for constants.
     example = torch.zeros(2, 3, *image_size)
-    try:
-        with _export_form(model), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[output_of(model).name],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise GraphError(f"PyTorch could not export the model: {str(error).strip()}") from error
-    proto = program.model_proto
+    with _symbolic_reductions(model):
+        proto = to_proto(model, example, {0: BATCH}, output_of(model).name)
     add_bodies(proto)
     _name_reductions(proto, model.blocks)
     _strip_debug_info(proto)
     proto.producer_name, proto.producer_version = "jmp_deploy", __version__
     save_model(proto, path)
     return path
+
+
+def to_proto(
+    module: nn.Module,
+    example: Tensor,
+    dims: dict[int, torch.export.Dim],
+    output: str,
+    what: str = "the model",
+) -> onnx.ModelProto:
+    """A module of one input and one output through PyTorch's exporter, attention written out.
+
+    Args:
+        dims: dimensions of the input that may vary.
+        output: what to call what comes out.
+        what: is exported, for the message.
+
+    Raises:
+        GraphError: the exporter failed.
+    """
+    try:
+        with (
+            written_out_attention(module),
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[output],
+                dynamic_shapes=(dims,),
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise GraphError(f"PyTorch could not export {what}: {str(error).strip()}") from error
+    return program.model_proto
 
 
 def _name_reductions(proto: onnx.ModelProto, blocks: nn.Module) -> None:
@@ -91,15 +118,14 @@ def _strip_debug_info(proto: onnx.ModelProto) -> None:
 
 
 @contextmanager
-def _export_form(model: nn.Module) -> Iterator[None]:
-    """Reductions as one symbolic node, attention written out."""
+def _symbolic_reductions(model: nn.Module) -> Iterator[None]:
+    """Each reduction as one symbolic node."""
     blocks = model.blocks
     before = blocks.reduce if isinstance(blocks, JMPBlocks) else None
     try:
         if before is not None:
             blocks.reduce = _reduce_node
-        with written_out_attention(model):
-            yield
+        yield
     finally:
         if before is not None:
             blocks.reduce = before

@@ -183,6 +183,18 @@ def load(path: Path, shape: ModelShape) -> Schedule:
     return found
 
 
+def to_manifest(schedule: Schedule) -> Jmp:
+    """What an artifact keeps of a schedule; how it was applied else is `Jmp`'s default."""
+    return Jmp(
+        schedule_name=schedule.name,
+        schedule=schedule.steps,
+        tau=schedule.tau,
+        selection=schedule.selection,
+        merge_weight=schedule.merge_weight,
+        last_prefix_only=schedule.last_prefix_only,
+    )
+
+
 def from_manifest(jmp: Jmp) -> Schedule:
     """The schedule that an artifact was built with."""
     return Schedule(

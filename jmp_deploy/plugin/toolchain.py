@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..core.device import cpu_count
 from ..core.errors import ToolchainError, install_command
 
 # Those of a release; plugins/CMakeLists.txt has the same list. 87 is Orin, 100 B200, 110 Thor.
@@ -206,7 +207,7 @@ def announce(line: str) -> None:
 
 def compile_time(architectures: int) -> str:
     """How long a compilation takes here, in words, before it starts."""
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_count()
     rounds = -(-architectures // cores)
     seconds = HOST_WORK + ARCHITECTURE_WORK * rounds
     noun = "core that is" if cores == 1 else "cores that are"
@@ -237,7 +238,7 @@ def run_nvcc(nvcc: Path, options: Sequence[str], folder: Path, log: Path, what: 
     Raises:
         ToolchainError: with its first errors; or it does not end.
     """
-    command = [*nvcc_command(nvcc), f"--threads={len(os.sched_getaffinity(0))}", *options]
+    command = [*nvcc_command(nvcc), f"--threads={cpu_count()}", *options]
     try:
         done = subprocess.run(
             command,

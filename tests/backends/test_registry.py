@@ -23,7 +23,7 @@ FACTS = EngineFacts("tensorrt", "10.13.0.35", ("sm_86",), "fp16")
 def gpu(monkeypatch):
     """A GPU, and what engines need on it."""
     monkeypatch.setattr(engine_backend, "gpus", lambda: (Gpu("Fake GPU", (8, 6), 1),))
-    monkeypatch.setattr(engine_backend, "has", lambda package: True)
+    monkeypatch.setattr(engine_backend, "importable", lambda package: True)
     monkeypatch.setattr(api, "installed", lambda flavour: True)
 
 
@@ -73,12 +73,12 @@ def test_one_backend_runs_all_artifacts(gpu, whole, portable):
 
 def test_what_is_missing_is_named_with_its_cure(whole, monkeypatch):
     (whole.folder / "model.engine").unlink()
-    monkeypatch.setattr(base, "has", lambda package: package != "polygraphy")
+    monkeypatch.setattr(base, "importable", lambda package: package != "polygraphy")
     with pytest.raises(EngineError) as caught:
         backends.pick([whole])
     assert "engine: model.engine is missing; onnxruntime: polygraphy is not" in caught.value.message
     assert "pip install" in caught.value.message
-    monkeypatch.setattr(base, "has", lambda package: package != "timm")
+    monkeypatch.setattr(base, "importable", lambda package: package != "timm")
     with pytest.raises(EngineError, match="torch: timm is not installed"):
         backends.pick([whole], "torch")
 
