@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import ort
-from ..core.errors import EngineError
+from ..core.errors import EngineError, one_line
 from .base import Backend, Opened, Times, infer, noise
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class TimedSession:
             try:
                 session.run(None, feed)
             except Exception as error:  # its exceptions share no public base class
-                reason = str(error).splitlines()[0]
+                reason = one_line(error)
                 raise EngineError(f"ONNX Runtime cannot run {self.model}: {reason}") from error
             return Times.of_host(started, time.perf_counter())
 

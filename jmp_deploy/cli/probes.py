@@ -21,6 +21,7 @@ from typing import Literal
 
 from ..core.device import driver_cuda, gpus, jetson_linux, needs_cuda_12
 from ..core.errors import JmpDeployError, ToolchainError, install_command, one_line
+from ..core.files import read_text
 from ..core.packages import (
     PACKAGES,
     PAIR,
@@ -75,13 +76,6 @@ def _output(command: Sequence[str], timeout: float = 15.0) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(errors="replace").strip("\0\n ")
-    except OSError:
-        return ""
-
-
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
@@ -99,7 +93,7 @@ def _machine() -> Iterator[Check]:
     yield Check(area, "system", "ok" if platform.system() == "Linux" else "warn", system)
     yield from _jetpack()
     yield Check(area, "processor", "ok", f"{os.cpu_count()} cores")
-    memory = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    memory = re.search(r"MemAvailable:\s+(\d+) kB", read_text(Path("/proc/meminfo")))
     if memory:
         free = int(memory[1]) / 2**20
         enough = free >= 4
@@ -111,12 +105,12 @@ def _machine() -> Iterator[Check]:
 
 
 def _distribution() -> str:
-    name = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read("/etc/os-release"), re.MULTILINE)
+    name = re.search(r'^PRETTY_NAME="?([^"\n]+)', read_text(Path("/etc/os-release")), re.MULTILINE)
     return name[1] if name else platform.release()
 
 
 def _jetpack() -> Iterator[Check]:
-    board, linux = _read("/proc/device-tree/model"), jetson_linux()
+    board, linux = read_text(Path("/proc/device-tree/model")), jetson_linux()
     if not linux:
         if linux is not None or "jetson" in board.lower():
             found = f"{board}, without a release in /etc/nv_tegra_release"
@@ -143,7 +137,7 @@ def _gpu() -> Iterator[Check]:
         if gpu.compute_capability not in RTX_CAPABILITIES:
             found += f"; TensorRT-RTX: does not build for {major}.{minor}"
         yield Check("GPU", "GPU", "ok", found)
-    driver = re.search(r"Module.*?\s(\d+\.[\d.]+)", _read("/proc/driver/nvidia/version"))
+    driver = re.search(r"Module.*?\s(\d+\.[\d.]+)", read_text(Path("/proc/driver/nvidia/version")))
     served = driver_cuda()
     if driver or served:
         found = driver[1] if driver else "version unknown"
@@ -255,7 +249,11 @@ def _tensorrt() -> Iterator[Check]:
 
 def _sees_system() -> bool:
     setting = r"^include-system-site-packages\s*=\s*true"
-    return bool(re.search(setting, _read(f"{sys.prefix}/pyvenv.cfg"), re.MULTILINE | re.IGNORECASE))
+    return bool(
+        re.search(
+            setting, read_text(Path(f"{sys.prefix}/pyvenv.cfg")), re.MULTILINE | re.IGNORECASE
+        )
+    )
 
 
 # --- plugin --------------------------------------------------------------------------------------

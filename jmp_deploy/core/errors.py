@@ -141,8 +141,11 @@ def one_line(value: object) -> str:
 
     What others wrote (versions, names, messages) passes through here on its way to a terminal.
     """
-    line = next(iter(str(value).strip().splitlines()), "")
-    return "".join(char if char.isprintable() else " " for char in line).strip()
+    return _printable(next(iter(str(value).strip().splitlines()), "")).strip()
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def _has_torch() -> bool:
@@ -153,8 +156,11 @@ def _has_torch() -> bool:
 
 
 def fail(message: str, hint: str | None, code: int) -> int:
-    """Prints what is wrong, and what to do on a line of its own; returns the exit code."""
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    """Prints what is wrong, and what to do on a line of its own; returns the exit code.
+
+    Names out of files of others (tensors, nodes, paths) are in it: no control character of theirs
+    reaches the terminal.
+    """
+    for text in [f"error: {message}", *([f"hint: {hint}"] if hint else [])]:
+        print("\n".join(map(_printable, text.split("\n"))), file=sys.stderr)
     return code

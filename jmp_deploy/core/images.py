@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ImageError, ModelError
+from .errors import ImageError, ModelError, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,7 +108,7 @@ def open_image(path: Path | str) -> Image.Image:
     except FileNotFoundError as error:
         raise ImageError(f"no such image: {path}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ImageError(f"cannot read {path} as an image: {reason}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import EngineError, MissingPackageError, install_command
+from .errors import EngineError, MissingPackageError, install_command, one_line
 
 if TYPE_CHECKING:
     import onnx
@@ -52,7 +52,7 @@ def session(
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no public base class
         what = model if isinstance(model, Path) else "the marked model"
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise EngineError(f"ONNX Runtime cannot open {what}: {reason}") from error
 
 

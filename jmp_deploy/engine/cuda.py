@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..core.errors import EngineError, GpuMemoryError, install_command
+from ..core.errors import EngineError, GpuMemoryError, install_command, one_line
 
 DEFAULT_STREAM = 0
 """The legacy default stream: what libraries work on that were told nothing else."""
@@ -52,7 +52,7 @@ class Cuda:
             self._context = self._current()
         except (RuntimeError, OSError) as error:  # cuda-bindings finds no libcuda
             raise EngineError(
-                f"CUDA cannot be used: {str(error).splitlines()[0]}",
+                f"CUDA cannot be used: {one_line(error)}",
                 "run `python -m jmp_deploy doctor`",
             ) from error
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import GraphError
+from ..core.errors import GraphError, one_line
 from ..core.files import atomic_path
 from ..jmp.node import DOMAIN, TokenReduce, reduction_name
 from ..jmp.trace import DECIDED, Block
@@ -48,7 +48,7 @@ def load_model(path: Path) -> onnx.ModelProto:
         raise GraphError(f"no such file: {path}") from error
     except Exception as error:  # protobuf's DecodeError, onnx's ValidationError, OSError, ...
         raise GraphError(
-            f"{path} is truncated or not an ONNX model: {str(error).splitlines()[0]}",
+            f"{path} is truncated or not an ONNX model: {one_line(error)}",
             "build it again",
         ) from error
     return proto

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import socket
 import urllib.request
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..core.artifact import Artifact, Weights
-from ..core.errors import ModelError, WeightsError
+from ..core.errors import ModelError, WeightsError, one_line
+from ..core.files import sha256
 from ..core.images import Preprocess
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module,
             "is it a checkpoint of this model, with timm's key names?",
         )
     model.load_state_dict(state)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     return model, Weights("file", path=str(path.resolve()), sha256=digest)
 
 
@@ -352,4 +352,4 @@ def _why(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    return one_line(error) or type(error).__name__

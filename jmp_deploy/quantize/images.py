@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import CalibrationError, ImageError
+from ..core.files import sha256
 from ..core.images import Preprocess, find_images, open_image, preprocess, sample_photos
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class _Item:
     def digest(self) -> str:
         if self.path is not None:
             try:
-                return hashlib.sha256(self.path.read_bytes()).hexdigest()
+                return sha256(self.path)
             except OSError as error:
                 raise ImageError(f"cannot read {self.path}: {error.strerror}") from error
         return hashlib.sha256(self.open().tobytes()).hexdigest()

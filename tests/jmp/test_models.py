@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from jmp_deploy.cli.main import main
 from jmp_deploy.core.artifact import Weights
 from jmp_deploy.core.errors import ModelError, WeightsError
 from jmp_deploy.jmp import models
@@ -167,3 +168,12 @@ def test_unsupported_models_are_refused_before_weights_are_fetched(monkeypatch):
 def test_image_size_that_does_not_fit():
     with pytest.raises(ModelError, match="image size"):
         models.load_model("resnet18", "random", img_size=100)
+
+
+def test_names_in_a_checkpoint_reach_no_terminal_as_they_are(tmp_path, capsys):
+    path = tmp_path / "hostile.safetensors"
+    save_file({"head.weight\x1b[2J\r": torch.zeros(3, 192)}, path)
+    arguments = ["build", "deit_t", "--weights", str(path), "-o", str(tmp_path / "out")]
+    assert main([*arguments, "--engine", "none"]) == 2
+    shown = capsys.readouterr().err
+    assert "unexpected keys" in shown and "\x1b" not in shown and "\r" not in shown
