@@ -111,12 +111,12 @@ def test_auto_lets_gradients_through():
 
 def test_export_does_not_see_the_backend(monkeypatch):
     """The exported graph holds the node, not our operator, whichever backend was chosen."""
-    from jmp_deploy.export.export import _export_form, _reduce_node
+    from jmp_deploy.export.export import _reduce_node, _symbolic_reductions
 
     monkeypatch.setattr("jmp_deploy.jmp.patch.check_backend", lambda backend: None)
     model = tiny_vit()
     patch(model, schedule.parse("1:11", model_shape(model)), backend="cuda")
-    with _export_form(model):
+    with _symbolic_reductions(model):
         assert model.blocks.reduce is _reduce_node
     assert model.blocks.reduce is torch_op.reduce_cuda
     unpatch(model)
