@@ -12,6 +12,10 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
+
+#include <atomic>
+#include <initializer_list>
 
 #include "token_reduce_match.cuh"
 #include "token_reduce_merge.cuh"
@@ -19,9 +23,6 @@
 
 #ifndef JMP_TEST_SUBSET  // 1: float32 and float16, heads of up to 32 columns; compiles in half the time
 #define JMP_TEST_SUBSET 0
-#endif
-#ifndef JMP_ENOUGH_BLOCKS  // two per multiprocessor of the largest GPU
-#define JMP_ENOUGH_BLOCKS 256
 #endif
 
 namespace {
@@ -69,22 +70,72 @@ bool is_tuned(const Params& p) { return check_tuned(p, nullptr, 0) == 0; }
 
 bool is_aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
+// What is wrong with the memory of a call.
+cudaError_t check_memory(std::initializer_list<const void*> tensors, const void* workspace) {
+  for (const void* tensor : tensors) {
+    if (tensor == nullptr) return cudaErrorInvalidValue;
+  }
+  if (workspace == nullptr) return cudaErrorInvalidValue;
+  return is_aligned(workspace) ? cudaSuccess : cudaErrorMisalignedAddress;
+}
+
 // --- Launches of the tuned version -----------------------------------------------------------------
 
-// Launches that overlap cut the gaps between our kernels. They need compute capability 9.0, and
-// CUDA 12.3 to be captured into a graph.
+// What launches have to know of the device that is current.
+struct Device {
+  bool overlap;       // our launches may overlap
+  int enough_blocks;  // that fill it: two per multiprocessor
+};
+
+#if defined(JMP_CUDA_ON_HOST)
+#ifndef JMP_ENOUGH_BLOCKS
+#define JMP_ENOUGH_BLOCKS 256
+#endif
+Device this_device() { return {false, JMP_ENOUGH_BLOCKS}; }
+#else
+
+// Launches that overlap cut the gaps between our kernels. What decides is the code that runs: the
+// wait for the launch before is in kernels compiled for 9.0 and newer alone, while PTX of 8.x, which
+// a driver translates for any newer GPU, lacks it and would read what is not there yet. A driver
+// older than CUDA 12.3 cannot capture such launches into a graph.
 bool may_overlap() {
-#if defined(JMP_CUDA_ON_HOST) || CUDART_VERSION < 12030
+#if CUDART_VERSION < 12030
   return false;
 #else
-  int device = 0;
-  int major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-             cudaSuccess &&
-         major >= 9;
+  const char* const wish = getenv("JMP_DEPLOY_OVERLAP");
+  if (wish != nullptr && strcmp(wish, "0") == 0) return false;
+  int driver = 0;
+  cudaFuncAttributes code{};
+  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
+         cudaFuncGetAttributes(&code, match_kernel<2>) == cudaSuccess && code.ptxVersion >= 90;
 #endif
 }
+
+Device ask_device(int device) {
+  int multiprocessors = 0;
+  if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
+      cudaSuccess) {
+    multiprocessors = 128;
+  }
+  return {may_overlap(), 2 * multiprocessors};
+}
+
+// Asked once for each device.
+Device this_device() {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 2 * enough_blocks + overlap; 0: not asked yet
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return {false, 256};
+  if (device < 0 || device >= kDevices) return ask_device(device);
+  int packed = known[device].load(std::memory_order_relaxed);
+  if (packed == 0) {
+    const Device found = ask_device(device);
+    packed = 2 * found.enough_blocks + (found.overlap ? 1 : 0);
+    known[device].store(packed, std::memory_order_relaxed);
+  }
+  return {packed % 2 == 1, packed / 2};
+}
+#endif
 
 template <typename T, int kLanes>
 cudaError_t launch_measure(const Params& p, const T* qkv, const T* size, const Scratch& w,
@@ -98,52 +149,53 @@ cudaError_t launch_measure(const Params& p, const T* qkv, const T* size, const S
 // Tiles of columns that a block goes through; 0 for all. With a small batch more blocks take fewer
 // each, until they fill a GPU. The result has the same bits.
 template <int kSteps>
-int choose_span(const Params& p) {
+int choose_span(const Params& p, int enough_blocks) {
   for (const int span : {0, 8, 4, 2}) {
-    if (p.batch * rate_units<kSteps>(patch_tokens(p), span) >= JMP_ENOUGH_BLOCKS) return span;
+    if (p.batch * rate_units<kSteps>(patch_tokens(p), span) >= enough_blocks) return span;
   }
   return 1;
 }
 
 // Rating, selection and similarity.
 template <int kSteps>
-cudaError_t launch_decide(const Params& p, const Scratch& w, bool overlap, cudaStream_t stream) {
+cudaError_t launch_decide(const Params& p, const Scratch& w, const Device& device,
+                          cudaStream_t stream) {
   if (p.selection == JMP_DISTINCT) {
-    const int span = choose_span<kSteps>(p);
+    const int span = choose_span<kSteps>(p, device.enough_blocks);
     const int units = static_cast<int>(rate_units<kSteps>(patch_tokens(p), span));
     const cudaError_t error =
         launch(rate_kernel<kSteps>, product(p.batch, units), kThreads,
-               rate_shared(p, kTileBytes<kSteps>), overlap, stream, p, w, span, units);
+               rate_shared(p, kTileBytes<kSteps>), device.overlap, stream, p, w, span, units);
     if (error != cudaSuccess) return error;
   }
   return launch(match_kernel<kSteps>, product(p.batch, match_groups(p)), kThreads,
-                match_shared(p, kTileBytes<kSteps>), overlap, stream, p, w);
+                match_shared(p, kTileBytes<kSteps>), device.overlap, stream, p, w);
 }
 
 template <typename T>
 cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, T* y, T* out_size,
                       T* log_size, int32_t* destination, char* scratch, cudaStream_t stream) {
   const Scratch w(p, scratch);
-  const bool overlap = may_overlap();
+  const Device device = this_device();
   cudaError_t error = cudaErrorInvalidValue;
   if (p.head_dim <= 32) {
     error = launch_measure<T, 4>(p, qkv, size, w, stream);
-    if (error == cudaSuccess) error = launch_decide<2>(p, w, overlap, stream);
+    if (error == cudaSuccess) error = launch_decide<2>(p, w, device, stream);
   }
 #if !JMP_TEST_SUBSET
   else if (p.head_dim <= 64) {
     error = launch_measure<T, 8>(p, qkv, size, w, stream);
-    if (error == cudaSuccess) error = launch_decide<4>(p, w, overlap, stream);
+    if (error == cudaSuccess) error = launch_decide<4>(p, w, device, stream);
   } else {
     error = launch_measure<T, 16>(p, qkv, size, w, stream);
     if (error != cudaSuccess) return error;
-    error = p.head_dim <= 96 ? launch_decide<6>(p, w, overlap, stream)
-                             : launch_decide<8>(p, w, overlap, stream);
+    error = p.head_dim <= 96 ? launch_decide<6>(p, w, device, stream)
+                             : launch_decide<8>(p, w, device, stream);
   }
 #endif
   if (error != cudaSuccess) return error;
   const int64_t blocks = divide_up(product(p.batch, p.num_prefix + p.num_keep), kWarps);
-  return launch(merge_kernel<T>, blocks, kThreads, size_t{0}, overlap, stream, p, x, size, w, y,
+  return launch(merge_kernel<T>, blocks, kThreads, size_t{0}, device.overlap, stream, p, x, size, w, y,
                 out_size, log_size, destination);
 }
 
@@ -265,15 +317,17 @@ int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params) {
   return jmp_token_reduce_check_tuned(params, nullptr, 0) == 0 ? 1 : 0;
 }
 
+void jmp_token_reduce_prepare(void) { static_cast<void>(this_device()); }
+
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params) {
   if (jmp_token_reduce_check(params, nullptr, 0) != 0) return 0;
-  if (is_tuned(*params)) return Scratch(*params, nullptr).bytes;
+  // Where the tuned kernels run, the plain ones may yet have to: x, qkv or y may be misaligned.
   const size_t bytes = plain::PlainScratch(*params, nullptr).bytes;
   // Memory for these shapes must do for smaller ones: TensorRT asks for a profile's largest. With
   // fewer tokens the tuned kernels may run, which need more for each.
   Params fewer = *params;
-  fewer.tokens = fewer.num_prefix + kMaxPatches;
-  if (fewer.tokens > params->tokens || fewer.num_keep > kMaxPatches || !is_tuned(fewer)) return bytes;
+  if (patch_tokens(fewer) > kMaxPatches) fewer.tokens = fewer.num_prefix + kMaxPatches;
+  if (fewer.num_keep > kMaxPatches || !is_tuned(fewer)) return bytes;
   const size_t tuned_bytes = Scratch(fewer, nullptr).bytes;
   return tuned_bytes > bytes ? tuned_bytes : bytes;
 }
@@ -282,10 +336,9 @@ int jmp_token_reduce(const JmpTokenReduceParams* params, const void* x, const vo
                      const void* size, void* y, void* out_size, void* log_size,
                      int32_t* destination, void* workspace, void* stream) {
   if (jmp_token_reduce_check(params, nullptr, 0) != 0) return cudaErrorInvalidValue;
-  const bool tuned = is_tuned(*params);
-  if (tuned && !(is_aligned(x) && is_aligned(qkv) && is_aligned(y))) {
-    return cudaErrorMisalignedAddress;
-  }
+  const cudaError_t error = check_memory({x, qkv, size, y, out_size, log_size}, workspace);
+  if (error != cudaSuccess) return error;
+  const bool tuned = is_tuned(*params) && is_aligned(x) && is_aligned(qkv) && is_aligned(y);
   return run_any(*params, tuned, x, qkv, size, y, out_size, log_size, destination, workspace,
                  stream);
 }
@@ -299,6 +352,8 @@ int jmp_token_reduce_plain(const JmpTokenReduceParams* params, const void* x, co
                            const void* size, void* y, void* out_size, void* log_size,
                            int32_t* destination, void* workspace, void* stream) {
   if (jmp_token_reduce_check(params, nullptr, 0) != 0) return cudaErrorInvalidValue;
+  const cudaError_t error = check_memory({x, qkv, size, y, out_size, log_size}, workspace);
+  if (error != cudaSuccess) return error;
   return run_any(*params, false, x, qkv, size, y, out_size, log_size, destination, workspace,
                  stream);
 }

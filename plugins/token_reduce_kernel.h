@@ -57,14 +57,19 @@ int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params);  // 1 or 0, w
 // tokens. 0 for bad `params`.
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params);
 
+// Looks up what launches need to know of the current device, so that the first of them, which may be
+// captured into a CUDA graph, need not. JMP_DEPLOY_OVERLAP=0 in the environment: launches never
+// overlap.
+void jmp_token_reduce_prepare(void);
+
 // Enqueues the reduction on `stream` (a cudaStream_t). Allocates nothing, waits for nothing, so it
 // may be captured into a CUDA graph.
 //   x [B, N, C], qkv [B, N, W], size [size_batch, N]  ->
 //   y [B, P+K, C], out_size [B, P+K], log_size [B, P+K]
 //   destination: null, or int32 [B, N]: output position of each input token, -1 = pruned
-//   workspace: aligned to 256 bytes; x, qkv, y: to 16 where the tuned kernels run
-// Returns a cudaError_t: cudaErrorInvalidValue (1) if jmp_token_reduce_check refuses `params`,
-// cudaErrorMisalignedAddress (716) for x, qkv or y.
+//   workspace: aligned to 16 bytes. So should be x, qkv and y: else the plain kernels run
+// Returns a cudaError_t: cudaErrorInvalidValue (1) if jmp_token_reduce_check refuses `params` or a
+// pointer but `destination` is null, cudaErrorMisalignedAddress (716) for the workspace.
 int jmp_token_reduce(const JmpTokenReduceParams* params, const void* x, const void* qkv,
                      const void* size, void* y, void* out_size, void* log_size,
                      int32_t* destination, void* workspace, void* stream);

@@ -20,17 +20,20 @@ __device__ inline bool sample_merges(const Params& p, const Scratch& w, int samp
   return sum / static_cast<float>(rest) >= p.tau;  // false for a NaN
 }
 
-// Sizes of all that goes to `slot` together, 0 if nothing does. By a whole warp.
+// Whether anything goes to `slot`, and the sizes of all that does together. By a whole warp.
 template <typename T>
-__device__ inline float size_taken_in(const Params& p, const T* size, const uint32_t* source,
-                                      int sample, int rest, int slot) {
+__device__ inline bool takes_in(const Params& p, const T* size, const uint32_t* source, int sample,
+                                int rest, int slot, float* sizes) {
   float mine = 0.0f;
+  bool any = false;
   for (int i = lane_index(); i < rest; i += kWarpSize) {
     if (source[i] >> 16 != static_cast<uint32_t>(slot)) continue;
     const int token = p.num_prefix + static_cast<int>(source[i] & 0xffffu);
     mine += to_float(size_of(p, size, sample, token));
+    any = true;
   }
-  return sum_lanes<kWarpSize>(mine);
+  *sizes = sum_lanes<kWarpSize>(mine);
+  return __ballot_sync(kAll, any) != 0u;
 }
 
 // Adds a row of x to the sums of this lane's pieces.
@@ -96,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, kMergeBlocks)
   const int64_t own_row = token_row(p, sample, self);
   const int64_t first_row = token_row(p, sample, p.num_prefix);
   const int pieces = p.channels / kPerLoad<T>;
-  float share = 0.0f;  // 1 / what the sums weigh in all; 0: the token is copied
+  bool mixes = false;    // else the token is copied
+  float content = 1.0f;  // what the sums weigh in all
   for (int base = 0; base < pieces; base += kPieces * kWarpSize) {
     const int piece = base + lane_index();
     uint4 own[kPieces];
@@ -107,17 +111,17 @@ __global__ void __launch_bounds__(kThreads, kMergeBlocks)
       if (at < pieces) own[k] = load_16(x + own_row * p.channels + at * kPerLoad<T>);
     }
     if (base == 0) {  // while the row comes
-      const float taken_in =
-          merges ? size_taken_in(p, size, source, sample, rest, slot) : 0.0f;
-      const float content = p.merge_weight * taken_in;
-      if (content != 0.0f) share = 1.0f / (to_float(own_size) + content);
+      float taken_in = 0.0f;
+      const bool any = merges && takes_in(p, size, source, sample, rest, slot, &taken_in);
+      mixes = any && p.merge_weight != 0.0f;
+      if (mixes) content = to_float(own_size) + p.merge_weight * taken_in;
       if (lane_index() == 0) {
         const float total = to_float(own_size) + taken_in;
         out_size[out] = from_float<T>(total);
         log_size[out] = from_float<T>(logf(total));
       }
     }
-    if (share != 0.0f) {
+    if (mixes) {
       float sums[kPieces][kPerLoad<T>];
       JMP_UNROLL
       for (int k = 0; k < kPieces; ++k) {
@@ -144,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, kMergeBlocks)
       JMP_UNROLL
       for (int k = 0; k < kPieces; ++k) {
         JMP_UNROLL
-        for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] *= share;
+        // Divided, not multiplied by an inverse: that is infinite for sizes of 1e-40.
+        for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] /= content;
         own[k] = pack<T>(sums[k]);
       }
     }

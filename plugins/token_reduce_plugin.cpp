@@ -158,6 +158,21 @@ std::vector<PluginField> make_fields(JmpTokenReduceParams const* params) {
   return fields;
 }
 
+// All attributes, floats by their bits.
+std::string text_of(JmpTokenReduceParams const& params) {
+  std::string text;
+  for (Attribute const& attribute : kAttributes) {
+    int32_t value = 0;
+    if (attribute.integer != nullptr) {
+      value = params.*attribute.integer;
+    } else {
+      std::memcpy(&value, &(params.*attribute.real), sizeof value);
+    }
+    text += std::string(attribute.name) + "=" + std::to_string(value) + ";";
+  }
+  return text;
+}
+
 // --- Shapes and types ------------------------------------------------------------------------------
 
 constexpr char const* kInputNames[kNbInputs] = {"x", "qkv", "size"};
@@ -218,6 +233,7 @@ TokenReducePlugin::TokenReducePlugin(JmpTokenReduceParams const& attributes,
                                      std::string plugin_namespace, std::string name)
     : attributes_(attributes), namespace_(std::move(plugin_namespace)), name_(std::move(name)) {
   fields_ = make_fields(&attributes_);
+  timing_id_ = text_of(attributes_);
 }
 
 // Not the default: the fields point into the object.
@@ -394,6 +410,9 @@ size_t TokenReducePlugin::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc con
   }
 }
 
+// With it a timing cache spares the builder our kernels, which it would time anew in each build.
+char const* TokenReducePlugin::getTimingCacheID() noexcept { return timing_id_.c_str(); }
+
 // --- IPluginV3OneRuntime ---------------------------------------------------------------------------
 
 int32_t TokenReducePlugin::onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nb_inputs,
@@ -429,6 +448,7 @@ int32_t TokenReducePlugin::enqueue(nvinfer1::PluginTensorDesc const* input_desc,
 
 nvinfer1::IPluginV3* TokenReducePlugin::attachToContext(
     nvinfer1::IPluginResourceContext* /*context*/) noexcept {
+  jmp_token_reduce_prepare();
   return clone();
 }
 

@@ -60,6 +60,7 @@ class TokenReducePlugin final : public nvinfer1::IPluginV3,
   size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t nb_inputs,
                           nvinfer1::DynamicPluginTensorDesc const* outputs,
                           int32_t nb_outputs) const noexcept override;
+  char const* getTimingCacheID() noexcept override;
 
   // IPluginV3OneRuntime
   int32_t onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nb_inputs,
@@ -84,6 +85,7 @@ class TokenReducePlugin final : public nvinfer1::IPluginV3,
   std::string name_;
   std::vector<nvinfer1::PluginField> fields_;  // what getFieldsToSerialize points at
   nvinfer1::PluginFieldCollection collection_{};
+  std::string timing_id_;
 };
 
 class TokenReduceCreator final : public nvinfer1::IPluginCreatorV3One {

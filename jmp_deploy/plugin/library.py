@@ -33,6 +33,7 @@ from .toolchain import (
     cuda_architectures,
     find_toolchain,
     known_architectures,
+    newer_than_driver,
     run_nvcc,
 )
 
@@ -279,15 +280,18 @@ def _find_fitting(toolchain: Toolchain) -> Path | None:
 
 
 def _cannot_run(info: dict[str, Any]) -> str | None:
-    """The GPU here that has no use for a library's machine code nor its PTX; None where all have,
-    or nothing is known of the library."""
+    """Why a library cannot run here; None where it can, or nothing is known of it."""
+    if newer := newer_than_driver(str(info.get("cuda", ""))):
+        return f"was compiled by {newer}"
     made_for = [int(arch) for arch in info.get("architectures", ())]
     for arch in map(int, _gpu_architectures() if made_for else ()):
         # Machine code runs on later GPUs of its generation, but for Orin: there only its own.
         same = {made for made in made_for if made // 10 == arch // 10 and made <= arch}
         related = {made for made in same if made == arch or 87 not in (made, arch)}
-        if not related and arch < made_for[-1]:
-            return str(arch)
+        if not related and arch < made_for[-1]:  # neither machine code nor PTX
+            return (
+                f"is for {', '.join(f'sm_{made}' for made in made_for)}, the GPU here is sm_{arch}"
+            )
     return None
 
 
@@ -374,9 +378,6 @@ def _check_prebuilt(path: Path) -> Path:
         raise ToolchainError(
             f"JMP_DEPLOY_PLUGIN: {path} is for {name}, this machine is {platform.machine()}", hint
         )
-    if arch := _cannot_run(info := _sidecar(path)):
-        made_for = ", ".join(f"sm_{made}" for made in info["architectures"])
-        raise ToolchainError(
-            f"JMP_DEPLOY_PLUGIN: {path} is for {made_for}, the GPU here is sm_{arch}", hint
-        )
+    if reason := _cannot_run(_sidecar(path)):
+        raise ToolchainError(f"JMP_DEPLOY_PLUGIN: {path} {reason}", hint)
     return path

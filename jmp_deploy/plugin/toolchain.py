@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core.device import cpu_count
+from ..core.device import cpu_count, driver_cuda
 from ..core.errors import ToolchainError, install_command
 
 # Those of a release; plugins/CMakeLists.txt has the same list. 87 is Orin, 100 B200, 110 Thor.
@@ -129,11 +129,22 @@ def _nvcc_version(nvcc: Path) -> str | tuple[str]:
     version = match[1]
     if _numbers(version) < OLDEST_CUDA:
         return (f"{nvcc} is of CUDA {version}, expected {_dotted(OLDEST_CUDA)} or newer",)
+    if newer := newer_than_driver(version):
+        return (f"{nvcc} is of {newer}",)
     # A wheel of nvcc alone lacks what it compiles against.
     root = nvcc.parent.parent
     if root.parent.name == "nvidia" and not (root / "lib" / "libcudart_static.a").is_file():
         return (f"{nvcc} has no CUDA runtime beside it (libcudart_static.a)",)
     return version
+
+
+def newer_than_driver(cuda_version: str) -> str | None:
+    """What keeps code of this CUDA ("13.0.88") from running here, as far as the driver goes, or
+    None: its runtime, which is linked in, starts on no driver of an earlier major version."""
+    served, major = driver_cuda(), re.match(r"\d+", cuda_version)
+    if served is None or major is None or int(major[0]) <= served[0]:
+        return None
+    return f"CUDA {cuda_version}, the driver serves CUDA {_dotted(served)}"
 
 
 def known_architectures(nvcc: Path) -> set[str]:

@@ -123,6 +123,42 @@ def have_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -
     monkeypatch.setattr(plugin, "gpus", lambda: gpus)
 
 
+# --- The driver ----------------------------------------------------------------------------------
+
+
+def test_a_compiler_newer_than_the_driver_is_passed_over(
+    fake_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA 13 compiles has CUDA 13's runtime linked in: it fails in its first launch there."""
+    newer = fake_nvcc(tmp_path / "newer", version="13.0.88")
+    monkeypatch.setenv("CUDA_HOME", str(newer.parent.parent))
+    for served, refused in (((12, 6), True), ((13, 0), False), (None, False)):
+        monkeypatch.setattr(toolchain, "driver_cuda", lambda served=served: served)
+        monkeypatch.setenv("JMP_NVCC", str(newer))
+        if not refused:
+            assert toolchain.find_nvcc() == (newer, "13.0.88")
+            continue
+        with pytest.raises(ToolchainError, match=r"CUDA 13\.0\.88, the driver serves CUDA 12\.6"):
+            toolchain.find_nvcc()
+        monkeypatch.setenv("JMP_NVCC", str(fake_tools))
+        assert toolchain.find_nvcc() == (fake_tools, "12.4.99")
+
+
+def test_a_library_of_a_newer_cuda_than_the_driver_is_refused(
+    fake_tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plugin.build_plugin()
+    monkeypatch.setattr(toolchain, "driver_cuda", lambda: (12, 6))
+    machine = {"x86_64": 62, "aarch64": 183}[plugin.platform.machine()]
+    made.write_bytes(b"\x7fELF".ljust(18, b"\0") + bytes([machine, 0]) + b"\0getCreators\0")
+    monkeypatch.setenv("JMP_DEPLOY_PLUGIN", str(made))
+    assert plugin.plugin_library() == made
+    sidecar = made.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text().replace("12.4.99", "13.0.88"))
+    with pytest.raises(ToolchainError, match=r"compiled by CUDA 13\.0\.88, the driver serves"):
+        plugin.plugin_library()
+
+
 # --- The real build ------------------------------------------------------------------------------
 
 
