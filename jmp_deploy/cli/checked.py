@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from .. import backends
 from ..backends import AUTO
 from ..backends.engine import EngineBackend
-from ..core.errors import ArtifactError, CheckError, EngineError, JmpDeployError
+from ..core.errors import ArtifactError, CheckError, EngineError, GpuMemoryError, JmpDeployError
 from . import show
 
 if TYPE_CHECKING:
@@ -105,6 +105,9 @@ def _check(artifact: Artifact, verdict: Verdict, again: bool) -> EngineCheck | N
     try:
         with show.Progress("engine check", transient=True):
             check = check_engine(locate(artifact.folder), artifact, reference)
+    except GpuMemoryError as error:  # a smaller batch may fit all the same
+        verdict.notes.append(f"{_unchecked(artifact)}: {error.message}")
+        return None
     except JmpDeployError:  # it does not open: the command meets it too
         return None
     try:

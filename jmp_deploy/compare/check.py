@@ -14,7 +14,7 @@ from ..core.artifact import Artifact, EngineCheck, Reference
 from ..core.device import gpus
 from ..core.errors import EngineError, GpuMemoryError, engine_errors
 from ..core.images import INPUT
-from ..engine.fit import EngineFile, locate
+from ..engine.fit import EngineFile
 from ..engine.runtime import Engine
 from .measures import coarser, measure
 
@@ -71,13 +71,3 @@ def check_engine(
     )
     shown = {**vars(pair), "problems": list(pair.problems)}
     return EngineCheck(pair.ok, gpu, date, pair.problems, (shown,))
-
-
-def check_here(artifact: Artifact) -> EngineCheck:
-    """Checks the engine of an artifact that is in its place.
-
-    Raises:
-        ArtifactError: a file of it is missing or altered.
-        EngineError: as `check_engine`.
-    """
-    return check_engine(locate(artifact.folder), artifact)
