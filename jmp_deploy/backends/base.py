@@ -214,6 +214,17 @@ class Timed(Protocol):
         """Gives back what it holds."""
 
 
+def guarded(what: str, once: Callable[[], Times]) -> Callable[[], Times]:
+    """A timed inference whose errors, whoever raises them, are EngineErrors: see `engine_errors`.
+    The guard is outside of what is timed."""
+
+    def infer() -> Times:
+        with engine_errors(what):
+            return once()
+
+    return infer
+
+
 def noise(batch: int, shape: tuple[int, ...]) -> Images:
     """Seeded normal images [batch, *shape], float32. Shapes are static: contents change no time."""
     import numpy as np

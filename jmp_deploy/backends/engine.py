@@ -16,7 +16,7 @@ from ..core import ort
 from ..core.device import gpus
 from ..core.errors import EngineError, engine_errors
 from ..core.packages import importable
-from .base import Backend, Infer, Opened, Times, infer, noise
+from .base import Backend, Infer, Opened, Times, guarded, infer, noise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,13 +196,7 @@ class TimedEngine:
     def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
         """See `base.Timed`."""
         with engine_errors(OPENING):
-            once = self._prepare(batch, cuda_graph)
-
-        def infer() -> Times:
-            with engine_errors(RUNNING):  # outside of what is timed
-                return once()
-
-        return infer
+            return guarded(RUNNING, self._prepare(batch, cuda_graph))
 
     def _prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
         (engine, stream), cuda = self._engine(cuda_graph), self._cuda
