@@ -6,7 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -238,8 +238,12 @@ class TimedEngine:
 
     def close(self) -> None:
         """Gives back everything on the GPU."""
+        streams = [stream for _, stream in self._engines.values()]
         self._engines.clear()
         with self._cuda.current():
+            for stream in streams:  # after an error copies may still be on their way
+                with suppress(EngineError):
+                    self._cuda.stream_synchronize(stream)
             self._releases.close()
 
     def _engine(self, cuda_graph: bool) -> tuple[Any, int]:
