@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 
 from ..core.artifact import Artifact, EngineCheck, Reference
 from ..core.device import gpus
-from ..core.errors import EngineError, GpuMemoryError, engine_errors
+from ..core.errors import EngineError, GpuMemoryError, engine_errors, in_words
 from ..core.images import INPUT
 from ..engine.fit import EngineFile
 from ..engine.runtime import Engine
@@ -60,7 +60,7 @@ def check_engine(
     except EngineError as error:
         if not is_open or isinstance(error, GpuMemoryError):
             raise
-        return EngineCheck(False, gpu, date, (f"it does not run: {error.message}",))
+        return EngineCheck(False, gpu, date, (f"it does not run: {in_words(error)}",))
     pair = measure(
         *NAMES,
         output,

@@ -130,9 +130,10 @@ def engine_errors(what: str) -> Iterator[None]:
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says, in one line, with its class where it is none of ours."""
+    """What an error says, in one line that can be printed and stand in a manifest; with its class
+    where it is none of ours."""
     if isinstance(error, JmpDeployError):
-        return error.message
+        return one_line(error.message)
     if isinstance(error, OSError) and error.strerror:
         named = f" ({error.filename})" if error.filename else ""
         return one_line(f"{error.strerror}{named}")

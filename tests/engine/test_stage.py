@@ -178,6 +178,8 @@ def test_on_a_gpu_both_engines_are_checked_after_the_last_build(
     [
         (EngineError("expected sm_86, found sm_90"), "expected sm_86, found sm_90"),
         (TypeError("a bug"), "TypeError: a bug"),
+        # a manifest holds nothing that cannot be printed: TensorRT's words may be of any kind
+        (EngineError("refused:\tnode \x1b]0;x\nmore"), "refused: node  ]0;x"),
         (MemoryError(), "MemoryError"),
     ],
 )
