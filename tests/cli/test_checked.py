@@ -27,6 +27,7 @@ from jmp_deploy.engine.cuda import Cuda
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.models import LoadedModel
 from tests.fakes import tensorrt as fake_tensorrt
+from tests.fakes import validation
 from tests.fakes.artifacts import FILE_WEIGHTS, PREPROCESS
 from tests.fakes.bench import FakeBackend
 from tests.fakes.engine import HERE, PASSED, World, make_world, world  # noqa: F401
@@ -177,16 +178,43 @@ def test_compare_puts_it_on_record_anew(world, gpu, asked, capsys):
     assert found.ok and found.date > stale.date
 
 
+def with_onnx(folder: Path, **engine) -> Path:
+    """An artifact that runs on ONNX Runtime too, whose engine is for a GPU elsewhere."""
+    facts = EngineFacts("tensorrt", "10.13", ("sm_86",), "fp16", **engine)
+    return validation.write_artifact(folder, validation.weights(5), engine=facts, no_engine=None)
+
+
+@pytest.mark.parametrize("checks", [(), (PASSED,)])
 def test_without_a_gpu_it_is_said_of_an_engine_that_no_gpu_has_seen(
-    world, gpu, asked, picture, capsys
+    gpu, asked, picture, capsys, tmp_path, checks
 ):
     gpu()
-    for checks, notes in (((), 1), ((PASSED,), 0)):
-        folder = world.artifact(checks=checks, unchecked="" if checks else "no GPU was here")
-        command(capsys, "run", folder, picture)
-        assert asked == []
-        shown = " ".join(command(capsys, "report", folder)[1].split())
-        assert shown.count("its ONNX alone was checked (no GPU was here)") == notes
+    folder = with_onnx(tmp_path / "a", checks=checks, unchecked="no GPU was here")
+    notes, out = int(not checks), tmp_path / "out.json"
+    code, _, err = command(capsys, "run", folder, picture)
+    assert code == 0 and err.count(NOT_YET) == notes
+    quick = ("-b", 1, "--num-bench-iter", 4, "--seconds", 0.1, "--no-energy")
+    command(capsys, "bench", folder, *quick, "--json", out)
+    assert sum(NOT_YET in note for note in json.loads(out.read_text())["notes"]) == notes
+    (tmp_path / "data" / "0").mkdir(parents=True)
+    (tmp_path / "data" / "0" / "one.png").write_bytes(picture.read_bytes())
+    command(capsys, "validate", folder, "--data", tmp_path / "data", "--workers", 0, "--json", out)
+    assert sum(NOT_YET in note for note in json.loads(out.read_text())["notes"]) == notes
+    shown = " ".join(command(capsys, "report", folder)[1].split())
+    assert shown.count("its ONNX alone was checked (no GPU was here)") == notes
+    assert asked == []
+
+
+def test_an_engine_that_is_off_stands_in_no_other_backend_s_way(
+    gpu, asked, picture, capsys, tmp_path
+):
+    off = EngineCheck(False, HERE.name, "2026-11-25", ("cosine",))
+    folder = with_onnx(tmp_path / "a", checks=(off,))
+    (folder / files.ENGINE).write_bytes(plan())
+    Artifact.read(folder).write()
+    assert command(capsys, "run", folder, picture)[0] == 1
+    assert command(capsys, "run", folder, picture, "--backend", "onnxruntime")[0] == 0
+    assert asked == []
 
 
 # --- build ---------------------------------------------------------------------------------------
