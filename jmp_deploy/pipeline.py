@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from .core.artifact import (
     Macs,
     Model,
     Precision,
+    Reference,
     Strategy,
 )
 from .core.errors import ArtifactError, EngineError, ScheduleError
@@ -104,9 +106,11 @@ def build(
 
     Raises:
         JmpDeployError: with what went wrong; the target folder is as it was before. A check
-            outside its tolerances is no error: the artifact is kept and `check.ok` is false.
+            outside its tolerances is no error: the artifact is kept and `check.ok` is false, or
+            `engine.is_off` true.
     """
     from .bench.int8 import settle
+    from .compare.check import check_engine
     from .quantize.int8 import refuse_early
 
     least, best, most = options.batch
@@ -126,14 +130,21 @@ def build(
     clock = Clock(on_stage)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=options.out))
     try:
-        made, reductions = _portable(options, staging, clock, on_progress)
+        made, reference, reductions = _portable(options, staging, clock, on_progress)
         # PyTorch's copy of the model is out of reach here; what it held goes back before a builder
         # on a device with little memory starts.
         gc.collect()
         _deployable(staging, clock, reductions)
         made = replace(made, engine_options=engine_options)
         made = make_engines(
-            made, staging, options.out, choice, settle, clock=clock, on_progress=on_progress
+            made,
+            staging,
+            options.out,
+            choice,
+            partial(check_engine, reference=reference),
+            settle,
+            clock=clock,
+            on_progress=on_progress,
         )
         replace(made, stages=tuple(clock.stages)).write()
         _move_into_place(staging, options.out)
@@ -153,11 +164,11 @@ def _portable(
     staging: Path,
     clock: Clock,
     on_progress: builder.Progress | None,
-) -> tuple[Artifact, list[TokenReduce]]:
+) -> tuple[Artifact, Reference, list[TokenReduce]]:
     """Model to checked portable ONNX and reference.
 
     Returns:
-        The artifact so far, and the reductions that the ONNX must have.
+        The artifact so far, the reference, and the reductions that the ONNX must have.
     """
     from .export import export, fp16
     from .jmp.models import load_model
@@ -188,7 +199,7 @@ def _portable(
             asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress
         )
     with clock("check"):
-        check = _check(options, loaded, portable, output)
+        check, reference = _check(options, loaded, portable, output)
     patched = loaded.model.blocks.reductions if jmp else {}
     reductions = [patched[block].stored() for block in sorted(patched)]
     made = Artifact(
@@ -207,7 +218,7 @@ def _portable(
         check=check,
         rebuild=options.rebuild,
     )
-    return made, reductions
+    return made, reference, reductions
 
 
 def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
@@ -252,7 +263,9 @@ def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
     return Macs(schedules.macs(shape, schedules.from_manifest(jmp)), dense)
 
 
-def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: str) -> Check:
+def _check(
+    options: BuildOptions, loaded: LoadedModel, portable: Path, output: str
+) -> tuple[Check, Reference]:
     """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
     from .backends.torch import torch_runner
     from .compare import compare
@@ -276,22 +289,20 @@ def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: s
     pairs, times, outputs = compare.run_and_pair(
         runners, images, options.batch, precisions, near_ties=not options.dense
     )
+    some = slice(REFERENCE_IMAGES)
+    reference = Reference(images[some], outputs[output][some], np.array(names[some]))
     with (
         atomic_path(portable.parent / artifact.REFERENCE) as temporary,
         temporary.open("wb") as file,
     ):
-        np.savez_compressed(
-            file,
-            images=images[:REFERENCE_IMAGES],
-            output=outputs[output][:REFERENCE_IMAGES],
-            names=np.array(names[:REFERENCE_IMAGES]),
-        )
-    return Check(
+        np.savez_compressed(file, **reference._asdict())
+    check = Check(
         ok=all(pair.ok for pair in pairs),
         images=tuple(names),
         pairs=tuple(vars(pair) for pair in pairs),
         runtime_ms=times,
     )
+    return check, reference
 
 
 def _deployable(staging: Path, clock: Clock, reductions: list[TokenReduce]) -> None:

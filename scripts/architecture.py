@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quantize": {"core", "jmp", "export"},
     "tune": {"core", "jmp", "export"},
     "backends": {"core", "jmp", "export", "engine"},
-    "compare": {"core", "jmp", "export", "backends"},
+    "compare": {"core", "jmp", "export", "engine", "backends"},
     "bench": {"core", "jmp", "export", "engine", "backends"},
     "validate": {"core", "backends"},
     "__main__": {"cli"},

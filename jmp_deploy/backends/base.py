@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.device import cpu_name
-from ..core.errors import EngineError, install_command
+from ..core.errors import EngineError, engine_errors, install_command
 from ..core.packages import importable
 
 if TYPE_CHECKING:
@@ -214,6 +214,17 @@ class Timed(Protocol):
         """Gives back what it holds."""
 
 
+def guarded(what: str, once: Callable[[], Times]) -> Callable[[], Times]:
+    """A timed inference whose errors, whoever raises them, are EngineErrors: see `engine_errors`.
+    The guard is outside of what is timed."""
+
+    def infer() -> Times:
+        with engine_errors(what):
+            return once()
+
+    return infer
+
+
 def noise(batch: int, shape: tuple[int, ...]) -> Images:
     """Seeded normal images [batch, *shape], float32. Shapes are static: contents change no time."""
     import numpy as np
@@ -232,6 +243,9 @@ def infer(runner: Any, images: Images, batch: tuple[int, int, int]) -> dict[str,
 
     Returns:
         output name -> [B, ...].
+
+    Raises:
+        EngineError: whatever goes wrong in Polygraphy or in what it runs.
     """
     import numpy as np
 
@@ -240,7 +254,8 @@ def infer(runner: Any, images: Images, batch: tuple[int, int, int]) -> dict[str,
     least, _, most = batch
     parts = []
     for piece in split(images, most, least):
-        outputs = runner.infer({INPUT: piece})
+        with engine_errors(f"{runner.name} cannot be run"):
+            outputs = runner.infer({INPUT: piece})
         # copied: a runner may write the next batch into the same buffers
         parts.append({name: np.array(value) for name, value in outputs.items()})
     return join(parts, len(images))

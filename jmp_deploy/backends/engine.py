@@ -6,7 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import ort
 from ..core.device import gpus
-from ..core.errors import EngineError
+from ..core.errors import EngineError, engine_errors
 from ..core.packages import importable
-from .base import Backend, Infer, Opened, Times, infer, noise
+from .base import Backend, Infer, Opened, Times, guarded, infer, noise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..engine.fit import EngineFile
     from ..jmp.trace import Trace
 
+OPENING, RUNNING = "the engine cannot be opened", "the engine cannot be run"
 CAPTURED_AFTER = 3
 """Inferences after which `Engine` has captured: it does when the same arrays come again."""
 
@@ -96,8 +97,14 @@ class EngineBackend(Backend):
         from ..core.images import INPUT
         from ..engine.runtime import Engine
 
-        with Engine(artifact.folder, cuda_graph=cuda_graph, max_batch=max_batch) as engine:
-            yield lambda images: engine.infer({INPUT: images})
+        def run(images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+            with engine_errors(RUNNING):
+                return engine.infer({INPUT: images})
+
+        with engine_errors(OPENING):
+            engine = Engine(artifact.folder, cuda_graph=cuda_graph, max_batch=max_batch)
+        with engine:
+            yield run
 
 
 def engine_runner(path: Path | EngineFile) -> Any:
@@ -107,6 +114,9 @@ def engine_runner(path: Path | EngineFile) -> Any:
 
     Args:
         path: as `Engine` takes it.
+
+    Raises:
+        JmpDeployError: on entering, as `Engine`.
     """
     from polygraphy.backend.base import BaseRunner
     from polygraphy.common import TensorMetadata
@@ -115,7 +125,8 @@ def engine_runner(path: Path | EngineFile) -> Any:
 
     class EngineRunner(BaseRunner):  # type: ignore[misc]
         def activate_impl(self) -> None:
-            self.engine = Engine(path, check_finite=False)
+            with engine_errors(OPENING):
+                self.engine = Engine(path, check_finite=False)
 
         def deactivate_impl(self) -> None:
             self.engine.close()
@@ -184,6 +195,10 @@ class TimedEngine:
 
     def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
         """See `base.Timed`."""
+        with engine_errors(OPENING):
+            return guarded(RUNNING, self._prepare(batch, cuda_graph))
+
+    def _prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
         (engine, stream), cuda = self._engine(cuda_graph), self._cuda
         with cuda.current():
             events = [cuda.timer_create() for _ in range(4)]
@@ -216,10 +231,19 @@ class TimedEngine:
 
         return infer
 
+    def free_memory(self) -> int:
+        """Bytes that the GPU has left."""
+        with self._cuda.current():
+            return self._cuda.free_memory()
+
     def close(self) -> None:
         """Gives back everything on the GPU."""
+        streams = [stream for _, stream in self._engines.values()]
         self._engines.clear()
         with self._cuda.current():
+            for stream in streams:  # after an error copies may still be on their way
+                with suppress(EngineError):
+                    self._cuda.stream_synchronize(stream)
             self._releases.close()
 
     def _engine(self, cuda_graph: bool) -> tuple[Any, int]:

@@ -13,9 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..core import ort
-from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError
+from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError, engine_errors
 from ..core.packages import importable
-from .base import Backend, Opened, Times, function_runner, noise
+from .base import Backend, Opened, Times, function_runner, guarded, noise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,7 +137,9 @@ class TimedModel:
         import torch
 
         images = torch.from_numpy(noise(batch, self.shape))
-        return self._on_gpu(images) if self.on_gpu else self._on_cpu(images)
+        what = "PyTorch cannot run the model"
+        with engine_errors(what):
+            return guarded(what, self._on_gpu(images) if self.on_gpu else self._on_cpu(images))
 
     def close(self) -> None:
         """Gives the model back."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..backends import AUTO, AUTO_HELP, NAMES
 from ..core.errors import JmpDeployError, MissingPackageError, fail, install_command
 from ..core.files import write_json
-from . import flags, show
+from . import checked, flags, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -154,18 +154,23 @@ def _bench(given: argparse.Namespace) -> int:
         raise MissingPackageError("--plot needs matplotlib", install_command("plot"))
     settings = flags.fill(Settings, given, "settings.")
     asked = flags.fill(BenchOptions, given, settings=settings)
+    folders = [asked.folder, *([asked.against] if asked.against else [])]
+    verdict = checked.check_first(folders, asked.backends)
     try:
         with show.Progress("opening", auto_refresh=False) as progress:
             result, everything = bench(asked, on_progress=progress.update)
     except KeyboardInterrupt:
         print("nothing was measured whole yet", file=sys.stderr)
         raise
+    result["notes"] += verdict.notes
+    result["warnings"] += verdict.problems
     files = write_times(everything, given.times) if given.times else []
     if given.plot:
         plot(result, given.plot)
         files.append(str(given.plot))
     show.show(given, _summary(result, files), {**result, "files": files})
     if result["complete"]:
+        checked.refuse(verdict)
         return 0
     if result["stopped"] == INTERRUPTED:
         return 130

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backends import AUTO
 from ..core.errors import fail
-from . import flags, show
+from . import checked, flags, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,6 +74,11 @@ def _run(given: argparse.Namespace) -> int:
 
     if given.rebuild:
         _rebuild(given.folder)
+    if "use_manifest" not in given:
+        verdict = checked.check_first([given.folder], [getattr(given, "backend", AUTO)])
+        for words in verdict.notes:
+            print(f"note: {words}", file=sys.stderr)
+        checked.refuse(verdict)
     with _warnings_as_lines():
         options = flags.fill(Options, given)
         result = flags.fill(predict, given, path=given.folder, options=options)
@@ -97,6 +103,7 @@ def _warnings_as_lines() -> Iterator[None]:
 def _rebuild(folder: Path) -> None:
     """Makes the engine of an artifact anew where it does not fit."""
     from ..bench.int8 import settle
+    from ..compare.check import check_engine
     from ..core.artifact import Artifact
     from ..engine.stage import rebuild, why_rebuild
 
@@ -106,7 +113,10 @@ def _rebuild(folder: Path) -> None:
         return
     print(f"the engine is made anew: {reason}", file=sys.stderr)
     with show.Progress() as progress:
-        rebuild(found, settle, on_stage=progress.stage, on_progress=progress.steps)
+        made = rebuild(
+            found, check_engine, settle, on_stage=progress.stage, on_progress=progress.steps
+        )
+    checked.refuse(checked.verdict_on(made))
 
 
 def _predictions(result: Predictions) -> Table:

@@ -161,6 +161,7 @@ LABELS = {
     "plugin": "compiling the plugin (the first time only)",
     "engine": "building the engine",
     "twin engine": "building the FP16 twin's engine",
+    "engine check": "checking the engine on the GPU against PyTorch",
     "timing": "timing INT8 against FP16",
 }
 """Stages of a build, in words."""

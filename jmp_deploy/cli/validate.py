@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import fail
-from . import flags, show
+from . import checked, flags, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -147,6 +147,9 @@ def _validate(given: argparse.Namespace) -> int:
     from ..validate.validate import ValidateOptions, validate
 
     state = _state_file(given)
+    asked = flags.fill(ValidateOptions, given, state=state)
+    folders = [asked.folder, *([asked.against] if asked.against else [])]
+    verdict = checked.check_first(folders, [asked.backend])
     try:
         with show.Progress(remaining=True) as progress:
 
@@ -156,23 +159,27 @@ def _validate(given: argparse.Namespace) -> int:
                     progress.stage(words)
                 progress.update(words, done / total, f": {done} of {total} images")
 
-            result = validate(flags.fill(ValidateOptions, given, state=state), on_progress=update)
+            result = validate(asked, on_progress=update)
     except KeyboardInterrupt:
         if state.is_file():
             print(f"{state} holds what was measured: go on with --resume", file=sys.stderr)
         raise
-    return _show(given, result)
+    result["notes"] += [*verdict.notes, *verdict.problems]
+    code = _show(given, {**result, "ok": result["ok"] and not verdict.problems}, result["ok"])
+    checked.refuse(verdict)
+    return code
 
 
 def _merge(given: argparse.Namespace) -> int:
     from ..validate.state import merge
 
-    return _show(given, flags.fill(merge, given))
+    result = flags.fill(merge, given)
+    return _show(given, result, result["ok"])
 
 
-def _show(given: argparse.Namespace, result: dict[str, Any]) -> int:
+def _show(given: argparse.Namespace, result: dict[str, Any], readable: bool) -> int:
     show.show(given, _summary(result), result)
-    if result["ok"]:
+    if readable:
         return 0
     return fail(
         "more than 1 % of the images are unreadable: the accuracy is that of another data set",

@@ -18,7 +18,7 @@ from .. import backends
 from ..backends.base import Opened
 from ..core import interrupt, ort
 from ..core.artifact import Artifact, Reference
-from ..core.errors import ArtifactError, ImageError, JmpDeployError
+from ..core.errors import ArtifactError, ImageError, JmpDeployError, engine_errors
 from ..core.images import (
     INPUT,
     UNREADABLE_LIMIT,
@@ -145,13 +145,17 @@ def run_and_pair(
     Returns:
         The pairs; per runner the time of one image in ms (whole batches, first one included: an
         orientation, not a benchmark); and the first runner's outputs by name, [B, ...].
+
+    Raises:
+        EngineError: whatever goes wrong in Polygraphy or in what it runs.
     """
     from polygraphy.comparator import Comparator
 
     least, _, most = profile
     size = max(least, min(most, BATCH))
     feed = [{INPUT: piece} for piece in split(images, size, least)]
-    by_name = dict(Comparator.run(list(runners), data_loader=feed).items())
+    with engine_errors("the backends cannot be run"):
+        by_name = dict(Comparator.run(list(runners), data_loader=feed).items())
     interrupt.check()
     outputs = {name: join(iterations, len(images)) for name, iterations in by_name.items()}
     first = runners[0].name

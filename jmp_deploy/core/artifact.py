@@ -177,10 +177,31 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class EngineCheck:
+    """An engine on a GPU: its outputs for the images of `reference.npz`, against PyTorch's.
+
+    Attributes:
+        ok: within the tolerances of `compare`.
+        gpu: name of the GPU.
+        date: when, in UTC (ISO 8601).
+        problems: what is outside, or why the engine does not run there, in words.
+        pairs: as `compare.measures.Pair` has them; none where it does not run.
+    """
+
+    ok: bool
+    gpu: str
+    date: str
+    problems: tuple[str, ...] = ()
+    pairs: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """What `model.engine` is.
 
     Attributes:
+        checks: on GPUs, one for each GPU's name; with none, only the ONNX was checked.
+        unchecked: why there was none when it was built.
         why: why this builder.
         version: of that TensorRT.
         precision: of the numbers that it computes with.
@@ -201,16 +222,51 @@ class EngineFacts:
     bytes: Bytes = 0
     layers: Annotated[int, Meta(ge=0)] = 0
     plugin_layers: Annotated[int, Meta(ge=0)] = 0
+    checks: tuple[EngineCheck, ...] = ()
+    unchecked: str = ""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether a check of it failed."""
+        return not all(check.ok for check in self.checks)
+
+    def check_on(self, gpu: str) -> EngineCheck | None:
+        """Its check on GPUs of this name."""
+        return next((check for check in self.checks if check.gpu == gpu), None)
+
+
+@dataclass(frozen=True)
+class SpeedAt:
+    """Two engines at one batch size.
+
+    Attributes:
+        batch: images per inference.
+        ms: of each by name, the GPU's median time for an inference.
+        ratio, ci95: FP16's time over INT8's, and its 95 % interval.
+        cuda_graph: whether they were replayed as CUDA graphs.
+    """
+
+    batch: Count
+    ms: dict[str, float]
+    ratio: float
+    ci95: tuple[float, float]
+    cuda_graph: bool
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Which of two engines `model.engine` is; times in ms and FP16's over INT8's, if measured."""
+    """Which of two engines `model.engine` is.
+
+    Attributes:
+        ratio, ms: FP16's time over INT8's at the opt batch, if measured, and both in ms.
+        at: by batch size, the opt batch first.
+    """
 
     engine: Literal["int8", "fp16"]
     why: str
     ratio: float | None = None
     ms: dict[str, float] | None = None
+    at: tuple[SpeedAt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -225,6 +281,7 @@ class Int8:
         sensitivity: what `--max-drop` measured.
         force: INT8 is wanted though it may be no faster (`--force-int8`).
         speed, engine_bytes: of the two engines.
+        other_checks: of the engine that is not `model.engine` (whose checks it has itself).
     """
 
     method: str
@@ -242,6 +299,7 @@ class Int8:
     activations_bytes: dict[str, Bytes] = field(default_factory=dict)
     speed: Speed | None = None
     engine_bytes: dict[str, Bytes] | None = None
+    other_checks: tuple[EngineCheck, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -443,9 +501,27 @@ class Artifact:
             for name in sorted(names)
         }
         written = replace(self, files=entries)
-        _refuse_odd_strings(written.to_json(), self.path(FILE))
-        write_json(self.path(FILE), written.to_json())
+        written._store()
         return written
+
+    def record(self, check: EngineCheck) -> Artifact:
+        """Adds a check of the engine to the manifest, in place of an earlier one on that GPU.
+        Nothing else in it changes; the files' digests stay those of the build.
+
+        Raises:
+            ArtifactError: it cannot be written, or the engine has become another meanwhile.
+        """
+        now = Artifact.read(self.folder)
+        if now.engine is None or now.files.get(ENGINE) != self.files.get(ENGINE):
+            raise ArtifactError(f"the engine of {self.folder} has been built anew meanwhile")
+        kept = (one for one in now.engine.checks if one.gpu != check.gpu)
+        checked = replace(now, engine=replace(now.engine, checks=(*kept, check)))
+        checked._store()
+        return checked
+
+    def _store(self) -> None:
+        _refuse_odd_strings(self.to_json(), self.path(FILE))
+        write_json(self.path(FILE), self.to_json())
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -101,6 +103,42 @@ FROM_JETPACK = {
     "nvcc": "sudo apt-get install cuda-toolkit",
 }
 """Extras that a Jetson has from its system instead."""
+
+
+FOREIGN = ("polygraphy", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda")
+"""Packages whose exceptions are errors of running a model."""
+
+
+@contextmanager
+def engine_errors(what: str) -> Iterator[None]:
+    """Within, what Polygraphy, ONNX Runtime, TensorRT, CUDA or the system raise is an EngineError.
+
+    TensorRT's and cuda-bindings' own are RuntimeErrors, the system's OSErrors.
+
+    Args:
+        what: cannot be done, in words.
+    """
+    try:
+        yield
+    except JmpDeployError:
+        raise
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if isinstance(error, (OSError, RuntimeError)) or package in FOREIGN:
+            raise EngineError(f"{what}: {in_words(error)}") from error
+        raise
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says, in one line that can be printed and stand in a manifest; with its class
+    where it is none of ours."""
+    if isinstance(error, JmpDeployError):
+        return one_line(error.message)
+    if isinstance(error, OSError) and error.strerror:
+        named = f" ({error.filename})" if error.filename else ""
+        return one_line(f"{error.strerror}{named}")
+    words, kind = one_line(error), type(error).__name__
+    return f"{kind}: {words}" if words else kind
 
 
 def install_command(extra: str) -> str:

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 from ..core.artifact import EngineFacts, EngineOptions, Flavour, Precision
 from ..core.device import gpus
-from ..core.errors import EngineError, install_command
+from ..core.errors import EngineError, engine_errors, install_command
 from ..core.files import atomic_path
 from ..core.paths import IMPORT_ROOT, cache_dir
 from .api import FLAVOURS, MODULES, installed
@@ -214,7 +214,10 @@ def _work(
     command = [sys.executable, "-m", "jmp_deploy.engine.worker"]
     result: dict[str, Any] | None = None
     failure: dict[str, Any] | None = None
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
+    with (
+        engine_errors(f"the {MODULES[request['flavour']]} process cannot be run"),
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise,
+    ):
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

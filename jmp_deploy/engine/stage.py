@@ -18,7 +18,7 @@ from ..core import artifact as files
 from ..core import interrupt
 from ..core.artifact import (
     Artifact,
-    EngineFacts,
+    EngineCheck,
     EngineOptions,
     PluginFile,
     Precision,
@@ -26,13 +26,15 @@ from ..core.artifact import (
     Stage,
 )
 from ..core.device import gpus
-from ..core.errors import ArtifactError, EngineError, JmpDeployError
+from ..core.errors import ArtifactError, EngineError, JmpDeployError, engine_errors, in_words
 from ..core.files import make_writable_dir, sha256
 from . import api, builder, fit
 from .fit import EngineFile
 
 Settle = Callable[[Mapping[str, EngineFile], Artifact, "Clock"], Speed]
 """Decides between the engines "int8" and "fp16" (`bench.int8.settle`)."""
+CheckEngine = Callable[[EngineFile, Artifact], EngineCheck]
+"""Runs an engine that was just built on the GPU that is here (`compare.check.check_engine`)."""
 
 
 class Clock:
@@ -57,6 +59,7 @@ def make_engines(
     staging: Path,
     out: Path,
     choice: builder.Choice,
+    check: CheckEngine,
     settle: Settle,
     *,
     clock: Clock,
@@ -70,6 +73,9 @@ def make_engines(
         out: where the artifact will lie: the timing cache of before is there, and logs go there,
             which are of use where the build fails too.
         choice: the builder.
+        check: what each engine is asked on the GPU that is here, if one is. An engine that does not
+            pass is kept, and says so (`EngineFacts.checks`); one that cannot be asked says why
+            (`unchecked`): nothing that comes after a build loses it.
         settle: which of an INT8 artifact's two engines becomes `model.engine`.
 
     Raises:
@@ -79,7 +85,8 @@ def make_engines(
         return replace(artifact, engine=None, no_engine=choice.reason)
     cache = staging / files.TIMING_CACHE
     if (out / files.TIMING_CACHE).is_file():
-        shutil.copy2(out / files.TIMING_CACHE, cache)
+        with engine_errors("the timing cache of before cannot be taken over"):
+            shutil.copy2(out / files.TIMING_CACHE, cache)
     plugin = None
     if artifact.jmp:
         with clock("plugin"):
@@ -89,7 +96,7 @@ def make_engines(
     if artifact.precision == "int8":
         twin = (files.TWIN_DEPLOYABLE, files.TWIN_ENGINE, files.TWIN_BUILD_LOG, "twin engine")
         jobs.append(("fp16", *twin))
-    made: dict[str, EngineFacts] = {}
+    made: dict[str, EngineFile] = {}
     for precision, model, target, log, stage in jobs:
         spec = builder.EngineSpec(
             artifact.batch, artifact.image_shape, artifact.engine_options, precision
@@ -110,9 +117,12 @@ def make_engines(
             raise EngineError(
                 f"the engine has {facts.plugin_layers} plugin layers, expected {expected}"
             )
-        made[precision] = replace(facts, why=choice.reason, plugin=plugin[1] if plugin else None)
+        facts = replace(facts, why=choice.reason, plugin=plugin[1] if plugin else None)
+        made[precision] = EngineFile(staging / target, facts.flavour, facts)
+    # After the last build: on a board of 8 GB a builder needs what an open engine would hold.
+    made = {name: _checked(engine, artifact, check, clock) for name, engine in made.items()}
     if artifact.precision != "int8":
-        return replace(artifact, engine=made[artifact.precision], no_engine=None)
+        return replace(artifact, engine=made[artifact.precision].facts, no_engine=None)
     return _settled(artifact, staging, made, settle, clock)
 
 
@@ -151,6 +161,7 @@ def why_rebuild(artifact: Artifact) -> str | None:
 
 def rebuild(
     artifact: Artifact,
+    check: CheckEngine,
     settle: Settle,
     *,
     on_stage: Callable[[str], None] = lambda name: None,
@@ -160,7 +171,8 @@ def rebuild(
     manifest in place of the old ones.
 
     Needs what built them minus PyTorch: a TensorRT, Polygraphy, and the plugin. The ONNX, the
-    schedule and the weights stay what they are, so the result of the check stays true.
+    schedule and the weights stay what they are, so the result of their check stays true; the
+    engines are checked as `make_engines` does.
 
     Raises:
         ArtifactError: another file of the artifact is missing or altered.
@@ -182,16 +194,17 @@ def rebuild(
     try:
         clock = Clock(on_stage)
         made = make_engines(
-            artifact, staging, folder, choice, settle, clock=clock, on_progress=on_progress
+            artifact, staging, folder, choice, check, settle, clock=clock, on_progress=on_progress
         )
         names = [path.name for path in staging.iterdir()]
         # The engines are there for a moment without their manifest's blessing: that is noticed,
         # and mended by another run of this.
-        for name in engines:
-            if name not in names:
-                (folder / name).unlink(missing_ok=True)
-        for name in names:
-            (staging / name).replace(folder / name)
+        with engine_errors(f"the engines cannot be put into {folder}"):
+            for name in engines:
+                if name not in names:
+                    (folder / name).unlink(missing_ok=True)
+            for name in names:
+                (staging / name).replace(folder / name)
         return made.write()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -203,27 +216,42 @@ def _for_this_gpu(options: EngineOptions) -> EngineOptions:
     return options if here <= {*options.targets} else replace(options, targets=())
 
 
+def _checked(
+    engine: EngineFile, artifact: Artifact, check: CheckEngine, clock: Clock
+) -> EngineFile:
+    """An engine with what it answered on the GPU that is here, or why it was not asked."""
+    assert engine.facts is not None
+    if not gpus():
+        return replace(engine, facts=replace(engine.facts, unchecked="no GPU was here"))
+    try:
+        with clock("engine check"):
+            found = check(engine, artifact)
+    except Exception as error:  # whatever it is, minutes of building are not lost by it
+        return replace(engine, facts=replace(engine.facts, unchecked=in_words(error)))
+    return replace(engine, facts=replace(engine.facts, checks=(found,)))
+
+
 def _settled(
     artifact: Artifact,
     staging: Path,
-    made: Mapping[str, EngineFacts],
+    made: Mapping[str, EngineFile],
     settle: Settle,
     clock: Clock,
 ) -> Artifact:
     """The artifact with one of its two engines as `model.engine`, and why."""
     assert artifact.int8 is not None
-    places = {"int8": staging / files.ENGINE, "fp16": staging / files.TWIN_ENGINE}
-    engines = {name: EngineFile(places[name], facts.flavour, facts) for name, facts in made.items()}
-    speed = settle(engines, artifact, clock)
+    facts = {name: engine.facts for name, engine in made.items() if engine.facts is not None}
+    speed = settle(made, artifact, clock)
     if speed.engine == "fp16":
-        places["int8"].replace(staging / files.INT8_ENGINE)
-        places["fp16"].replace(staging / files.ENGINE)
-    sizes = {name: facts.bytes for name, facts in made.items()}
+        made["int8"].path.replace(staging / files.INT8_ENGINE)
+        made["fp16"].path.replace(staging / files.ENGINE)
+    sizes = {name: one.bytes for name, one in facts.items()}
+    other = facts["int8" if speed.engine == "fp16" else "fp16"]
     return replace(
         artifact,
-        engine=made[speed.engine],
+        engine=facts[speed.engine],
         no_engine=None,
-        int8=replace(artifact.int8, speed=speed, engine_bytes=sizes),
+        int8=replace(artifact.int8, speed=speed, engine_bytes=sizes, other_checks=other.checks),
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.device import gpus
-from ..core.errors import EngineError, JmpDeployError
+from ..core.errors import EngineError, JmpDeployError, one_line
 from ..core.packages import import_failure
 from . import api
 from .builder import EVENT, MODULES
@@ -100,23 +100,22 @@ def _describe(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inspect(request: dict[str, Any]) -> dict[str, Any]:
-    from polygraphy.backend.trt import engine_from_bytes
-    from polygraphy.exception import PolygraphyException
-
     trt = api.load(request["flavour"])
     _load_plugin(trt, request)
-    try:
-        engine = engine_from_bytes(Path(request["engine"]).read_bytes())
-    except PolygraphyException as error:
+    words: list[str] = []
+    logger = api.make_logger(trt, words.append)
+    # Not by Polygraphy, which lets the plan run code of its own on this machine.
+    runtime = api.make_runtime(trt, logger)
+    engine = api.deserialize(runtime, Path(request["engine"]).read_bytes())
+    if engine is None:
+        said = f": {one_line(words[-1])}" if words else ""
         raise EngineError(
-            f"{request['engine']} cannot be opened here",
+            f"{request['engine']} cannot be opened here{said}",
             "an engine fits one TensorRT version and GPU architecture: build it again here",
-        ) from error
-    return {
-        "builder": MODULES[request["flavour"]],
-        "version": trt.__version__,
-        **api.describe_engine(trt, engine),
-    }
+        )
+    described = api.describe_engine(trt, engine)
+    del engine  # before its runtime
+    return {"builder": MODULES[request["flavour"]], "version": trt.__version__, **described}
 
 
 def _parse(trt: Any, request: dict[str, Any]) -> tuple[Any, Any, Any]:

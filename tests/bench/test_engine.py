@@ -165,6 +165,24 @@ def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monk
         bench.bench(replace(asked, cuda_graph="on"), **options)
 
 
+@pytest.mark.parametrize("fault", [OSError(5, "Input/output error"), RuntimeError("a CUDA call")])
+@pytest.mark.parametrize("at", [0, 3])  # on opening, and while it is timed
+def test_errors_of_the_system_and_of_cuda_end_in_an_engine_error(world, monkeypatch, fault, at):
+    def fail(*_, **__):
+        raise fault
+
+    backend = timed(world, artifact(world))
+    if at == 0:
+        monkeypatch.setattr(runtime.Engine, "_start", fail)
+    with pytest.raises(EngineError, match=r"Input/output error|a CUDA call"):
+        infer = backend.prepare(4, True)
+        for _ in range(at):
+            infer()
+        monkeypatch.setattr(runtime.Engine, "infer", fail)
+        infer()
+    backend.close()
+
+
 def test_events_with_a_time_are_in_cuda_bindings():
     bindings = pytest.importorskip("cuda.bindings.runtime")
     assert "cudaEventElapsedTime(start, end)" in bindings.cudaEventElapsedTime.__doc__

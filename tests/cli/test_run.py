@@ -20,16 +20,14 @@ from jmp_deploy.backends import engine as engine_backend
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact, device
 from jmp_deploy.core.artifact import Artifact, EngineFacts
-from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.core.images import load_batch
 from jmp_deploy.engine import api, builder, stage
 from jmp_deploy.engine.api import installed
-from tests.fakes.engine import World, make_world, world  # noqa: F401
+from tests.fakes.engine import HERE, World, make_world, world  # noqa: F401
 from tests.fakes.tensorrt import answer, plan
 
 pytestmark = pytest.mark.usefixtures("gpu")
-HERE = Gpu("Fake GPU", (8, 6), 1 << 30)
 
 
 @pytest.fixture

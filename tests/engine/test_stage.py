@@ -8,7 +8,14 @@ import pytest
 
 from jmp_deploy.backends import get
 from jmp_deploy.core import artifact as files
-from jmp_deploy.core.artifact import Artifact, EngineFacts, EngineOptions, Int8, Speed
+from jmp_deploy.core.artifact import (
+    Artifact,
+    EngineCheck,
+    EngineFacts,
+    EngineOptions,
+    Int8,
+    Speed,
+)
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.engine import builder, stage
@@ -46,17 +53,31 @@ def settle_for(winner):
     return lambda engines, artifact, clock: Speed(winner, f"{winner} of {sorted(engines)}")
 
 
+def unasked(engine, artifact):
+    raise AssertionError("without a GPU no engine is asked")
+
+
+def passes(engine, artifact):
+    return EngineCheck(True, "a GPU", "2026-11-25")
+
+
 @pytest.mark.parametrize("first", ["fp16", "int8"])
 @pytest.mark.parametrize("then", ["fp16", "int8"])
 def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, then):
     made = stage.make_engines(
-        int8_artifact(tmp_path), tmp_path, tmp_path, CHOICE, settle_for(first), clock=stage.Clock()
+        int8_artifact(tmp_path),
+        tmp_path,
+        tmp_path,
+        CHOICE,
+        unasked,
+        settle_for(first),
+        clock=stage.Clock(),
     ).write()
     assert get("engine").precision(made) == first
     assert get("onnxruntime").precision(made) == "int8" and get("torch").precision(made) == "fp32"
     for turn, winner in enumerate((first, then)):
         if turn:
-            made = stage.rebuild(made, settle_for(winner))
+            made = stage.rebuild(made, unasked, settle_for(winner))
         one, two = built[2 * turn : 2 * turn + 2]
         assert [one[0], two[0]] == [files.DEPLOYABLE, files.TWIN_DEPLOYABLE]
         for _, spec, cache in (one, two):
@@ -73,6 +94,7 @@ def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, th
         assert {p.name for p in tmp_path.glob("*.engine")} == engines
         number = {"int8": 1, "fp16": 2}[winner] + 2 * turn
         assert (tmp_path / files.ENGINE).read_text().endswith(f" {number}")
+        assert found.engine.unchecked == "no GPU was here" and found.engine.checks == ()
         assert found.int8.engine_bytes == {"int8": 2 * turn + 1, "fp16": 2 * turn + 2}
 
 
@@ -83,7 +105,7 @@ def test_an_engine_for_other_gpus_is_made_for_the_one_that_is_here(
     monkeypatch.setattr(stage, "gpus", lambda: (Gpu("a GPU", capability, 1 << 33),))
     (tmp_path / files.DEPLOYABLE).write_text("onnx")
     made = stage.rebuild(
-        make_artifact(tmp_path, engine_options=OPTIONS).write(), settle_for("int8")
+        make_artifact(tmp_path, engine_options=OPTIONS).write(), passes, settle_for("int8")
     )
     (asked,) = built
     assert asked[1].options == made.engine_options == replace(OPTIONS, targets=targets)
@@ -95,7 +117,7 @@ def test_a_missing_plugin_layer_is_noticed_and_nothing_changes(tmp_path, built, 
     made = make_artifact(tmp_path, jmp=JMP).write()
     monkeypatch.setattr(stage, "find_plugin", lambda: (None, None))
     with pytest.raises(EngineError, match="0 plugin layers, expected 1"):
-        stage.rebuild(made, settle_for("int8"))
+        stage.rebuild(made, unasked, settle_for("int8"))
     assert Artifact.read(tmp_path) == made and (tmp_path / files.ENGINE).read_text() == "old"
     assert not list(tmp_path.glob(".staging*"))
 
@@ -103,7 +125,83 @@ def test_a_missing_plugin_layer_is_noticed_and_nothing_changes(tmp_path, built, 
 def test_without_a_builder_the_reason_stays(tmp_path):
     choice = builder.Choice(None, "no GPU")
     made = stage.make_engines(
-        make_artifact(tmp_path), tmp_path, tmp_path, choice, settle_for("int8"), clock=stage.Clock()
+        make_artifact(tmp_path),
+        tmp_path,
+        tmp_path,
+        choice,
+        unasked,
+        settle_for("int8"),
+        clock=stage.Clock(),
     )
     assert made.engine is None and made.no_engine == "no GPU"
     assert stage.why_rebuild(replace(made, no_engine="no GPU")) == "none was built: no GPU"
+
+
+HERE = Gpu("a GPU", (8, 6), 1 << 33)
+
+
+@pytest.mark.parametrize("winner", ["fp16", "int8"])
+def test_on_a_gpu_both_engines_are_checked_after_the_last_build(
+    tmp_path, built, monkeypatch, winner
+):
+    monkeypatch.setattr(stage, "gpus", lambda: (HERE,))
+    settled = []
+
+    def check(engine, artifact):
+        assert len(built) == 2, "a builder needs the memory that an open engine holds"
+        assert artifact.precision == "int8"
+        name = engine.facts.precision
+        assert engine.path.read_text().startswith(
+            {"int8": files.DEPLOYABLE, "fp16": files.TWIN_DEPLOYABLE}[name]
+        )
+        return EngineCheck(name == winner, HERE.name, "2026-11-25", (f"of {name}",))
+
+    def settle(engines, artifact, clock):
+        settled.append({name: engine.facts.is_off for name, engine in engines.items()})
+        return Speed(winner, "it is right")
+
+    clock = stage.Clock()
+    made = stage.make_engines(
+        int8_artifact(tmp_path), tmp_path, tmp_path, CHOICE, check, settle, clock=clock
+    ).write()
+    found = Artifact.read(tmp_path)
+    assert found == made
+    other = {"int8": "fp16", "fp16": "int8"}[winner]
+    assert settled == [{winner: False, other: True}]
+    assert [check.problems for check in found.engine.checks] == [(f"of {winner}",)]
+    assert [check.problems for check in found.int8.other_checks] == [(f"of {other}",)]
+    assert [item.name for item in clock.stages][-2:] == ["engine check", "engine check"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (EngineError("expected sm_86, found sm_90"), "expected sm_86, found sm_90"),
+        (TypeError("a bug"), "TypeError: a bug"),
+        # a manifest holds nothing that cannot be printed: TensorRT's words may be of any kind
+        (EngineError("refused:\tnode \x1b]0;x\nmore"), "refused: node  ]0;x"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_check_that_cannot_be_made_loses_no_build(tmp_path, built, monkeypatch, fault, reason):
+    def check(engine, artifact):
+        raise fault
+
+    monkeypatch.setattr(stage, "gpus", lambda: (HERE,))
+    (tmp_path / files.DEPLOYABLE).write_text("onnx")
+    made = stage.rebuild(make_artifact(tmp_path).write(), check, settle_for("int8"))
+    assert Artifact.read(tmp_path) == made and (tmp_path / files.ENGINE).is_file()
+    assert made.engine.checks == () and made.engine.unchecked == reason
+
+
+def test_files_that_the_system_refuses_end_in_an_engine_error(tmp_path, built, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / files.DEPLOYABLE).write_text("onnx")
+    (tmp_path / files.TIMING_CACHE).write_text("of before")
+    made = make_artifact(tmp_path).write()
+    monkeypatch.setattr(stage.shutil, "copy2", full)
+    with pytest.raises(EngineError, match=r"timing cache .*: No space left on device"):
+        stage.rebuild(made, unasked, settle_for("int8"))
+    assert Artifact.read(tmp_path) == made and not list(tmp_path.glob(".staging*"))

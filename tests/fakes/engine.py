@@ -13,12 +13,23 @@ import numpy as np
 import pytest
 
 from jmp_deploy.core import artifact as manifest
-from jmp_deploy.core.artifact import EngineFacts
+from jmp_deploy.core.artifact import EngineCheck, EngineFacts
+from jmp_deploy.core.device import Gpu
 from jmp_deploy.engine import api, runtime
 from jmp_deploy.engine.cuda import Cuda
 from tests.fakes.artifacts import write_artifact
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.tensorrt import IMAGE, FakeTensorRT, answer, plan
+
+HERE = Gpu("Fake GPU", (8, 6), 1 << 30)
+PASSED = EngineCheck(True, HERE.name, "2026-11-25T00:00:00+00:00")
+
+
+def write_reference(folder: Path) -> None:
+    """`reference.npz` of three images, with the answers of the fake TensorRT's function."""
+    given = images(3, seed=7)
+    names = np.array(["a", "b", "c"])
+    np.savez(folder / manifest.REFERENCE, images=given, output=answer(given), names=names)
 
 
 @dataclass
@@ -30,12 +41,14 @@ class World:
     trt: FakeTensorRT = None  # type: ignore[assignment]
 
     def artifact(self, content: bytes | None = None, **engine: Any) -> Path:
-        """A folder with an engine and its manifest, made for this machine unless told otherwise."""
+        """A folder with an engine and its manifest, made for this machine and checked on it unless
+        told otherwise, and with the reference that a check takes."""
         folder = self.folder / "artifact"
         folder.mkdir(exist_ok=True)
         (folder / manifest.ENGINE).write_bytes(plan() if content is None else content)
+        write_reference(folder)
         flavour = "rtx" if self.trt.__name__ == "tensorrt_rtx" else "tensorrt"
-        facts = EngineFacts(flavour, self.trt.__version__, ("sm_86",), "fp16")
+        facts = EngineFacts(flavour, self.trt.__version__, ("sm_86",), "fp16", checks=(PASSED,))
         write_artifact(folder, side=IMAGE[1], engine=replace(facts, **engine))
         return folder
 

@@ -23,8 +23,10 @@ CLASSES = 5
 
 
 def plan(batch: tuple[int, int, int] = (1, 4, 8), **changes: Any) -> bytes:
-    """A serialized engine; `scratch` bytes per image, `weights` bytes of device memory."""
-    facts = {"batch": batch, "scratch": 1000, "image": IMAGE, "classes": CLASSES, "nan": False}
+    """A serialized engine; `scratch` bytes per image, `weights` bytes of device memory; `nan` and
+    `off` plant faults: NaN for the last image, and each class with its neighbour's answer."""
+    facts = {"batch": batch, "scratch": 1000, "image": IMAGE, "classes": CLASSES}
+    facts |= {"nan": False, "off": False}
     return json.dumps({**facts, **changes}).encode()
 
 
@@ -45,6 +47,7 @@ class FakeTensorRT:
         self.__version__ = version
         self.TensorIOMode = IntEnum("TensorIOMode", ["INPUT", "OUTPUT"])
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+        self.LayerInformationFormat = SimpleNamespace(JSON="json")
         self.nptype = lambda dtype: dtype
         self.ILogger = _Logger
         self.kernels = b"compiled by the first process"
@@ -108,6 +111,11 @@ class _Runtime(_Counted):
         if self.fake.cuda.alive["engine"]:
             self.violation("the runtime went before its engine")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "engine_host_code_allowed":
+            self.violation("the plan's own code may run on this machine")
+        super().__setattr__(name, value)
+
     def get_engine_validity(self, buffer: bytes) -> tuple[int, int]:
         return self.fake.verdict
 
@@ -158,6 +166,13 @@ class _Engine(_Counted):
         if self.facts.get("static"):
             raise RuntimeError("a static network has no profile")
         return [(batch, *self.facts["image"]) for batch in self.facts["batch"]]
+
+    def create_engine_inspector(self) -> Any:
+        layers = json.dumps({"Layers": ["a", "b"]})
+        return SimpleNamespace(get_engine_information=lambda form: layers)
+
+    device_memory_size_v2 = 1000
+    num_optimization_profiles = 1
 
     def create_runtime_config(self) -> _RuntimeConfig:
         return _RuntimeConfig(self.fake)
@@ -315,6 +330,8 @@ def _work(
         source = np.frombuffer(ctypes.string_at(addresses["images"], images), np.float32)
         fake.seen = source.reshape(shape)
         values = answer(fake.seen).astype(np.float32)
+        if facts["off"]:
+            values = np.roll(values, 1, axis=1)
         if facts["nan"]:
             values[-1] = np.nan
         ctypes.memmove(addresses["logits"], values.tobytes(), logits)

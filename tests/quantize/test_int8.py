@@ -12,16 +12,14 @@ import pytest
 
 from jmp_deploy import backends, pipeline
 from jmp_deploy.backends.base import infer
-from jmp_deploy.bench import int8 as int8_speed
 from jmp_deploy.cli.build import int8_rows
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact
 from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import gpus
-from jmp_deploy.core.errors import CalibrationError, EngineError
+from jmp_deploy.core.errors import CalibrationError
 from jmp_deploy.core.images import Preprocess
 from jmp_deploy.engine import builder
-from jmp_deploy.engine.stage import Clock
 from jmp_deploy.export import graph
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.models import LoadedModel
@@ -29,7 +27,7 @@ from jmp_deploy.pipeline import BuildOptions
 from jmp_deploy.quantize import int8 as build_int8
 from jmp_deploy.quantize import ranges, recipes
 from jmp_deploy.quantize.int8 import Int8Options
-from tests.fakes.artifacts import RANDOM_WEIGHTS, make_artifact
+from tests.fakes.artifacts import RANDOM_WEIGHTS
 from tests.fakes.models import tiny_vit
 
 needs_rtx = pytest.mark.skipif(not builder.installed("rtx"), reason="TensorRT-RTX not installed")
@@ -156,27 +154,6 @@ def test_both_engines_are_built_and_speed_is_not_claimed(tiny, tmp_path):
     build(tmp_path / "a", precision="fp16")
     left = {path.name for path in (tmp_path / "a").iterdir()} - {artifact.BUILD_LOG}
     assert left == {"model.onnx", "model.trt.onnx", "reference.npz", "manifest.json"}
-
-
-@pytest.mark.parametrize(
-    ("milliseconds", "force", "wins"),
-    [(2.0, False, "fp16"), (1.0, False, "fp16"), (0.96, False, "fp16"), (0.95, False, "int8"),
-     (2.0, True, "int8")],
-)  # fmt: skip
-def test_int8_has_to_be_faster(milliseconds, force, wins):
-    speed = int8_speed.decide({"int8": milliseconds, "fp16": 1.0}, "", force=force)
-    assert speed.engine == wins and f"{1 / milliseconds:.2f}x" in speed.why
-
-
-def test_engines_that_do_not_run_here_leave_speed_unknown(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise EngineError("built for sm_86")
-
-    monkeypatch.setattr(int8_speed, "gpus", lambda: ("a GPU",))
-    monkeypatch.setattr(int8_speed, "time_engines", refuse)
-    speed = int8_speed.settle({}, make_artifact(tmp_path), Clock())
-    assert speed.why == "speed unknown: the engines do not run on this GPU: built for sm_86"
-    assert speed.engine == "int8" and speed.ratio is None
 
 
 def test_layers_that_cost_too_much_stay_in_fp16_and_in_the_cache(tiny, tmp_path, monkeypatch):
