@@ -27,23 +27,17 @@ from tests.fakes.tensorrt import CLASSES, IMAGE, FakeTensorRT, plan
 class TimedFakeCuda(FakeCuda):
     """Every piece of work takes 1 ms; events know how much of it lies between them."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.runtime.cudaEventDefault = 0
-
-    def cudaEventElapsedTime(self, start: int, end: int) -> tuple:
+    def cuEventElapsedTime(self, start: int, end: int) -> tuple:
         (stream, first), (same, last) = (self.objects[int(e)][1].mark for e in (start, end))
         assert stream is same and stream.executed >= last, "asked before the work was done"
-        return Status.cudaSuccess, float(last - first)
+        return Status.CUDA_SUCCESS, float(last - first)
 
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
     cuda = TimedFakeCuda()
     trt = FakeTensorRT(cuda)
-    monkeypatch.setattr(
-        runtime, "open_cuda", lambda device=None: Cuda(cuda.runtime, cuda.driver, device)
-    )
+    monkeypatch.setattr(runtime, "open_cuda", lambda device=None: Cuda(cuda.driver, device))
     monkeypatch.setattr(api, "load", lambda name: trt)
     found = SimpleNamespace(cuda=cuda, trt=trt, folder=tmp_path, several=False)
     yield found
@@ -63,7 +57,7 @@ def artifact(world, name: str = "a", **engine) -> Artifact:
 
 
 def timed(world, made: Artifact) -> TimedEngine:
-    cuda = Cuda(world.cuda.runtime, world.cuda.driver)
+    cuda = Cuda(world.cuda.driver)
     return TimedEngine(locate(made.folder), cuda=cuda)
 
 
@@ -123,7 +117,7 @@ def test_an_engine_of_another_version_is_refused_and_leaves_nothing(world):
 def test_a_plan_of_ours_needs_no_manifest_and_no_warning(world, recwarn):
     path = world.folder / "chain.engine"
     path.write_bytes(plan())
-    cuda = Cuda(world.cuda.runtime, world.cuda.driver)
+    cuda = Cuda(world.cuda.driver)
     backend = TimedEngine(EngineFile(path, "tensorrt", artifact(world).engine), cuda=cuda)
     assert backend.prepare(2, False)().compute == 1.0
     assert not [w for w in recwarn if "manifest" in str(w.message)]
@@ -149,10 +143,10 @@ def test_bench_of_two_engines(world, monkeypatch):
 
 def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monkeypatch):
     def refuse(*_):
-        return (Status.cudaErrorStreamCaptureUnsupported,)
+        return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
 
     world.several = True
-    world.cuda.runtime.cudaStreamBeginCapture = refuse
+    world.cuda.driver.cuStreamBeginCapture = refuse
     folder = artifact(world).folder
     monkeypatch.setattr(bench, "pick", lambda *_: (backends.get("engine"), ""))
     quick = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
@@ -167,5 +161,5 @@ def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monk
 
 def test_events_with_a_time_are_in_cuda_bindings():
     bindings = pytest.importorskip("cuda.bindings.runtime")
-    assert "cudaEventElapsedTime(start, end)" in bindings.cudaEventElapsedTime.__doc__
+    assert "cuEventElapsedTime(start, end)" in bindings.cuEventElapsedTime.__doc__
     assert bindings.cudaEventDefault == 0
