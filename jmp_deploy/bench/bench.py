@@ -129,6 +129,7 @@ def bench(
             "threads": None if all(backend.gpu() for backend in chosen) else threads,
             "order": "ABBA",
             "input": "seeded noise",
+            "throughput": "batch / median latency, one inference after the other",
         },
         "telemetry": summary,
         "warnings": _warnings(busy, monitor.throttled(), rows, ratios, artifacts, chosen),
@@ -254,6 +255,8 @@ def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
         "latency_ms": latency,
         "gpu_ms": None,
         "gpu_throughput": None,
+        "enqueue_ms": None,
+        "enqueue_bound": None,
         "iterations": int(total.size),
         "warm_iterations": series.warm_iterations,
         "stable": series.stable,
@@ -264,6 +267,11 @@ def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
     if compute is not None:
         row["gpu_ms"] = figures.latency(compute)
         row["gpu_throughput"] = figures.throughput(item.batch, row["gpu_ms"]["p50"])
+    enqueue = figures.by_round(series, figures.enqueue)
+    if enqueue is not None:
+        row["enqueue_ms"] = figures.latency(enqueue)
+        if compute is not None:
+            row["enqueue_bound"] = row["enqueue_ms"]["p50"] > row["gpu_ms"]["p50"]
     if energy is not None:
         row["power_w"] = energy.watts
         row["mj_per_image"] = energy.watts * latency["mean"] / item.batch
@@ -345,6 +353,13 @@ def _warnings(
                 f"{row['artifact']} at batch {row['batch']} was not stable after "
                 f"{row['warm_iterations']} warm-up inferences"
             )
+        if row["enqueue_bound"]:
+            host, gpu = row["enqueue_ms"]["p50"], row["gpu_ms"]["p50"]
+            way = _way(row["cuda_graph"])
+            found.append(
+                f"{row['artifact']} at batch {row['batch']} ({way}) is bound by the host, which "
+                f"takes {host:.3f} ms to enqueue it: of the GPU's {gpu:.3f} ms a part is waiting"
+            )
     for entry in ratios:
         low, high = entry["ci95"]
         if high - low > UNSTEADY * entry["ratio"]:
@@ -362,6 +377,10 @@ def _warnings(
             if values[0] != values[1]:
                 found.append(f"the artifacts differ in {name}: {values[0]} and {values[1]}")
     return list(dict.fromkeys(found))
+
+
+def _way(cuda_graph: bool | None) -> str:
+    return {None: "as it is", True: "CUDA graph", False: "no graph"}[cuda_graph]
 
 
 def _notes(

@@ -208,6 +208,11 @@ def compute(times: Times) -> float | None:
     return times.compute
 
 
+def enqueue(times: Times) -> float | None:
+    """The host's time to start the computation on the device, in ms."""
+    return times.enqueue
+
+
 def by_round(series: Series, quantity: Quantity) -> Array | None:
     """[rounds, inferences per round] in ms; None where the runner does not tell it."""
     rounds = [[quantity(times) for times in turn] for turn in series.rounds]
@@ -231,7 +236,8 @@ def latency(values: Array) -> dict[str, float]:
 
 
 def throughput(batch: int, median_ms: float) -> float:
-    """Images per second, one inference after the other, at the median latency.
+    """Images per second, one inference after the other, at the median latency: its reciprocal, not
+    what several at once could reach.
 
     The median, not the sum of all times: an interruption by the system is no property of the model.
     """

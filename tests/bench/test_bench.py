@@ -232,6 +232,23 @@ def test_gpu_time_and_end_to_end_time_are_told_apart_with_and_without_graph(pair
     assert [row["cuda_graph"] for row in result["rows"]] == [False, False]
 
 
+def test_enqueue_time_is_told_and_where_it_is_what_bounds(pair, monkeypatch):
+    monkeypatch.setattr(bench, "pick", lambda *_: (registry.get("engine"), ""))
+    backends = [
+        FakeBackend(9.0, on_gpu=True, enqueue=0.25),
+        FakeBackend(5.0, on_gpu=True, enqueue=2.25),
+    ]
+    result, _ = run(pair, backends, batches=(8,))
+    assert [row["enqueue_ms"]["p50"] for row in result["rows"]] == [0.25, 2.25] * 2
+    # computation takes half of the time, and a graph 1 ms less: 4.5, 2.5, 4, 2
+    assert [row["enqueue_bound"] for row in result["rows"]] == [False, False, False, True]
+    (words,) = (text for text in result["warnings"] if "bound by the host" in text)
+    assert "batch 8 (CUDA graph)" in words and "2.250 ms" in words and "2.000 ms" in words
+    assert result["settings"]["throughput"].startswith("batch / median latency")
+    result, _ = run(pair, [FakeBackend(9.0), FakeBackend(5.0)], batches=(8,))  # on a CPU
+    assert {row["enqueue_bound"] for row in result["rows"]} == {None}
+
+
 def test_energy_per_image_is_power_by_time(pair):
     source = FakeSource(power_w=10.0)
     backends = [FakeBackend(6.0), FakeBackend(4.0)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jmp_deploy import backends
-from jmp_deploy.backends.engine import TimedEngine
+from jmp_deploy.backends.engine import TimedEngine, engine_runner
 from jmp_deploy.bench import bench
 from jmp_deploy.bench.measure import Settings
 from jmp_deploy.core import artifact as manifest
@@ -73,6 +73,51 @@ def test_copies_and_computation_are_timed_apart(world, graph):
     assert (world.cuda.launches > 0) is graph
     assert backend.library == f"TensorRT {world.trt.__version__}"
     backend.close()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_nothing_but_the_launch_is_between_the_events_of_the_computation(world, graph):
+    backend = timed(world, artifact(world))
+    infer = backend.prepare(2, graph)
+    world.cuda.calls.clear()
+    infer()
+    launch = "cuGraphLaunch" if graph else "execute_async_v3"
+    assert world.cuda.calls == [
+        *("cuEventRecord", "cuMemcpyAsync", "cuEventRecord"),
+        *("cuStreamIsCapturing", launch),
+        *("cuEventRecord", "cuMemcpyAsync", "cuEventRecord", "cuStreamSynchronize"),
+    ]
+    backend.close()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_tensorrt_rtx_is_timed_with_its_final_kernels_and_asked_for_graphs(
+    world, monkeypatch, capturable
+):
+    world.several = True
+    trt = FakeTensorRT(world.cuda, "rtx", "1.7.1.116")
+    monkeypatch.setattr(api, "load", lambda name: trt)
+    monkeypatch.setenv("JMP_DEPLOY_CACHE", str(world.folder / "cache"))
+    trt.capturable = capturable
+    made = artifact(world, flavour="rtx", version=trt.__version__)
+    backend = timed(world, made)
+    assert backend.has_graphs is capturable
+    assert trt.specialization == "eager"
+    assert backend.prepare(2, capturable)().compute == 1.0
+    if not capturable:
+        with pytest.raises(EngineError, match="batch of 2 cannot be run as a CUDA graph"):
+            backend.prepare(2, True)
+    backend.close()
+
+
+def test_what_is_compared_and_validated_is_not_a_provisional_kernel(world, monkeypatch):
+    pytest.importorskip("polygraphy")
+    trt = FakeTensorRT(world.cuda, "rtx", "1.7.1.116")
+    monkeypatch.setattr(api, "load", lambda name: trt)
+    monkeypatch.setenv("JMP_DEPLOY_CACHE", str(world.folder / "cache"))
+    made = artifact(world, flavour="rtx", version=trt.__version__)
+    with engine_runner(locate(made.folder)):
+        assert trt.specialization == "eager"
 
 
 def test_both_ways_and_several_batches_live_side_by_side(world):
@@ -157,9 +202,3 @@ def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monk
     assert any("CUDA graphs" in words for words in result["notes"])
     with pytest.raises(EngineError, match="cannot be run as CUDA graphs"):
         bench.bench(replace(asked, cuda_graph="on"), **options)
-
-
-def test_events_with_a_time_are_in_cuda_bindings():
-    bindings = pytest.importorskip("cuda.bindings.runtime")
-    assert "cuEventElapsedTime(start, end)" in bindings.cuEventElapsedTime.__doc__
-    assert bindings.cudaEventDefault == 0
