@@ -117,6 +117,7 @@ def bench(
     rows = [_row(series, energy) for series, energy in measured]
     ratios = _ratios(everything, artifacts) if options.against else []
     summary = monitor.summary()
+    why = summary.get("no_power") or summary.get("no_nvml")
     result = {
         "device": device_words(chosen, threads, libraries),
         "complete": stopped is None,
@@ -133,7 +134,7 @@ def bench(
         },
         "telemetry": summary,
         "warnings": _warnings(busy, monitor.throttled(), rows, ratios, artifacts, chosen),
-        "notes": _notes(chosen, monitor.can_read_power(), summary.get("no_nvml"), rows),
+        "notes": _notes(chosen, monitor.can_read_power(), why, rows),
     }
     return result, everything
 
@@ -386,7 +387,7 @@ def _way(cuda_graph: bool | None) -> str:
 def _notes(
     chosen: Sequence[Backend],
     has_power: bool,
-    no_nvml: str | None,
+    no_power: str | None,
     rows: Sequence[dict[str, Any]],
 ) -> list[str]:
     """What else has to be known of these figures."""
@@ -395,7 +396,7 @@ def _notes(
         names = ", ".join(backend.title for backend in chosen)
         found.append(f"measured on the CPU ({names}): it says nothing of an engine on a GPU")
     if not has_power:
-        why = f": {no_nvml}" if no_nvml else ""
+        why = f": {no_power}" if no_power else ""
         found.append(f"no energy per image: power cannot be read here{why}")
     launched = any(backend.launches for backend in chosen)
     if launched and rows and not any(row["cuda_graph"] for row in rows):
