@@ -45,11 +45,11 @@ class BoundCall:
         *,
         outputs: dict[str, Any],
         holds: Any,
-        on_close: Callable[[BoundCall], None],
+        siblings: list[BoundCall],
     ) -> None:
         self.outputs = outputs
         self._setup, self._cuda, self._stream = setup, setup.cuda, stream
-        self._holds, self._on_close = holds, on_close
+        self._holds, self._siblings = holds, siblings
         self._releases = ExitStack()
         self._plan: Plan | None = None
         self._launch: Callable[[], None] = self._enqueue
@@ -71,7 +71,7 @@ class BoundCall:
         cuda = self._cuda
         if cuda.is_current():
             if cuda.is_capturing(self._stream):
-                self._enqueue()
+                self._record()
             else:
                 self._launch()
         else:
@@ -85,7 +85,8 @@ class BoundCall:
         with self._cuda.current():
             releases.close()
         self._holds = None
-        self._on_close(self)
+        if self in self._siblings:
+            self._siblings.remove(self)
 
     def __enter__(self) -> BoundCall:
         return self
@@ -129,6 +130,11 @@ class BoundCall:
         self._releases.callback(cuda.stream_synchronize, self._stream)
         self._launch = cuda.graph_launcher(graph, self._stream)
         self.is_graph = True
+
+    def _record(self) -> None:
+        if self._plan is not None and not api.can_be_captured(self._plan.context, self._stream):
+            raise EngineError("TensorRT-RTX says that it cannot be captured")
+        self._enqueue()
 
     def _enqueue(self) -> None:
         if self._plan is None:

@@ -180,9 +180,13 @@ class Cuda:
     # --- Graphs ---
 
     def is_capturing(self, stream: int) -> bool:
-        """Whether somebody records what is enqueued on a stream."""
-        none = self._driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
-        return bool(self._call("cuStreamIsCapturing", stream) != none)
+        """Whether somebody records what is enqueued on a stream; for the legacy default stream,
+        what is enqueued on a stream that it waits for. Asking breaks no capture."""
+        status, state = self._driver.cuStreamIsCapturing(stream)
+        if status == self._driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT:
+            return True
+        self._check("cuStreamIsCapturing", status)
+        return bool(state != self._driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
     def begin_capture(self, stream: int) -> None:
         """From here on a stream records instead of working.

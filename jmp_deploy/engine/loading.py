@@ -69,7 +69,7 @@ class LoadedEngine:
 
     def close(self) -> None:
         """Keeps TensorRT-RTX's kernels for the next process and lets everything go."""
-        with ExitStack() as steps, self._cuda.current():
+        with self._cuda.current(), ExitStack() as steps:
             steps.callback(self._let_go)
             self._keep_kernels()
 

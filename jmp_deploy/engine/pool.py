@@ -4,14 +4,13 @@ the whole GPU wait."""
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from contextlib import ExitStack, suppress
 
 from ..core.errors import EngineError, GpuMemoryError
 from .cuda import Cuda
 
 KEPT = 16
-"""Pieces that are kept at most; the one that has waited longest goes."""
+"""Pieces that are kept at most; one of the kind that came first goes."""
 
 
 class Pool:
@@ -27,7 +26,7 @@ class Pool:
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._kept: OrderedDict[int, tuple[int, int]] = OrderedDict()  # address -> size, order
+        self._kept: dict[tuple[int, int], list[int]] = {}  # (size, order) -> addresses, never none
         self._is_open = True
         # give() is called by __del__, which may come while this thread holds the lock
         self._lock = threading.RLock()
@@ -39,10 +38,8 @@ class Pool:
             GpuMemoryError: even after what is kept was freed.
         """
         with self._lock:
-            for address, kind in self._kept.items():
-                if kind == (size, order):
-                    del self._kept[address]
-                    return address
+            if (size, order) in self._kept:
+                return self._pop((size, order))
         try:
             return self._cuda.malloc(size)
         except GpuMemoryError:
@@ -54,10 +51,10 @@ class Pool:
         """Takes a piece back; never raises."""
         with self._lock:
             if self._is_open:
-                self._kept[address] = size, order
-                if len(self._kept) <= KEPT:
+                self._kept.setdefault((size, order), []).append(address)
+                if sum(map(len, self._kept.values())) <= KEPT:
                     return
-                address, _ = self._kept.popitem(last=False)
+                address = self._pop(next(iter(self._kept)))
         with suppress(EngineError), self._cuda.current():
             self._cuda.free(address)
 
@@ -67,11 +64,18 @@ class Pool:
             self._is_open = False
         self._free_all()
 
+    def _pop(self, kind: tuple[int, int]) -> int:
+        address = self._kept[kind].pop()
+        if not self._kept[kind]:
+            del self._kept[kind]
+        return address
+
     def _free_all(self) -> bool:
         """Whether there was anything."""
         with self._lock:
-            kept, self._kept = list(self._kept), OrderedDict()
+            kept, self._kept = self._kept, {}
         with ExitStack() as steps:
-            for address in kept:
-                steps.callback(self._cuda.free, address)
+            for addresses in kept.values():
+                for address in addresses:
+                    steps.callback(self._cuda.free, address)
         return bool(kept)

@@ -33,7 +33,7 @@ from . import fit
 from .api import Tensor
 from .arrays import DeviceArray
 from .bound import BoundCall
-from .cuda import DEFAULT_STREAM, open_cuda
+from .cuda import DEFAULT_STREAM, Cuda, open_cuda
 from .lane import Lane, Setup
 from .loading import LoadedEngine
 from .pool import Pool
@@ -202,11 +202,14 @@ class Engine:
                 handle,
                 outputs=dict(outputs),
                 holds=(sources, targets),
-                on_close=self._forget,
+                siblings=self._bound,
             )
         with self._free:
             self._bound.append(call)
-        return call
+            if not self._is_closed:
+                return call
+        call.close()
+        raise EngineError(f"{self.path} was closed")
 
     def close(self) -> None:
         """Waits for running calls and frees everything, bound calls too. Twice is no harm."""
@@ -263,11 +266,12 @@ class Engine:
             last_words=loaded.last_words,
         )
         self._pool = Pool(self._cuda)
-        self._releases.callback(self._close_pool)
+        # functions, not methods of ours: an engine that holds itself would be freed late
+        self._releases.callback(_close, self._cuda, self._pool)
         with self._cuda.current():
             for _ in range(contexts):
                 lane = Lane(setup)
-                self._releases.callback(self._close_lane, lane)
+                self._releases.callback(_close, self._cuda, lane)
                 self._lanes.append(lane)
                 self._idle.append(lane)
 
@@ -280,19 +284,6 @@ class Engine:
                 f"max_batch {wanted} is outside of the engine's {least} to {most} images"
             )
         return wanted
-
-    def _close_lane(self, lane: Lane) -> None:
-        with self._cuda.current():
-            lane.close()
-
-    def _close_pool(self) -> None:
-        with self._cuda.current():
-            self._pool.close()
-
-    def _forget(self, call: BoundCall) -> None:
-        with self._free:
-            if call in self._bound:
-                self._bound.remove(call)
 
     # --- Running ---
 
@@ -431,6 +422,11 @@ class Engine:
             if shape[0] != arrays[0].shape[0]:
                 raise EngineError(f"{what} has {shape[0]} rows, others {arrays[0].shape[0]}")
         return int(arrays[0].shape[0])
+
+
+def _close(cuda: Cuda, part: Lane | Pool) -> None:
+    with cuda.current():
+        part.close()
 
 
 def _what(tensor: Tensor) -> str:

@@ -22,8 +22,9 @@ from jmp_deploy.core import artifact
 from jmp_deploy.core.artifact import PluginFile
 from jmp_deploy.core.errors import ArtifactError, EngineError, GpuMemoryError, NonFiniteError
 from jmp_deploy.engine import arrays
+from jmp_deploy.engine.pool import KEPT
 from jmp_deploy.engine.runtime import Engine
-from tests.fakes.cuda import PRIMARY
+from tests.fakes.cuda import PRIMARY, Status
 from tests.fakes.engine import World, close_to, images, make_world, world  # noqa: F401
 from tests.fakes.tensorrt import CLASSES, IMAGE, NewContext, plan
 
@@ -441,6 +442,16 @@ def test_infer_refuses_a_stream_that_is_captured_and_leaves_the_capture_whole(wo
     world.cuda.cuStreamDestroy(stream)
 
 
+def test_the_default_stream_is_refused_while_a_stream_that_it_waits_for_is_captured(world):
+    given = world.device_array(images(2))
+    with Engine(world.artifact()) as engine:
+        refuse = (Status.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, None)
+        world.cuda.driver.cuStreamIsCapturing = lambda stream: refuse
+        with pytest.raises(EngineError, match="is being captured"):
+            engine.infer(given)
+    world.free(given)
+
+
 # --- Bound calls ---------------------------------------------------------------------------------
 
 
@@ -607,9 +618,9 @@ def test_a_context_of_another_library_is_used_and_left_current(world):
 def test_the_caller_s_context_stays_current(world):
     """With none, none is left; with another one, of another GPU even, that one is."""
     with Engine(world.artifact()) as engine:
-        assert world.cuda._stack() == []
+        assert world.cuda.context_stack() == []
         engine.infer(images(2))
-    assert world.cuda._stack() == []
+    assert world.cuda.context_stack() == []
     pycuda = 0xBEEF
     world.cuda.push(pycuda)
     with Engine(world.artifact(), device=0) as engine:
@@ -617,7 +628,7 @@ def test_the_caller_s_context_stays_current(world):
         assert world.cuda.context() == pycuda
     with pytest.raises(ArtifactError):
         Engine(world.folder / "nowhere", device=0)
-    assert world.cuda._stack() == [pycuda]
+    assert world.cuda.context_stack() == [pycuda]
     world.cuda.pop()
 
 
@@ -822,6 +833,20 @@ def test_outputs_come_from_a_pool_in_the_order_of_a_stream(world):
     for stream in streams:
         world.cuda.cuStreamDestroy(stream)
     world.free(given)
+
+
+def test_the_pool_keeps_a_few_pieces_only(world):
+    with Engine(world.artifact()) as engine:
+        results = []
+        for _ in range(3 * KEPT):
+            given = world.device_array(images(2))
+            results.append(engine.infer(given)["logits"])
+            world.free(given)
+        held = len(world.cuda.allocations)
+        results.clear()
+        assert (
+            len(world.cuda.allocations) <= held - 2 * KEPT + 1
+        )  # one is the lane's, until its next
 
 
 def test_the_pool_keeps_little_and_gives_it_back_before_memory_runs_out(make_world):

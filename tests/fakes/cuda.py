@@ -35,6 +35,7 @@ class Status(IntEnum):
     CUDA_ERROR_INVALID_HANDLE = 400
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
     CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+    CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906
     CUDA_ERROR_UNKNOWN = 999
 
 
@@ -106,7 +107,7 @@ class FakeCuda:
 
         @functools.wraps(function)
         def call(*arguments: Any) -> tuple:
-            if not self._stack():
+            if not self.context_stack():
                 self.violations.append(f"{name} while no context is current")
             return function(*arguments)
 
@@ -133,10 +134,10 @@ class FakeCuda:
 
     def push(self, context: int) -> None:
         """Makes a context current, as pycuda's `make_context` does."""
-        self._stack().append(context)
+        self.context_stack().append(context)
 
     def pop(self) -> None:
-        self._stack().pop()
+        self.context_stack().pop()
 
     def inside(self, address: int, size: int, kinds: tuple[str, ...] = ("device",)) -> bool:
         """Whether a range lies in one live allocation of these kinds."""
@@ -179,13 +180,13 @@ class FakeCuda:
 
     # --- Contexts ---
 
-    def _stack(self) -> list[int]:
+    def context_stack(self) -> list[int]:
         if not hasattr(self._local, "stack"):
             self._local.stack = []
         return self._local.stack
 
     def context(self) -> int:
-        return self._stack()[-1] if self._stack() else PRIMARY
+        return self.context_stack()[-1] if self.context_stack() else PRIMARY
 
     def _check_context(self, owner: int, what: str) -> None:
         if owner and owner != self.context():
@@ -197,16 +198,16 @@ class FakeCuda:
         return (Status.CUDA_SUCCESS,)
 
     def cuCtxGetCurrent(self) -> tuple:
-        stack = self._stack()
+        stack = self.context_stack()
         return Status.CUDA_SUCCESS, (Handle(stack[-1]) if stack else None)
 
     def cuCtxPushCurrent(self, context: int) -> tuple:
         # never made to fail: it does for a context that is gone, and all that was in it then is
-        self._stack().append(int(context))
+        self.context_stack().append(int(context))
         return (Status.CUDA_SUCCESS,)
 
     def cuCtxPopCurrent(self) -> tuple:
-        return Status.CUDA_SUCCESS, Handle(self._stack().pop())
+        return Status.CUDA_SUCCESS, Handle(self.context_stack().pop())
 
     def cuDeviceGet(self, ordinal: int) -> tuple:
         if self.fails("cuDeviceGet"):
@@ -219,7 +220,7 @@ class FakeCuda:
         return Status.CUDA_SUCCESS, Handle(PRIMARY + dev)
 
     def cuCtxGetDevice(self) -> tuple:
-        if self.fails("cuCtxGetDevice") or not self._stack():
+        if self.fails("cuCtxGetDevice") or not self.context_stack():
             return Status.CUDA_ERROR_UNKNOWN, None
         primary = range(PRIMARY, PRIMARY + 8)  # of GPU 0, 1, ...
         return Status.CUDA_SUCCESS, (self.context() - PRIMARY if self.context() in primary else 0)

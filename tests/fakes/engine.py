@@ -73,7 +73,7 @@ class World:
 
     def assert_clean(self) -> None:
         gc.collect()
-        assert self.cuda.violations == []
+        assert self.cuda.violations == [], self.cuda.violations
         assert self.cuda.leaks() == []
 
 

@@ -91,6 +91,8 @@ class _Counted:
 
     def __del__(self) -> None:
         self.fake.cuda.alive[self.kind] -= 1
+        if not getattr(self.fake.cuda, "context_stack", lambda: True)():
+            self.violation(f"{self.kind} freed while no context is current")
         self.dies()
 
     def dies(self) -> None:
