@@ -186,12 +186,9 @@ class TimedEngine:
 
     def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
         """See `base.Timed`."""
-        bound, (_, stream), cuda = (
-            self._bind(batch, cuda_graph),
-            self._engine(cuda_graph),
-            self._cuda,
-        )
+        bound, cuda = self._bind(batch, cuda_graph), self._cuda
         call, inputs, outputs = bound.call, bound.inputs, bound.outputs
+        stream = self._engine(cuda_graph)[1]
         if cuda_graph and not call.is_graph:
             raise EngineError(f"a batch of {batch} cannot be run as a CUDA graph here")
         with cuda.current():

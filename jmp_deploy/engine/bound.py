@@ -33,7 +33,8 @@ class BoundCall:
 
     Attributes:
         outputs: output name -> array that the results are written to.
-        is_graph: calls launch a graph, ours or TensorRT-RTX's own.
+        is_graph: calls launch a graph, ours or TensorRT-RTX's own (there it is known where the
+            engine was opened with `eager` alone).
     """
 
     def __init__(

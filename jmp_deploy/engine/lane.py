@@ -42,7 +42,8 @@ class Setup:
         inputs, outputs: of the engine.
         least, most: images per inference.
         cuda_graph: capture graphs; false where the runtime does that itself.
-        own_graphs: the runtime was told to capture by itself; whether it can is asked.
+        own_graphs: the runtime captures by itself and compiles first: whether it can is asked. Of
+            one that compiles in the background the answer would be no, and wrong soon after.
         last_words: TensorRT's last error, for messages.
     """
 

@@ -110,7 +110,7 @@ class Engine:
                 self._cuda, file, plugin=plugin, cuda_graph=cuda_graph, eager=eager
             )
             self._releases.callback(self._loaded.close)
-            self._start(cuda_graph, contexts, max_batch)
+            self._start(cuda_graph, eager, contexts, max_batch)
         except BaseException as error:
             # Frames of the traceback would keep objects of TensorRT, and GPU memory with them.
             traceback.clear_frames(error.__traceback__)
@@ -239,14 +239,14 @@ class Engine:
                 raise
 
     def __del__(self) -> None:
-        if getattr(self, "_lanes", None) or getattr(self, "_bound", None):
+        if hasattr(self, "_pool") and not self._is_closed:  # it was opened
             warnings.warn(f"{self.path} was not closed", ResourceWarning, stacklevel=2)
             with suppress(Exception):
                 self.close()
 
     # --- Opening ---
 
-    def _start(self, cuda_graph: bool, contexts: int, max_batch: int | None) -> None:
+    def _start(self, cuda_graph: bool, eager: bool, contexts: int, max_batch: int | None) -> None:
         loaded = self._loaded
         self.inputs = tuple(tensor for tensor in loaded.tensors if tensor.is_input)
         self.outputs = tuple(tensor for tensor in loaded.tensors if not tensor.is_input)
@@ -262,7 +262,7 @@ class Engine:
             least=self.batch[0],
             most=self.max_batch,
             cuda_graph=cuda_graph and not loaded.captures_itself,
-            own_graphs=cuda_graph and loaded.captures_itself,
+            own_graphs=cuda_graph and loaded.captures_itself and eager,
             last_words=loaded.last_words,
         )
         self._pool = Pool(self._cuda)

@@ -25,6 +25,7 @@ import pytest
 from jmp_deploy.core.errors import ToolchainError
 from jmp_deploy.core.paths import PACKAGE
 from jmp_deploy.engine import api, cuda
+from jmp_deploy.engine.loading import _mapped
 from jmp_deploy.plugin.toolchain import find_cxx
 from tests.engine.tensorrt_names import (
     SEAM,
@@ -129,13 +130,18 @@ def test_tensorrt_rtx_has_every_name(rtx):
     assert wrong(our_names(), lambda name: rtx_has(rtx, name), "rtx", rtx.__version__) == []
 
 
-def test_the_seam_works_on_the_real_tensorrt_rtx(rtx):
+def test_the_seam_works_on_the_real_tensorrt_rtx(rtx, tmp_path):
     """As far as that goes without a GPU: logger, runtime, validity, what the network says."""
     words: list[str] = []
     logger = api.make_logger(rtx, words.append)
     runtime = api.make_runtime(rtx, logger)
     assert api.invalidity(rtx, runtime, b"no plan" * 20) == "malformed engine"
     assert api.deserialize(runtime, b"no plan" * 20) is None
+    path = tmp_path / "no.plan"
+    path.write_bytes(b"no plan" * 20)
+    with _mapped(path) as plan:  # as plans are read
+        assert api.invalidity(rtx, runtime, plan) == "malformed engine"
+        assert api.deserialize(runtime, plan) is None
     assert words and any("Serialization" in line or "CUDA" in line for line in words)
     assert api.captures_itself(rtx) and api.strongly_typed(rtx)
     assert (8, 6) in api.compute_capabilities(rtx)

@@ -201,13 +201,24 @@ def test_tensorrt_rtx_is_asked_whether_it_can_be_captured(make_world):
     world.trt.capturable = False
     given, target = world.device_array(images(2)), world.device_array(np.zeros((2, CLASSES), "f4"))
     stream = world.cuda.cuStreamCreate(1)[1]
-    with Engine(world.artifact()) as engine:
+    with Engine(world.artifact(), eager=True) as engine:
         with pytest.warns(RuntimeWarning, match="no CUDA graphs.*TensorRT-RTX says"):
             assert close_to(engine.infer(images(2))["logits"], images(2))
         with pytest.warns(RuntimeWarning, match="no CUDA graphs"):
             assert not engine.bind(given, {"logits": target}, stream).is_graph
         world.trt.capturable = True
         assert engine.bind(given, {"logits": target}, stream).is_graph
+    world.trt.capturable = False  # as long as it compiles in the background: no reason to warn
+    with Engine(world.artifact()) as engine, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.infer(images(2))
+        call = engine.bind(given, {"logits": target}, stream)
+        world.cuda.cuStreamBeginCapture(stream, 1)
+        with pytest.raises(EngineError, match="cannot be captured"):
+            call()
+        status, graph = world.cuda.cuStreamEndCapture(stream)
+        assert status == 0
+        world.cuda.cuGraphDestroy(graph)
     world.cuda.cuStreamDestroy(stream)
     world.free(given, target)
     world.assert_clean()
