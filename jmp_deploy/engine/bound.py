@@ -28,8 +28,8 @@ class BoundCall:
 
     It has an execution context and scratch memory of its own and shares nothing with
     `Engine.infer`. On a stream that is being captured it enqueues TensorRT's kernels into that
-    capture; that graph of yours lives no longer than this call. For one thread at a time, like a
-    stream. Made by `Engine.bind`.
+    capture; that graph of yours uses this call's memory, so it runs neither beside it nor after it
+    was closed. For one thread at a time, like a stream. Made by `Engine.bind`.
 
     Attributes:
         outputs: output name -> array that the results are written to.

@@ -172,7 +172,8 @@ class Engine:
             inputs: as for `infer`, on the GPU: [B, ...], B at most `max_batch` and at least
                 `batch[0]`. Read at every call, where they are; kept alive.
             outputs: output name -> array on the GPU for every output; written at every call.
-            stream: the CUDA stream of every call, not the default stream. It is waited for now.
+            stream: the CUDA stream of every call, not the default stream; it lives as long as the
+                call. It is waited for now.
 
         Raises:
             GpuMemoryError: no room for its scratch memory.
