@@ -173,7 +173,7 @@ class Times:
     Attributes:
         start: when it began, by the backend's clock.
         total: end to end: from images in host memory to outputs in host memory.
-        enqueue: until the call that starts it on the device returned.
+        enqueue: the host's time for the call that starts the computation on the device.
         h2d, compute, d2h: copies in, computation and copies out by the device's own events.
     """
 
@@ -191,10 +191,10 @@ class Times:
 
     @classmethod
     def of_device(
-        cls, started: float, enqueued: float, ended: float, spent: Sequence[float]
+        cls, started: float, ended: float, enqueue: float, spent: Sequence[float]
     ) -> Times:
         """From a clock's seconds, and from milliseconds between events: (h2d, compute, d2h)."""
-        return cls(1000 * started, 1000 * (ended - started), 1000 * (enqueued - started), *spent)
+        return cls(1000 * started, 1000 * (ended - started), 1000 * enqueue, *spent)
 
 
 class Timed(Protocol):

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 
     from ..core.artifact import Artifact, Precision, Reference
     from ..engine.arrays import DeviceArray
+    from ..engine.bound import BoundCall
     from ..engine.cuda import Cuda
     from ..engine.fit import EngineFile
     from ..jmp.trace import Trace
 
 OPENING, RUNNING = "the engine cannot be opened", "the engine cannot be run"
-CAPTURED_AFTER = 3
-"""Inferences after which `Engine` has captured: it does when the same arrays come again."""
 
 
 class EngineBackend(Backend):
@@ -126,7 +125,7 @@ def engine_runner(path: Path | EngineFile) -> Any:
     class EngineRunner(BaseRunner):  # type: ignore[misc]
         def activate_impl(self) -> None:
             with engine_errors(OPENING):
-                self.engine = Engine(path, check_finite=False)
+                self.engine = Engine(path, check_finite=False, eager=True)
 
         def deactivate_impl(self) -> None:
             self.engine.close()
@@ -146,13 +145,24 @@ def engine_runner(path: Path | EngineFile) -> Any:
     return EngineRunner(name=EngineBackend.name)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A prepared inference; (pinned, device) memory of each input and output."""
+
+    call: BoundCall
+    inputs: list[tuple[Any, DeviceArray]]
+    outputs: list[tuple[Any, DeviceArray]]
+
+
 class TimedEngine:
     """An engine for timing, from pinned memory to pinned memory, with CUDA events between; opened
     once for each way to launch it that is asked for.
 
     The copies and the computation are enqueued on one stream; events around each tell what the GPU
-    spent on it, and the host's clock what a caller waits. Copies start when the image is in pinned
-    memory: filling it is the caller's work.
+    spent on it, and the host's clock what a caller waits. Between the events of the computation is
+    one call that was prepared (`Engine.bind`): what Python does there the GPU would wait for, and
+    it would count as computation. Copies start when the image is in pinned memory: filling it is
+    the caller's work.
 
     Args:
         file: the engine, and what is known of it.
@@ -179,18 +189,11 @@ class TimedEngine:
 
     @property
     def has_graphs(self) -> bool:
-        """Whether its inferences can be replayed as CUDA graphs; found out by trying.
-
-        `Engine` goes on without graphs where TensorRT cannot be captured, and warns.
-        """
+        """Whether its inferences can be replayed as CUDA graphs; found out by trying."""
         if self._has_graphs is None:
-            infer = self.prepare(self._engine(True)[0].batch[0], True)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                for _ in range(CAPTURED_AFTER):
-                    infer()
-            words = [str(item.message) for item in caught]
-            self._has_graphs = not any("CUDA graphs" in text for text in words)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the answer says it
+                self._has_graphs = self._bind(self._engine(True)[0].batch[0], True).call.is_graph
         return self._has_graphs
 
     def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
@@ -199,35 +202,34 @@ class TimedEngine:
             return guarded(RUNNING, self._prepare(batch, cuda_graph))
 
     def _prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
-        (engine, stream), cuda = self._engine(cuda_graph), self._cuda
+        bound, cuda = self._bind(batch, cuda_graph), self._cuda
+        call, inputs, outputs = bound.call, bound.inputs, bound.outputs
+        stream = self._engine(cuda_graph)[1]
+        if cuda_graph and not call.is_graph:
+            raise EngineError(f"a batch of {batch} cannot be run as a CUDA graph here")
         with cuda.current():
             events = [cuda.timer_create() for _ in range(4)]
             for event in events:
                 self._releases.callback(cuda.event_destroy, event)
-            inputs = {t.name: self._pair(batch, t) for t in engine.inputs}
-            outputs = {t.name: self._pair(batch, t) for t in engine.outputs}
-        for tensor in engine.inputs:
-            host = inputs[tensor.name][0]
-            host[...] = noise(batch, tensor.shape)
-        sources = {name: device for name, (_, device) in inputs.items()}
-        targets = {name: device for name, (_, device) in outputs.items()}
 
         def infer() -> Times:
-            started = time.perf_counter()
-            cuda.event_record(events[0], stream)
-            for host, device in inputs.values():
-                cuda.copy(device.pointer, host.ctypes.data, device.nbytes, stream)
-            cuda.event_record(events[1], stream)
-            engine.infer(sources, stream=stream, out=targets)
-            cuda.event_record(events[2], stream)
-            for host, device in outputs.values():
-                cuda.copy(host.ctypes.data, device.pointer, device.nbytes, stream)
-            cuda.event_record(events[3], stream)
-            enqueued = time.perf_counter()
-            cuda.stream_synchronize(stream)
-            ended = time.perf_counter()
-            spent = [cuda.elapsed_ms(events[k], events[k + 1]) for k in range(3)]
-            return Times.of_device(started, enqueued, ended, spent)
+            with cuda.current():
+                started = time.perf_counter()
+                cuda.event_record(events[0], stream)
+                for host, device in inputs:
+                    cuda.copy(device.pointer, host.ctypes.data, device.nbytes, stream)
+                cuda.event_record(events[1], stream)
+                begun = time.perf_counter()
+                call()
+                launched = time.perf_counter()
+                cuda.event_record(events[2], stream)
+                for host, device in outputs:
+                    cuda.copy(host.ctypes.data, device.pointer, device.nbytes, stream)
+                cuda.event_record(events[3], stream)
+                cuda.stream_synchronize(stream)
+                ended = time.perf_counter()
+                spent = [cuda.elapsed_ms(events[k], events[k + 1]) for k in range(3)]
+            return Times.of_device(started, ended, launched - begun, spent)
 
         return infer
 
@@ -246,10 +248,26 @@ class TimedEngine:
                     self._cuda.stream_synchronize(stream)
             self._releases.close()
 
+    def _bind(self, batch: int, cuda_graph: bool) -> Bound:
+        """An inference of noise, with its memory."""
+        engine, stream = self._engine(cuda_graph)
+        with self._cuda.current():
+            inputs = [self._pair(batch, tensor) for tensor in engine.inputs]
+            outputs = [self._pair(batch, tensor) for tensor in engine.outputs]
+            for tensor, (host, _) in zip(engine.inputs, inputs, strict=True):
+                host[...] = noise(batch, tensor.shape)
+            call = engine.bind(
+                {t.name: device for t, (_, device) in zip(engine.inputs, inputs, strict=True)},
+                {t.name: device for t, (_, device) in zip(engine.outputs, outputs, strict=True)},
+                stream,
+            )
+        self._releases.callback(call.close)
+        return Bound(call, inputs, outputs)
+
     def _engine(self, cuda_graph: bool) -> tuple[Any, int]:
         """An engine and its stream: with one for all batches it never waits for another."""
         if cuda_graph not in self._engines:
-            engine = self._open(self.file, cuda_graph=cuda_graph, check_finite=False)
+            engine = self._open(self.file, cuda_graph=cuda_graph, contexts=0, eager=True)
             self._releases.callback(engine.close)
             with self._cuda.current():
                 stream = self._cuda.stream_create()

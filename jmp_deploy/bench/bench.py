@@ -117,6 +117,7 @@ def bench(
     rows = [_row(series, energy) for series, energy in measured]
     ratios = _ratios(everything, artifacts) if options.against else []
     summary = monitor.summary()
+    why = summary.get("no_power") or summary.get("no_nvml")
     result = {
         "device": device_words(chosen, threads, libraries),
         "complete": stopped is None,
@@ -129,10 +130,11 @@ def bench(
             "threads": None if all(backend.gpu() for backend in chosen) else threads,
             "order": "ABBA",
             "input": "seeded noise",
+            "throughput": "batch / median latency, one inference after the other",
         },
         "telemetry": summary,
         "warnings": _warnings(busy, monitor.throttled(), rows, ratios, artifacts, chosen),
-        "notes": _notes(chosen, monitor.can_read_power(), summary.get("no_nvml"), rows),
+        "notes": _notes(chosen, monitor.can_read_power(), why, rows),
     }
     return result, everything
 
@@ -254,6 +256,8 @@ def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
         "latency_ms": latency,
         "gpu_ms": None,
         "gpu_throughput": None,
+        "enqueue_ms": None,
+        "enqueue_bound": None,
         "iterations": int(total.size),
         "warm_iterations": series.warm_iterations,
         "stable": series.stable,
@@ -264,6 +268,11 @@ def _row(series: Series, energy: telemetry.Energy | None) -> dict[str, Any]:
     if compute is not None:
         row["gpu_ms"] = figures.latency(compute)
         row["gpu_throughput"] = figures.throughput(item.batch, row["gpu_ms"]["p50"])
+    enqueue = figures.by_round(series, figures.enqueue)
+    if enqueue is not None:
+        row["enqueue_ms"] = figures.latency(enqueue)
+        if compute is not None:
+            row["enqueue_bound"] = row["enqueue_ms"]["p50"] > row["gpu_ms"]["p50"]
     if energy is not None:
         row["power_w"] = energy.watts
         row["mj_per_image"] = energy.watts * latency["mean"] / item.batch
@@ -345,6 +354,13 @@ def _warnings(
                 f"{row['artifact']} at batch {row['batch']} was not stable after "
                 f"{row['warm_iterations']} warm-up inferences"
             )
+        if row["enqueue_bound"]:
+            host, gpu = row["enqueue_ms"]["p50"], row["gpu_ms"]["p50"]
+            way = _way(row["cuda_graph"])
+            found.append(
+                f"{row['artifact']} at batch {row['batch']} ({way}) is bound by the host, which "
+                f"takes {host:.3f} ms to enqueue it: of the GPU's {gpu:.3f} ms a part is waiting"
+            )
     for entry in ratios:
         low, high = entry["ci95"]
         if high - low > UNSTEADY * entry["ratio"]:
@@ -364,10 +380,14 @@ def _warnings(
     return list(dict.fromkeys(found))
 
 
+def _way(cuda_graph: bool | None) -> str:
+    return {None: "as it is", True: "CUDA graph", False: "no graph"}[cuda_graph]
+
+
 def _notes(
     chosen: Sequence[Backend],
     has_power: bool,
-    no_nvml: str | None,
+    no_power: str | None,
     rows: Sequence[dict[str, Any]],
 ) -> list[str]:
     """What else has to be known of these figures."""
@@ -376,7 +396,7 @@ def _notes(
         names = ", ".join(backend.title for backend in chosen)
         found.append(f"measured on the CPU ({names}): it says nothing of an engine on a GPU")
     if not has_power:
-        why = f": {no_nvml}" if no_nvml else ""
+        why = f": {no_power}" if no_power else ""
         found.append(f"no energy per image: power cannot be read here{why}")
     launched = any(backend.launches for backend in chosen)
     if launched and rows and not any(row["cuda_graph"] for row in rows):

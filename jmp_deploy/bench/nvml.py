@@ -14,13 +14,17 @@ from .host import Reading
 
 BUSY_PERCENT = 5
 
-# nvmlClocksEventReasons*; idle, application clocks and display clocks are settings, not throttling.
+# nvmlClocksEventReason* and the older nvmlClocksThrottleReason*, which has two more; idle,
+# application clocks and display clocks are settings, not throttling.
 REASONS = {
     0x04: "power limit",
     0x08: "hardware slowdown (temperature, power or external brake)",
+    0x10: "sync boost (another GPU of its group is slower)",
     0x20: "temperature (driver)",
     0x40: "temperature (hardware)",
     0x80: "power brake",
+    0x200: "board limit",
+    0x400: "reliability limit (voltage)",
 }
 
 
@@ -54,10 +58,16 @@ class Nvml:
                 self.handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         except pynvml.NVMLError as error:
             raise EngineError(f"NVML: {error}") from error
+        # Power and energy are the board's. Where others compute on its other instances, an image's
+        # share of them cannot be told.
+        mode = self._ask("MigMode")
+        self.is_shared = mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE
 
     def facts(self) -> dict[str, Any]:
         found: dict[str, Any] = {"power_of": "the GPU board"}
-        limit = self._ask("EnforcedPowerLimit")  # mW
+        if self.is_shared:
+            found = {"no_power": "MIG is on, and NVML has the power of the whole board alone"}
+        limit = self._power("EnforcedPowerLimit")  # mW
         memory = self._ask("MemoryInfo")
         facts = {
             "driver": self._call("nvmlSystemGetDriverVersion"),
@@ -68,8 +78,8 @@ class Nvml:
         return found | {name: value for name, value in facts.items() if value is not None}
 
     def read(self) -> Reading:
-        power = self._ask("PowerUsage")  # mW
-        energy = self._ask("TotalEnergyConsumption")  # mJ
+        power = self._power("PowerUsage")  # mW
+        energy = self._power("TotalEnergyConsumption")  # mJ
         memory = self._ask("MemoryInfo")
         bits = self._ask("CurrentClocksThrottleReasons")
         if bits is None:  # renamed in driver 535, the old name kept
@@ -96,6 +106,9 @@ class Nvml:
         if use is not None and use.gpu > BUSY_PERCENT:
             found.append(f"the GPU is {use.gpu} % busy")
         return found
+
+    def _power(self, what: str) -> Any:
+        return None if self.is_shared else self._ask(what)
 
     def _ask(self, what: str, *arguments: Any) -> Any:
         return self._call(f"nvmlDeviceGet{what}", self.handle, *arguments)

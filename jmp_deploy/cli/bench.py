@@ -320,7 +320,7 @@ def _rows(result: dict[str, Any]) -> Table:
     short = short_names([artifact["path"] for artifact in result["artifacts"]])
     ways = len({_way(row) for row in rows}) > 1  # else the title says it
     names = ["batch", "images/s", "p50 ms", "p90", "p99", "mean"]
-    names += ["GPU p50 ms", "GPU images/s"] if has_gpu else []
+    names += ["GPU p50 ms", "GPU images/s", "enqueue ms"] if has_gpu else []
     names += ["W", "mJ/image"] if has_power else []
     left = ["artifact", "run by"] if ways else ["artifact"]
     table = show.table(result["device"], *left, *(f">{name}" for name in [*names, "n"]))
@@ -331,6 +331,7 @@ def _rows(result: dict[str, Any]) -> Table:
         if has_gpu:
             gpu = row["gpu_ms"]
             cells += [_ms(gpu["p50"]), f"{row['gpu_throughput']:.1f}"] if gpu else ["-", "-"]
+            cells.append(_ms(row["enqueue_ms"]["p50"]) if row["enqueue_ms"] else "-")
         if has_power:
             known = row["mj_per_image"] is not None
             cells += (
@@ -348,7 +349,8 @@ def _ratios(ratios: Sequence[dict[str, Any]]) -> Table:
     has_gpu = any(entry["gpu"] for entry in ratios)
     columns = [*(["run by"] if ways else []), ">batch", ">ratio", ">95 % interval"]
     columns += [*([">GPU alone"] if has_gpu else []), ">FLOPs promise"]
-    table = show.table(f"throughput of {short[pair[0]]} over {short[pair[1]]}", *columns)
+    title = f"images/s of {short[pair[0]]} over {short[pair[1]]}, one inference at a time"
+    table = show.table(title, *columns)
     for entry in ratios:
         cells = [str(entry["batch"]), f"{entry['ratio']:.3f}x", _interval(entry)]
         if has_gpu:
@@ -384,7 +386,7 @@ def _facts(result: dict[str, Any], files: Sequence[str]) -> list[tuple[str, str]
     if "cpu_governor" in seen:
         lines.append(("CPU governor", seen["cpu_governor"]))
     lines.append(
-        ("latency", "host memory to host memory, one inference at a time; images/s at the median")
+        ("latency", "host memory to host memory, one inference at a time; images/s = batch / p50")
     )
     if files:
         lines.append(("written", "\n".join(files)))

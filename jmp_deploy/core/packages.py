@@ -71,7 +71,7 @@ PACKAGES = (
         attribute="InferenceSession",
     ),
     Package("polygraphy", "polygraphy", "runtime", ("polygraphy",)),
-    Package("cuda-bindings", "cuda.bindings.runtime", "runtime", ("cuda-bindings",)),
+    Package("cuda-bindings", "cuda.bindings.driver", "runtime", ("cuda-bindings",)),
     Package(
         "pycuda", "pycuda", "pycuda", ("pycuda",), optional="only to hand over buffers of pycuda"
     ),

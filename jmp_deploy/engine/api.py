@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ from ..core.packages import importable
 
 if TYPE_CHECKING:
     import tensorrt
+
+Buffer = bytes | mmap.mmap
+"""A plan in memory."""
 
 FLAVOURS = ("tensorrt", "rtx")
 MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -197,7 +201,7 @@ def device_memory(engine: tensorrt.ICudaEngine) -> int:
 # --- Running ------------------------------------------------------------------------------------
 
 
-def invalidity(trt: Any, runtime: tensorrt.Runtime, plan: bytes) -> str | None:
+def invalidity(trt: Any, runtime: tensorrt.Runtime, plan: Buffer) -> str | None:
     """What TensorRT-RTX has against a plan here, in words; None where it is fit, or for TensorRT,
     which cannot tell before it deserializes."""
     if not hasattr(trt, "EngineInvalidityDiagnostics"):
@@ -215,8 +219,13 @@ def make_runtime(trt: Any, logger: tensorrt.ILogger) -> tensorrt.Runtime:
     return trt.Runtime(logger)
 
 
-def deserialize(runtime: tensorrt.Runtime, plan: bytes) -> tensorrt.ICudaEngine | None:
-    """The engine, or None where TensorRT refuses it (the reason is in its log)."""
+def deserialize(runtime: tensorrt.Runtime, plan: Buffer) -> tensorrt.ICudaEngine | None:
+    """The engine, or None where TensorRT refuses it (the reason is in its log).
+
+    Args:
+        plan: any object with Python's buffer protocol (`runtime_deserialize_cuda_engine` in
+            pyCore.cpp of the bindings of 10.0 to 11.1); it may go when this returns.
+    """
     return runtime.deserialize_cuda_engine(plan)
 
 
@@ -277,7 +286,7 @@ class ContextFactory:
 
 
 def context_factory(
-    trt: Any, engine: tensorrt.ICudaEngine, *, cuda_graph: bool, cache: bytes | None
+    trt: Any, engine: tensorrt.ICudaEngine, *, cuda_graph: bool, eager: bool, cache: bytes | None
 ) -> ContextFactory:
     """Prepares contexts.
 
@@ -286,6 +295,9 @@ def context_factory(
 
     Args:
         cuda_graph: let TensorRT-RTX capture; without effect on TensorRT.
+        eager: let TensorRT-RTX compile the kernels of a shape before it first runs. By default it
+            does so in the background and runs provisional ones meanwhile: fine for a service, but
+            whoever measures would measure those. Without effect on TensorRT.
         cache: TensorRT-RTX's compiled kernels of an earlier process; refused silently where they
             do not fit.
     """
@@ -298,6 +310,9 @@ def context_factory(
     runtime_config.cuda_graph_strategy = (
         strategies.WHOLE_GRAPH_CAPTURE if cuda_graph else strategies.DISABLED
     )
+    if eager:
+        specialization = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = specialization
     runtime_cache = runtime_config.create_runtime_cache()
     if cache:
         runtime_cache.deserialize(cache)
@@ -323,12 +338,12 @@ def set_batch(
 ) -> int | None:
     """Fixes a context's batch; returns the bytes of scratch memory that it then needs.
 
-    None where TensorRT refuses the shape.
+    None where TensorRT refuses the shape, or cannot tell the size (0 is its word for an error).
     """
     for tensor in inputs:
         if not context.set_input_shape(tensor.name, (batch, *tensor.shape)):
             return None
-    return int(context.update_device_memory_size_for_shapes())
+    return int(context.update_device_memory_size_for_shapes()) or None
 
 
 def set_scratch(context: tensorrt.IExecutionContext, address: int, size: int) -> None:
@@ -347,3 +362,14 @@ def bind(context: tensorrt.IExecutionContext, name: str, address: int) -> bool:
 def enqueue(context: tensorrt.IExecutionContext, stream: int) -> bool:
     """Enqueues one inference on a stream; False where TensorRT refuses (its log says why)."""
     return bool(context.execute_async_v3(stream))
+
+
+def can_be_captured(context: tensorrt.IExecutionContext, stream: int) -> bool:
+    """Whether what a context enqueues on a stream can be recorded as a CUDA graph.
+
+    TensorRT-RTX tells, and only after the kernels of the shape are compiled (`eager`); TensorRT
+    cannot be asked: there a capture fails, or does not.
+    """
+    if not hasattr(context, "is_stream_capturable"):
+        return True
+    return bool(context.is_stream_capturable(stream))  # type: ignore[unused-ignore]

@@ -20,10 +20,13 @@ from ..core.errors import EngineError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .cuda import Cuda
+
 LEGACY_STREAM = 1
 """The legacy default stream's number in both protocols; its handle is 0."""
 
-_DLPACK_GPU = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_DLPACK_CUDA, _DLPACK_MANAGED = 2, 13  # kDLCUDA, kDLCUDAManaged
+_DLPACK_GPU = (_DLPACK_CUDA, _DLPACK_MANAGED)
 _DLPACK_KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}
 
 
@@ -32,7 +35,7 @@ class DeviceArray:
 
     PyTorch (`torch.as_tensor(array, device="cuda")`), CuPy (`cupy.asarray(array)`) and pycuda
     (`GPUArray(array.shape, array.dtype, base=array, gpudata=array.pointer)`) take it without a
-    copy.
+    copy. Those that `Engine.infer` allocated go back to its pool with the last reference.
 
     Args:
         pointer: device address.
@@ -93,7 +96,7 @@ class DeviceArray:
 
 
 def stream_handle(stream: Any) -> int:
-    """The CUDA handle of a stream of any library.
+    """The CUDA handle of a stream of any library; 0 for the legacy default stream.
 
     Args:
         stream: an integer, or an object of PyTorch (`cuda_stream`), CuPy (`ptr`), pycuda or Numba
@@ -102,6 +105,11 @@ def stream_handle(stream: Any) -> int:
     Raises:
         EngineError: it is none of these.
     """
+    handle = _stream_number(stream)
+    return 0 if handle == LEGACY_STREAM else handle  # CU_STREAM_LEGACY has the same number
+
+
+def _stream_number(stream: Any) -> int:
     if hasattr(stream, "__cuda_stream__"):
         protocol = stream.__cuda_stream__
         return int((protocol() if callable(protocol) else protocol)[1])
@@ -150,28 +158,50 @@ def as_array(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDAr
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
-def as_device(array: Any, what: str, *, stream: int, writable: bool = False) -> DeviceArray:
+def as_device(
+    array: Any, what: str, cuda: Cuda, *, stream: int, writable: bool = False
+) -> DeviceArray:
     """A view of an array in GPU memory; no copy.
 
     Args:
         array: of any library.
         what: how messages call it.
+        cuda: where it will be used; within `Cuda.current`.
         stream: handle of the stream that will use it; a DLPack producer makes that stream wait
             for its own work.
         writable: it will be written to.
 
     Raises:
-        EngineError: not contiguous, read-only where it must be written, or on a device of another
-            kind.
+        EngineError: not contiguous, read-only where it must be written, on another GPU or on a
+            device of another kind.
     """
-    if isinstance(array, DeviceArray):
-        return array
     # DLPack first: it alone makes the producer's work wait. A producer need not have it.
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        kind, number = (int(part) for part in array.__dlpack_device__())
+        if kind not in _DLPACK_GPU:
+            raise EngineError(f"{what} lies on a device of kind {kind} (DLPack), not on a CUDA GPU")
+        if kind == _DLPACK_CUDA:
+            _require_here(number, what, cuda)
         return _from_dlpack(array, what, stream)
-    if hasattr(array, "__cuda_array_interface__"):
-        return _from_interface(array, what, writable)
-    raise EngineError(f"{what}: a {type(array).__name__} is not an array on the GPU")
+    if isinstance(array, DeviceArray):
+        view = array
+    elif hasattr(array, "__cuda_array_interface__"):
+        view = _from_interface(array, what, writable)
+    else:
+        raise EngineError(f"{what}: a {type(array).__name__} is not an array on the GPU")
+    owner = cuda.device_of(view.pointer)
+    if owner is None:
+        raise EngineError(f"{what}: CUDA knows of no memory at {view.pointer:#x}")
+    _require_here(owner, what, cuda)
+    return view
+
+
+def _require_here(number: int, what: str, cuda: Cuda) -> None:
+    if number != cuda.device:
+        raise EngineError(
+            f"{what} lies on GPU {number}, the engine is on GPU {cuda.device}",
+            f"copy it there, or open the engine with device={number}",
+        )
 
 
 def _from_interface(array: Any, what: str, writable: bool) -> DeviceArray:
@@ -234,9 +264,6 @@ _set_name.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 def _from_dlpack(array: Any, what: str, stream: int) -> DeviceArray:
-    kind = int(array.__dlpack_device__()[0])
-    if kind not in _DLPACK_GPU:
-        raise EngineError(f"{what} lies on a device of kind {kind} (DLPack), not on a CUDA GPU")
     try:
         capsule = array.__dlpack__(stream=LEGACY_STREAM if stream == 0 else stream)
     except Exception as error:  # PyTorch: a tensor that needs a gradient; each in its own words

@@ -42,6 +42,8 @@ class Setup:
         inputs, outputs: of the engine.
         least, most: images per inference.
         cuda_graph: capture graphs; false where the runtime does that itself.
+        own_graphs: the runtime captures by itself and compiles first: whether it can is asked. Of
+            one that compiles in the background the answer would be no, and wrong soon after.
         last_words: TensorRT's last error, for messages.
     """
 
@@ -52,6 +54,7 @@ class Setup:
     least: int
     most: int
     cuda_graph: bool
+    own_graphs: bool
     last_words: Callable[[], str]
 
     @property
@@ -66,6 +69,7 @@ class Plan:
 
     context: Any
     scratch_bytes: int = 0
+    has_run: bool = False
     bound: tuple[int, ...] = ()
     graphs: OrderedDict[tuple[int, ...], int] = field(default_factory=OrderedDict)
     seen: OrderedDict[tuple[int, ...], None] = field(default_factory=OrderedDict)
@@ -85,7 +89,7 @@ class Lane:
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._cuda_graph = setup.cuda_graph
         self._scratch: tuple[int, int] | None = None
-        self._busy_on: int | None = None
+        self._is_busy = False
         self._in_use: Any = None
         self._releases = ExitStack()
         try:
@@ -160,7 +164,7 @@ class Lane:
         except BaseException:
             self._settle_quietly()
             raise
-        self._busy_on, self._in_use = None, None
+        self._is_busy, self._in_use = False, None
         for tensor, rows in zip(setup.outputs, outputs, strict=True):
             rows[...] = self._pinned[tensor.name][:count]
 
@@ -195,7 +199,7 @@ class Lane:
         except BaseException:
             self._settle_quietly(stream)
             raise
-        self._busy_on, self._in_use = stream, holds
+        self._is_busy, self._in_use = True, holds
 
     def order_after(self, stream: int, other: int) -> None:
         """Lets `stream` wait for what is on `other` now."""
@@ -206,11 +210,12 @@ class Lane:
     def wait(self, stream: int) -> None:
         """Waits for the lane's work on a stream."""
         self._cuda.stream_synchronize(stream)
-        self._busy_on, self._in_use = None, None
+        self._is_busy, self._in_use = False, None
 
     def _begin(self, stream: int) -> None:
-        """Buffers and scratch memory are used by one stream after the other."""
-        if self._busy_on is not None and self._busy_on != stream:
+        """Buffers and scratch memory are used by one stream after the other. That it is the same
+        stream as before cannot be told from its handle: another one may have got it since."""
+        if self._is_busy:
             self._cuda.wait_event(stream, self._done)
 
     def _pad(self, tensor: Tensor, source: int, count: int, batch: int, stream: int) -> None:
@@ -231,6 +236,9 @@ class Lane:
         self._bind(plan, addresses)
         if not api.enqueue(plan.context, stream):
             raise self._failure(f"TensorRT could not run a batch of {batch}")
+        if self._setup.own_graphs and not plan.has_run:
+            check_capturable(plan, stream)
+        plan.has_run = True
         # A caller's arrays may be new at each call: worth a graph when they come again.
         if self._cuda_graph and (is_own or addresses in plan.seen):
             self._capture(plan, addresses, stream)
@@ -240,12 +248,9 @@ class Lane:
                 plan.seen.popitem(last=False)
 
     def _bind(self, plan: Plan, addresses: tuple[int, ...]) -> None:
-        if plan.bound == addresses:
-            return
-        for tensor, address in zip(self._setup.tensors, addresses, strict=True):
-            if not api.bind(plan.context, tensor.name, address):
-                raise self._failure(f"TensorRT refuses the address of {tensor.name!r}")
-        plan.bound = addresses
+        if plan.bound != addresses:
+            set_addresses(self._setup, plan, addresses)
+            plan.bound = addresses
 
     def _capture(self, plan: Plan, addresses: tuple[int, ...], stream: int) -> None:
         """Records what was just enqueued once, as TensorRT asks for, on our own stream: the legacy
@@ -255,23 +260,10 @@ class Lane:
         while len(plan.graphs) >= PLANS:
             cuda.graph_destroy(plan.graphs.popitem(last=False)[1])
         try:
-            cuda.begin_capture(self.stream)
-            try:
-                captured = api.enqueue(plan.context, self.stream)
-            except BaseException:
-                cuda.abandon_capture(self.stream)
-                raise
-            if not captured:
-                cuda.abandon_capture(self.stream)
-                raise self._failure("TensorRT cannot be captured")
-            plan.graphs[addresses] = cuda.end_capture(self.stream)
+            plan.graphs[addresses] = record(self._setup, plan, self.stream)
         except EngineError as error:
             self._cuda_graph = False
-            warnings.warn(
-                f"no CUDA graphs, each inference is enqueued instead: {error.message}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_of_no_graphs(error.message)
 
     # --- Plans and memory ---
 
@@ -283,7 +275,7 @@ class Lane:
         if len(self._plans) >= PLANS:
             self._settle()
             self._drop(self._plans.popitem(last=False)[1])
-        plan = _make_plan(self._setup, batch)
+        plan = make_plan(self._setup, batch)
         try:
             need = plan.scratch_bytes
             if self._scratch is None or need > self._scratch[1]:
@@ -319,8 +311,8 @@ class Lane:
 
     def _settle(self) -> None:
         """Waits for what the lane has on the GPU."""
-        if self._busy_on is not None:
-            self._busy_on = None
+        if self._is_busy:
+            self._is_busy = False
             self._cuda.event_synchronize(self._done)
         self._in_use = None
 
@@ -328,20 +320,19 @@ class Lane:
         """After an error: what was enqueued may still use our buffers, and arrays of the caller."""
         with suppress(EngineError):
             self._cuda.stream_synchronize(self.stream if stream is None else stream)
-        self._busy_on, self._in_use = None, None
+        self._is_busy, self._in_use = False, None
 
     def _failure(self, what: str) -> EngineError:
         return failure(what, self._setup.last_words())
 
 
-# --- Contexts: what they need, and what to say when memory runs out ---
+# --- Plans: what they need, and what to say when memory runs out ---
+# Their contexts are reached through them alone: a local variable would live on in the traceback of
+# an error, and GPU memory with it.
 
 
-def _make_plan(setup: Setup, batch: int) -> Plan:
+def make_plan(setup: Setup, batch: int) -> Plan:
     """A context fixed to a batch; scratch memory is still to be given.
-
-    The context is held by the plan alone: a local variable would live on in the traceback of an
-    error, and with it GPU memory.
 
     Raises:
         GpuMemoryError, EngineError: TensorRT cannot make it.
@@ -357,6 +348,54 @@ def _make_plan(setup: Setup, batch: int) -> Plan:
         raise failure(f"TensorRT refuses a batch of {batch}", setup.last_words())
     plan.scratch_bytes = need
     return plan
+
+
+def set_addresses(setup: Setup, plan: Plan, addresses: Sequence[int]) -> None:
+    """Says where inputs and outputs lie.
+
+    Raises:
+        EngineError: TensorRT refuses an address.
+    """
+    for tensor, address in zip(setup.tensors, addresses, strict=True):
+        if not api.bind(plan.context, tensor.name, address):
+            what = f"TensorRT refuses the address of {tensor.name!r}"
+            raise failure(what, setup.last_words())
+
+
+def record(setup: Setup, plan: Plan, stream: int) -> int:
+    """The graph of one inference, of a context that was enqueued before, as TensorRT asks for.
+
+    Args:
+        stream: of ours, for recording: the legacy default stream cannot be captured.
+
+    Raises:
+        EngineError: it cannot be captured. The stream is as it was.
+    """
+    cuda = setup.cuda
+    cuda.begin_capture(stream)
+    try:
+        captured = api.enqueue(plan.context, stream)
+    except BaseException:
+        cuda.abandon_capture(stream)
+        raise
+    if not captured:
+        cuda.abandon_capture(stream)
+        raise failure("TensorRT cannot be captured", setup.last_words())
+    return cuda.end_capture(stream)
+
+
+def check_capturable(plan: Plan, stream: int) -> bool:
+    """Whether a runtime that captures by itself can; a warning where it cannot."""
+    if api.can_be_captured(plan.context, stream):
+        return True
+    warn_of_no_graphs("TensorRT-RTX says that it cannot be captured")
+    return False
+
+
+def warn_of_no_graphs(reason: str) -> None:
+    """Work goes on without them."""
+    words = f"no CUDA graphs, each inference is enqueued instead: {reason}"
+    warnings.warn(words, RuntimeWarning, stacklevel=2)
 
 
 def failure(what: str, words: str) -> EngineError:
@@ -375,8 +414,8 @@ def _out_of_memory(setup: Setup) -> GpuMemoryError:
         free = setup.cuda.free_memory()
         needs = {batch: _memory_need(setup, batch) for batch in (setup.least, setup.most)}
         message = (
-            f"out of GPU memory: batch {setup.most} needs {_mib(needs[setup.most])} per context, "
-            f"{_mib(free)} are free"
+            f"out of GPU memory: batch {setup.most} needs {mib(needs[setup.most])} per context, "
+            f"{mib(free)} are free"
         )
         if needs[setup.least] > free:
             return GpuMemoryError(f"{message}; not even batch {setup.least} fits", hint)
@@ -393,9 +432,10 @@ def _out_of_memory(setup: Setup) -> GpuMemoryError:
 
 def _memory_need(setup: Setup, batch: int) -> int:
     """Device memory of a lane, in bytes: scratch, inputs, outputs."""
-    scratch = _make_plan(setup, batch).scratch_bytes
+    scratch = make_plan(setup, batch).scratch_bytes
     return scratch + batch * sum(tensor.row_bytes for tensor in setup.tensors)
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """A size for people."""
     return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size} bytes"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import traceback
 from collections import deque
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ class LoadedEngine:
         cuda: the CUDA context to load into.
         file: which engine, and its manifest.
         plugin: our plugin's library; None finds or builds it where the engine needs it.
-        cuda_graph: for TensorRT-RTX, which captures by itself.
+        cuda_graph, eager: for TensorRT-RTX (`api.context_factory`).
 
     Attributes:
         tensors: inputs and outputs.
@@ -37,7 +39,7 @@ class LoadedEngine:
     """
 
     def __init__(
-        self, cuda: Cuda, file: EngineFile, *, plugin: Path | None, cuda_graph: bool
+        self, cuda: Cuda, file: EngineFile, *, plugin: Path | None, cuda_graph: bool, eager: bool
     ) -> None:
         self._file = file
         self._cuda = cuda
@@ -46,13 +48,13 @@ class LoadedEngine:
         self._runtime: Any = None
         self._engine: Any = None
         self._factory: api.ContextFactory | None = None
-        try:
-            with cuda.current():
-                self._load(plugin, cuda_graph)
-        except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold what must go
-            self._let_go()
-            raise
+        with cuda.current():
+            try:
+                self._load(plugin, cuda_graph, eager)
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they hold what must go
+                self._let_go()
+                raise
 
     def make_context(self) -> Any:
         """An execution context without scratch memory, or None where TensorRT cannot make one."""
@@ -67,7 +69,7 @@ class LoadedEngine:
 
     def close(self) -> None:
         """Keeps TensorRT-RTX's kernels for the next process and lets everything go."""
-        with ExitStack() as steps, self._cuda.current():
+        with self._cuda.current(), ExitStack() as steps:
             steps.callback(self._let_go)
             self._keep_kernels()
 
@@ -77,7 +79,7 @@ class LoadedEngine:
         self._runtime = None
         self._logger = None
 
-    def _load(self, plugin: Path | None, cuda_graph: bool) -> None:
+    def _load(self, plugin: Path | None, cuda_graph: bool, eager: bool) -> None:
         file = self._file
         trt = self._trt = api.load(file.flavour)
         self.captures_itself = api.captures_itself(trt)
@@ -97,6 +99,7 @@ class LoadedEngine:
             trt,
             self._engine,
             cuda_graph=cuda_graph,
+            eager=eager,
             cache=kernels.read_bytes() if kernels and kernels.is_file() else None,
         )
 
@@ -116,10 +119,10 @@ class LoadedEngine:
         path, hint = self._file.path, self._file.how_to_rebuild
         self._logger = api.make_logger(self._trt, self._words.append)
         self._runtime = api.make_runtime(self._trt, self._logger)
-        plan = path.read_bytes()
-        if reason := api.invalidity(self._trt, self._runtime, plan):
-            raise EngineError(f"{path} does not fit this machine: {reason}", hint)
-        self._engine = api.deserialize(self._runtime, plan)
+        with _mapped(path) as plan:
+            if reason := api.invalidity(self._trt, self._runtime, plan):
+                raise EngineError(f"{path} does not fit this machine: {reason}", hint)
+            self._engine = api.deserialize(self._runtime, plan)
         if self._engine is None:
             error = failure(f"{path} cannot be opened", self.last_words())
             error.hint = error.hint or hint
@@ -140,6 +143,21 @@ class LoadedEngine:
         if kernels and not (target.is_file() and target.read_bytes() == kernels):
             with suppress(ArtifactError):  # a full disk is no reason to fail: compiled again
                 write_bytes(target, kernels)
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[api.Buffer]:
+    """A file's content without a copy of it: what is mapped is the system's cache of the file,
+    which it takes back at will. A plan read into memory would be there twice while TensorRT
+    loads it, which a Jetson's GPU and CPU pay from the same memory. (TensorRT's stream readers
+    would do the same through calls of Python, and differ between versions: IStreamReader of 10.0
+    is gone in 11.1, IStreamReaderV2 came with 10.7.)"""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            plan.madvise(mmap.MADV_SEQUENTIAL)
+            yield plan
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise EngineError(f"{path} cannot be read: {error}") from error
 
 
 def _find_plugin(file: EngineFile, given: Path | None) -> Path | None:

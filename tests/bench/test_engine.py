@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from jmp_deploy import backends
-from jmp_deploy.backends.engine import TimedEngine
+from jmp_deploy.backends.engine import TimedEngine, engine_runner
 from jmp_deploy.bench import bench
 from jmp_deploy.bench.measure import Settings
 from jmp_deploy.core import artifact as manifest
 from jmp_deploy.core.artifact import Artifact, EngineFacts
 from jmp_deploy.core.errors import EngineError
-from jmp_deploy.engine import api, runtime
+from jmp_deploy.engine import api, bound, runtime
 from jmp_deploy.engine.cuda import Cuda
 from jmp_deploy.engine.fit import EngineFile, locate
 from tests.fakes.artifacts import write_artifact
@@ -27,23 +27,17 @@ from tests.fakes.tensorrt import CLASSES, IMAGE, FakeTensorRT, plan
 class TimedFakeCuda(FakeCuda):
     """Every piece of work takes 1 ms; events know how much of it lies between them."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.runtime.cudaEventDefault = 0
-
-    def cudaEventElapsedTime(self, start: int, end: int) -> tuple:
+    def cuEventElapsedTime(self, start: int, end: int) -> tuple:
         (stream, first), (same, last) = (self.objects[int(e)][1].mark for e in (start, end))
         assert stream is same and stream.executed >= last, "asked before the work was done"
-        return Status.cudaSuccess, float(last - first)
+        return Status.CUDA_SUCCESS, float(last - first)
 
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
     cuda = TimedFakeCuda()
     trt = FakeTensorRT(cuda)
-    monkeypatch.setattr(
-        runtime, "open_cuda", lambda device=None: Cuda(cuda.runtime, cuda.driver, device)
-    )
+    monkeypatch.setattr(runtime, "open_cuda", lambda device=None: Cuda(cuda.driver, device))
     monkeypatch.setattr(api, "load", lambda name: trt)
     found = SimpleNamespace(cuda=cuda, trt=trt, folder=tmp_path, several=False)
     yield found
@@ -63,7 +57,7 @@ def artifact(world, name: str = "a", **engine) -> Artifact:
 
 
 def timed(world, made: Artifact) -> TimedEngine:
-    cuda = Cuda(world.cuda.runtime, world.cuda.driver)
+    cuda = Cuda(world.cuda.driver)
     return TimedEngine(locate(made.folder), cuda=cuda)
 
 
@@ -79,6 +73,51 @@ def test_copies_and_computation_are_timed_apart(world, graph):
     assert (world.cuda.launches > 0) is graph
     assert backend.library == f"TensorRT {world.trt.__version__}"
     backend.close()
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_nothing_but_the_launch_is_between_the_events_of_the_computation(world, graph):
+    backend = timed(world, artifact(world))
+    infer = backend.prepare(2, graph)
+    world.cuda.calls.clear()
+    infer()
+    launch = "cuGraphLaunch" if graph else "execute_async_v3"
+    assert world.cuda.calls == [
+        *("cuEventRecord", "cuMemcpyAsync", "cuEventRecord"),
+        *("cuStreamIsCapturing", launch),
+        *("cuEventRecord", "cuMemcpyAsync", "cuEventRecord", "cuStreamSynchronize"),
+    ]
+    backend.close()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_tensorrt_rtx_is_timed_with_its_final_kernels_and_asked_for_graphs(
+    world, monkeypatch, capturable
+):
+    world.several = True
+    trt = FakeTensorRT(world.cuda, "rtx", "1.7.1.116")
+    monkeypatch.setattr(api, "load", lambda name: trt)
+    monkeypatch.setenv("JMP_DEPLOY_CACHE", str(world.folder / "cache"))
+    trt.capturable = capturable
+    made = artifact(world, flavour="rtx", version=trt.__version__)
+    backend = timed(world, made)
+    assert backend.has_graphs is capturable
+    assert trt.specialization == "eager"
+    assert backend.prepare(2, capturable)().compute == 1.0
+    if not capturable:
+        with pytest.raises(EngineError, match="batch of 2 cannot be run as a CUDA graph"):
+            backend.prepare(2, True)
+    backend.close()
+
+
+def test_what_is_compared_and_validated_is_not_a_provisional_kernel(world, monkeypatch):
+    pytest.importorskip("polygraphy")
+    trt = FakeTensorRT(world.cuda, "rtx", "1.7.1.116")
+    monkeypatch.setattr(api, "load", lambda name: trt)
+    monkeypatch.setenv("JMP_DEPLOY_CACHE", str(world.folder / "cache"))
+    made = artifact(world, flavour="rtx", version=trt.__version__)
+    with engine_runner(locate(made.folder)):
+        assert trt.specialization == "eager"
 
 
 def test_both_ways_and_several_batches_live_side_by_side(world):
@@ -123,7 +162,7 @@ def test_an_engine_of_another_version_is_refused_and_leaves_nothing(world):
 def test_a_plan_of_ours_needs_no_manifest_and_no_warning(world, recwarn):
     path = world.folder / "chain.engine"
     path.write_bytes(plan())
-    cuda = Cuda(world.cuda.runtime, world.cuda.driver)
+    cuda = Cuda(world.cuda.driver)
     backend = TimedEngine(EngineFile(path, "tensorrt", artifact(world).engine), cuda=cuda)
     assert backend.prepare(2, False)().compute == 1.0
     assert not [w for w in recwarn if "manifest" in str(w.message)]
@@ -149,10 +188,10 @@ def test_bench_of_two_engines(world, monkeypatch):
 
 def test_engines_that_cannot_be_captured_are_measured_without_graphs(world, monkeypatch):
     def refuse(*_):
-        return (Status.cudaErrorStreamCaptureUnsupported,)
+        return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
 
     world.several = True
-    world.cuda.runtime.cudaStreamBeginCapture = refuse
+    world.cuda.driver.cuStreamBeginCapture = refuse
     folder = artifact(world).folder
     monkeypatch.setattr(bench, "pick", lambda *_: (backends.get("engine"), ""))
     quick = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
@@ -178,12 +217,6 @@ def test_errors_of_the_system_and_of_cuda_end_in_an_engine_error(world, monkeypa
         infer = backend.prepare(4, True)
         for _ in range(at):
             infer()
-        monkeypatch.setattr(runtime.Engine, "infer", fail)
+        monkeypatch.setattr(bound.BoundCall, "__call__", fail)
         infer()
     backend.close()
-
-
-def test_events_with_a_time_are_in_cuda_bindings():
-    bindings = pytest.importorskip("cuda.bindings.runtime")
-    assert "cudaEventElapsedTime(start, end)" in bindings.cudaEventElapsedTime.__doc__
-    assert bindings.cudaEventDefault == 0

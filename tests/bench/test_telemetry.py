@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from jmp_deploy.bench import telemetry
+from jmp_deploy.bench import bench, telemetry
 from jmp_deploy.bench.host import Host, Reading
 from jmp_deploy.bench.jetson import Jetson
-from jmp_deploy.bench.nvml import Nvml
+from jmp_deploy.bench.nvml import REASONS, Nvml
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
+from tests.fakes.bench import QUICK, FakeBackend, artifact
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -161,17 +162,20 @@ def test_other_machines_are_no_jetson(tmp_path):
 class FakeNvml:
     """The functions of pynvml that we call; `missing` ones another driver or package has not."""
 
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU, NVML_DEVICE_MIG_ENABLE = 1, 2, 0, 1
 
     class NVMLError(Exception):
         pass
 
-    def __init__(self, *, unsupported=(), missing=(), reasons=0, processes=0, busy=0, init=None):
+    def __init__(
+        self, *, unsupported=(), missing=(), reasons=0, processes=0, busy=0, mig=0, init=None
+    ):
         self.address = None
         answers = {
             "nvmlInit": lambda: None,
             "nvmlDeviceGetHandleByPciBusId": self.handle,
             "nvmlDeviceGetHandleByIndex": self.handle,
+            "nvmlDeviceGetMigMode": lambda _: [mig, mig],
             "nvmlSystemGetDriverVersion": lambda: "580.65",
             "nvmlDeviceGetMaxClockInfo": lambda _, kind: {1: 1980}[kind],
             "nvmlDeviceGetEnforcedPowerLimit": lambda _: 700_000,
@@ -227,9 +231,39 @@ def test_nvml_reads_the_gpu_that_cuda_uses(nvml):
 
 
 def test_nvml_names_the_reasons_of_throttling_and_not_those_of_idling(nvml):
-    # idle 0x1, application clocks 0x2, sync boost 0x10, display 0x100 are no throttling
-    gpu, _ = nvml(reasons=0x1 | 0x2 | 0x10 | 0x100 | 0x4 | 0x40)
-    assert gpu.read().throttled == ("power limit", "temperature (hardware)")
+    # idle 0x1, application clocks 0x2, display 0x100 are no throttling
+    gpu, _ = nvml(reasons=0x1 | 0x2 | 0x100 | 0x4 | 0x40 | 0x400)
+    assert gpu.read().throttled == (
+        *("power limit", "temperature (hardware)"),
+        "reliability limit (voltage)",
+    )
+
+
+def test_every_reason_that_nvml_knows_is_told_or_is_a_setting():
+    pynvml = pytest.importorskip("pynvml")
+    every = pynvml.nvmlClocksThrottleReasonAll | pynvml.nvmlClocksEventReasonAll
+    settings = (
+        pynvml.nvmlClocksEventReasonGpuIdle
+        | pynvml.nvmlClocksEventReasonApplicationsClocksSetting
+        | pynvml.nvmlClocksEventReasonDisplayClockSetting
+    )
+    assert sum(REASONS) == every & ~settings
+    assert pynvml.NVML_DEVICE_MIG_ENABLE == FakeNvml.NVML_DEVICE_MIG_ENABLE
+
+
+def test_under_mig_the_board_s_power_is_nobody_s(nvml, tmp_path):
+    """Other instances draw from it too: no energy per image, and why."""
+    gpu, _ = nvml(mig=1)
+    reading = gpu.read()
+    assert reading.power_w is reading.energy_j is None and reading.gpu_mhz == 1755
+    facts = gpu.facts()
+    assert "power_of" not in facts and "power_w_limit" not in facts
+    asked = bench.BenchOptions(folder=artifact(tmp_path / "a"), settings=QUICK, batches=(1,))
+    result, _ = bench.bench(asked, opener=lambda *_: FakeBackend(2.0), sources=[gpu])
+    assert result["rows"][0]["mj_per_image"] is None
+    assert any(
+        "no energy per image: power cannot be read here: MIG is" in n for n in result["notes"]
+    )
 
 
 def test_nvml_tells_who_else_is_on_the_gpu(nvml):

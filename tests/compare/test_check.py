@@ -3,6 +3,7 @@
 # ruff: noqa: F811 (fixtures of tests.fakes.engine)
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from jmp_deploy.core import artifact as files
 from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import ArtifactError, EngineError, GpuMemoryError, engine_errors
 from jmp_deploy.engine import worker
+from jmp_deploy.engine.cuda import Cuda
 from jmp_deploy.engine.fit import EngineFile, locate
 from jmp_deploy.engine.runtime import Engine
 from tests.fakes.engine import HERE, images, make_world, world  # noqa: F401
@@ -156,10 +158,13 @@ def test_no_way_to_open_a_plan_lets_it_run_code_of_the_host(world, monkeypatch):
             pass
     monkeypatch.setattr(worker.api, "load", lambda flavour: world.trt)
     request = {"flavour": "tensorrt", "plugin": None, "engine": str(folder / files.ENGINE)}
-    assert worker.ACTIONS["inspect"](request)["layers"] == ["a", "b"]
-    (folder / files.ENGINE).write_bytes(b"no plan")
-    with pytest.raises(EngineError, match="cannot be opened here: Serialization assertion failed"):
-        worker.ACTIONS["inspect"](request)
+    with Cuda(world.cuda.driver).current():  # TensorRT's own, in a process that does nothing else
+        assert worker.ACTIONS["inspect"](request)["layers"] == ["a", "b"]
+        (folder / files.ENGINE).write_bytes(b"no plan")
+        words = "cannot be opened here: Serialization assertion failed"
+        with pytest.raises(EngineError, match=words):
+            worker.ACTIONS["inspect"](request)
+        gc.collect()
     # the fake's runtime counts a violation where it is allowed: see `world`
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats as distributions
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -12,25 +13,71 @@ from jmp_deploy.core.errors import MissingPackageError
 from jmp_deploy.validate import probe as validate_probe
 
 
-def test_counting_outcomes_draws_the_same_intervals_as_drawing_images(monkeypatch):
-    """Large samples take the short cut; both are compared on the same values."""
-    random = np.random.default_rng(0)
-    values = 100.0 * random.choice([-1, 0, 1], size=4000, p=[0.05, 0.9, 0.05])
-    slow = stats.bootstrap(values)
-    monkeypatch.setattr(stats, "MANY", 10)
-    quick = stats.bootstrap(values)
-    error = values.std() / np.sqrt(len(values))
-    assert slow != quick  # another stream of random numbers
-    np.testing.assert_allclose(quick, slow, atol=0.1 * error)
-    np.testing.assert_allclose(
-        quick, values.mean() + 1.96 * error * np.array([-1, 1]), atol=0.15 * error
-    )
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 9, 10, 19, 30, 99, 1000])
+def test_student_s_t_is_scipy_s(freedom):
+    assert stats.student_t(freedom) == pytest.approx(distributions.t.ppf(0.975, freedom), rel=1e-9)
 
 
-def test_many_images_take_no_time():
-    hits = np.random.default_rng(0).random(1_000_000) < 0.8
-    low, high = stats.bootstrap(100.0 * hits)
-    assert low < 100 * hits.mean() < high and high - low < 0.2
+def test_the_mean_s_interval_is_scipy_s():
+    values = np.random.default_rng(3).normal(5, 2, 12)
+    (low, high) = distributions.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert stats.mean_interval(values) == pytest.approx((values.mean(), low, high))
+
+
+@pytest.mark.parametrize(
+    ("hits", "n"), [(0, 1), (1, 1), (0, 100), (100, 100), (37, 50), (9, 10**6)]
+)
+def test_wilson_s_interval_is_scipy_s(hits, n):
+    want = distributions.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    low, high = stats.share_interval(hits, n)
+    assert (low, high) == pytest.approx((want.low, want.high), abs=1e-12)
+    assert 0 <= low < high <= 1
+
+
+def chances(n: int, plus: float, minus: float) -> dict[tuple[int, int], float]:
+    """Probability of every (lost, gained), in float64."""
+    shares = [plus, minus, 1 - plus - minus]
+    pairs = [(a, b) for a in range(n + 1) for b in range(n + 1 - a)]
+    whole = distributions.multinomial(n, shares)
+    return {pair: float(whole.pmf([*pair, n - sum(pair)])) for pair in pairs}
+
+
+def test_the_paired_interval_holds_the_truth_as_often_as_it_says():
+    """By adding up every sample that there can be, for shares of all kinds: at least 95 %."""
+    n = 15
+    intervals = {pair: stats.paired_difference(*pair, n) for pair in chances(n, 0.1, 0.1)}
+    coverage = []
+    for plus in (0.0, 0.02, 0.1, 0.3, 0.5, 0.9):
+        for minus in (0.0, 0.02, 0.1, 0.5):
+            if plus + minus <= 1:
+                truth = plus - minus
+                coverage.append(
+                    sum(
+                        chance
+                        for pair, chance in chances(n, plus, minus).items()
+                        if intervals[pair][0] - 1e-9 <= truth <= intervals[pair][1] + 1e-9
+                    )
+                )
+    assert len(coverage) > 15 and min(coverage) >= 0.95
+
+
+def test_the_paired_interval_of_many_images_is_the_usual_one_and_of_few_is_wider():
+    for lost, gained, n, wider in ((600, 500, 50_000, 1.1), (10, 8, 1000, 1.6)):
+        low, high = stats.paired_difference(lost, gained, n)
+        mean = (lost - gained) / n
+        half = 1.96 * ((lost + gained) / n**2 - mean**2 / n) ** 0.5
+        assert low < mean - half and mean + half < high
+        assert high - low < 2 * half * wider
+        assert stats.paired_difference(gained, lost, n) == pytest.approx((-high, -low), abs=1e-9)
+
+
+def test_models_that_never_disagreed_may_still_differ():
+    """None of n: the rule of three says 3 / n, one-sided and for one kind of disagreement."""
+    for n in (1, 20, 1000, 50_000):
+        low, high = stats.paired_difference(0, 0, n)
+        assert high == pytest.approx(-low) and 3 / n < high * 1.05 + 2 / n and high < 7 / n
+    low, high = stats.paired_difference(20, 0, 20)
+    assert 0.5 < low < 0.95 and high == pytest.approx(1)
 
 
 def test_ridge_is_ridge_regression_of_one_hot_labels():

@@ -9,18 +9,24 @@ in `trt_differences.py`.
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from jmp_deploy.core.errors import ToolchainError
 from jmp_deploy.core.paths import PACKAGE
 from jmp_deploy.engine import api, cuda
+from jmp_deploy.engine.loading import _mapped
+from jmp_deploy.plugin.toolchain import find_cxx
 from tests.engine.tensorrt_names import (
     SEAM,
     TABLE,
@@ -32,7 +38,7 @@ from tests.engine.tensorrt_names import (
     wrong,
 )
 from tests.engine.trt_differences import DIFFERENCES, lacks
-from tests.fakes.cuda import FakeCuda
+from tests.fakes.cuda import FakeCuda, Status
 
 STUBS_VERSION = "10.13.0"
 
@@ -124,13 +130,18 @@ def test_tensorrt_rtx_has_every_name(rtx):
     assert wrong(our_names(), lambda name: rtx_has(rtx, name), "rtx", rtx.__version__) == []
 
 
-def test_the_seam_works_on_the_real_tensorrt_rtx(rtx):
+def test_the_seam_works_on_the_real_tensorrt_rtx(rtx, tmp_path):
     """As far as that goes without a GPU: logger, runtime, validity, what the network says."""
     words: list[str] = []
     logger = api.make_logger(rtx, words.append)
     runtime = api.make_runtime(rtx, logger)
     assert api.invalidity(rtx, runtime, b"no plan" * 20) == "malformed engine"
     assert api.deserialize(runtime, b"no plan" * 20) is None
+    path = tmp_path / "no.plan"
+    path.write_bytes(b"no plan" * 20)
+    with _mapped(path) as plan:  # as plans are read
+        assert api.invalidity(rtx, runtime, plan) == "malformed engine"
+        assert api.deserialize(runtime, plan) is None
     assert words and any("Serialization" in line or "CUDA" in line for line in words)
     assert api.captures_itself(rtx) and api.strongly_typed(rtx)
     assert (8, 6) in api.compute_capabilities(rtx)
@@ -252,7 +263,7 @@ def cuda_calls(source: str) -> dict[str, set[int]]:
         text = ast.unparse(node.func)
         if text == "self._call" and isinstance(node.args[0], ast.Constant):
             calls.setdefault(node.args[0].value, set()).add(len(node.args) - 1)
-        elif re.fullmatch(r"self\._(runtime|driver)\.cu\w*(?<!_t)", text):
+        elif re.fullmatch(r"self\._driver\.cu\w*", text):
             calls.setdefault(text.rsplit(".", 1)[1], set()).add(len(node.args))
     return calls
 
@@ -263,9 +274,9 @@ def cuda_values(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
             text = ast.unparse(node)
-            match = re.fullmatch(r"(?:self\._runtime|self\._driver|attributes)\.([\w.]+)", text)
+            match = re.fullmatch(r"(?:self\._driver|attributes)\.([\w.]+)", text)
             if match:
-                prefix = "cudaDeviceAttr." if text.startswith("attributes") else ""
+                prefix = "CUdevice_attribute." if text.startswith("attributes") else ""
                 found.add(prefix + match[1])
     return found
 
@@ -276,16 +287,16 @@ def arity(function) -> int:
     return len([part for part in inside.split(",") if part.strip()])
 
 
-def cuda_wrong(source: str, runtime, driver) -> list[str]:
+def cuda_wrong(source: str, driver) -> list[str]:
     found = []
     for name, counts in cuda_calls(source).items():
-        function = getattr(runtime if name.startswith("cuda") else driver, name, None)
+        function = getattr(driver, name, None)
         if function is None:
             found.append(f"{name}: not there")
         elif counts != {arity(function)}:
             found.append(f"{name}: takes {arity(function)} arguments, given {sorted(counts)}")
     for name in cuda_values(source):
-        where = driver if name.startswith(("cu", "CU")) and not name.startswith("cuda") else runtime
+        where = driver
         for part in name.split("."):
             where = getattr(where, part, None)
         if where is None:
@@ -293,35 +304,169 @@ def cuda_wrong(source: str, runtime, driver) -> list[str]:
     return sorted(found)
 
 
-def test_cuda_bindings_has_every_function_and_constant():
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings: not checked")
-    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings: not checked")
+@pytest.fixture(scope="module")
+def driver():
+    return pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings: not checked")
+
+
+def test_cuda_bindings_has_every_function_and_constant(driver):
     source = Path(cuda.__file__).read_text("utf-8")
-    assert len(cuda_calls(source)) > 20 and len(cuda_values(source)) > 10
-    assert cuda_wrong(source, runtime, driver) == []
+    assert len(cuda_calls(source)) > 25 and len(cuda_values(source)) > 10
+    assert cuda_wrong(source, driver) == []
     planted = (
-        source.replace('"cudaMalloc"', '"cudaMallocs"')
-        .replace('"cudaGetDevice")', '"cudaGetDevice", 1)')
-        .replace("cudaMemcpyDefault", "cudaMemcpyAnyhow")
+        source.replace('"cuMemAlloc"', '"cuMemAllocs"')
+        .replace('"cuCtxGetDevice")', '"cuCtxGetDevice", 1)')
+        .replace("CU_STREAM_NON_BLOCKING", "CU_STREAM_ANYHOW")
     )
-    assert cuda_wrong(planted, runtime, driver) == [
-        "cudaGetDevice: takes 0 arguments, given [1]",
-        "cudaMallocs: not there",
-        "cudaMemcpyKind.cudaMemcpyAnyhow: not there",
+    assert cuda_wrong(planted, driver) == [
+        "CUstream_flags.CU_STREAM_ANYHOW: not there",
+        "cuCtxGetDevice: takes 0 arguments, given [1]",
+        "cuMemAllocs: not there",
     ]
 
 
-def test_the_fake_driver_has_functions_that_exist_with_their_arguments():
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings: not checked")
-    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings: not checked")
+def test_the_fake_driver_has_functions_that_exist_with_their_arguments(driver):
     fake = FakeCuda()
-    names = [n for n in dir(fake) if n.startswith(("cuda", "cuCtx", "cuInit"))]
-    assert len(names) > 20
+    values = vars(fake.driver)
+    names = [name for name in values if re.match("cu[A-Z]", name)]
+    assert len(names) > 25
     for name in names:
-        real = getattr(runtime if name.startswith("cuda") else driver, name)
-        assert arity(real) == getattr(fake, name).__code__.co_argcount - 1, name
-    assert fake.runtime.cudaHostAllocDefault == runtime.cudaHostAllocDefault
-    assert fake.runtime.cudaEventDisableTiming == runtime.cudaEventDisableTiming
-    assert fake.runtime.cudaStreamNonBlocking == runtime.cudaStreamNonBlocking
-    for name in fake.runtime.cudaError_t.__members__:
-        assert int(fake.runtime.cudaError_t[name]) == int(getattr(runtime.cudaError_t, name))
+        given = len(inspect.signature(values[name]).parameters)
+        assert arity(getattr(driver, name)) == given, name
+    for group, constants in values.items():
+        if isinstance(constants, SimpleNamespace):
+            for name, value in vars(constants).items():
+                assert int(getattr(getattr(driver, group), name)) == value, name
+    for status in Status:
+        assert int(getattr(driver.CUresult, status.name)) == status
+
+
+LIBCUDA = r"""
+#include <stdio.h>
+#include <string.h>
+typedef unsigned long W;
+#define SAY(...) (printf(__VA_ARGS__), fflush(stdout), 0)
+static int gives(const char* name, W* out, W value) { *out = value; return SAY("%s\n", name); }
+static int cuInit(unsigned f) { return SAY("cuInit %u\n", f); }
+static int cuCtxGetCurrent(W* c) { *c = 0; return 0; }
+static int cuDeviceGet(int* d, int n) { *d = n; return SAY("cuDeviceGet %d\n", n); }
+static int cuDevicePrimaryCtxRetain(W* c, int d) { return gives("retain", c, 0xC0DE + d); }
+static int cuCtxPushCurrent(W c) { return SAY("push %lx\n", c); }
+static int cuCtxPopCurrent(W* c) { return gives("pop", c, 0xC0DE); }
+static int cuCtxGetDevice(int* d) { *d = 1; return 0; }
+static int cuDeviceGetAttribute(int* v, int a, int d) { *v = a - 68; return 0; }
+static int cuDeviceGetName(char* s, int n, int d) { strncpy(s, "Orin", n); return 0; }
+static int cuMemGetInfo(W* f, W* t) { *f = 5; *t = 7; return 0; }
+static int cuPointerGetAttribute(void* v, int a, W p) { *(int*)v = 1; return p == 9 ? 1 : 0; }
+static int cuMemAlloc(W* p, W n) { *p = 256 * n; return n > 99 ? 2 : 0; }
+static int cuMemFree(W p) { return SAY("free %lu\n", p); }
+static int cuMemHostAlloc(W* p, W n, unsigned f) { *p = n; return SAY("pinned %lu %u\n", n, f); }
+static int cuMemFreeHost(W p) { return SAY("free pinned %lu\n", p); }
+static int cuMemcpyAsync(W t, W s, W n, W q) { return SAY("copy %lu %lu %lu %lu\n", t, s, n, q); }
+static int cuStreamCreate(W* s, unsigned f) { *s = 77; return SAY("stream %u\n", f); }
+static int cuStreamDestroy(W s) { return SAY("end stream %lu\n", s); }
+static int cuStreamSynchronize(W s) { return SAY("synchronize %lu\n", s); }
+static int cuStreamGetId(W s, W* id) { *id = 100 + s; return 0; }
+static int cuStreamIsCapturing(W s, int* v) { *v = s == 78; return 0; }
+static int cuStreamWaitEvent(W s, W e, unsigned f) { return SAY("wait %lu %lu\n", s, e); }
+static int cuStreamBeginCapture(W s, int m) { return SAY("capture %lu %d\n", s, m); }
+static int cuStreamEndCapture(W s, W* g) { return gives("end capture", g, 55); }
+static int cuEventCreate(W* e, unsigned f) { *e = 88; return SAY("event %u\n", f); }
+static int cuEventRecord(W e, W s) { return SAY("record %lu %lu\n", e, s); }
+static int cuEventSynchronize(W e) { return SAY("reach %lu\n", e); }
+static int cuEventElapsedTime(float* ms, W a, W b) { *ms = 1.5; return 0; }
+static int cuEventDestroy(W e) { return SAY("end event %lu\n", e); }
+static int cuGraphInstantiateWithFlags(W* x, W g, unsigned long long f) { *x = g + 1; return 0; }
+static int cuGraphDestroy(W g) { return SAY("end graph %lu\n", g); }
+static int cuGraphExecDestroy(W g) { return SAY("end executable %lu\n", g); }
+static int cuGraphLaunch(W g, W s) { return s == 79 ? 719 : SAY("launch %lu %lu\n", g, s); }
+#define F(n) if (!strcmp(name, #n)) { *out = (void*)n; return 0; }
+/* As a driver answers: what came after its version of CUDA it does not have. */
+int cuGetProcAddress_v2(const char* name, void** out, int version, W flags, int* status) {
+  *out = 0;
+  if (version > VERSION) return 500;
+  FUNCTIONS
+  return 500;
+}
+"""
+
+USE = """
+from jmp_deploy.core.errors import EngineError, GpuMemoryError
+from jmp_deploy.engine.cuda import open_cuda
+
+cuda = open_cuda(1)
+with cuda.current():
+    stream, event, timer = cuda.stream_create(), cuda.event_create(), cuda.timer_create()
+    device, pinned = cuda.malloc(3), cuda.malloc_host(4)
+    facts = [cuda.device, cuda.compute_capability(), cuda.device_name(), cuda.free_memory()]
+    facts += [cuda.device_of(8), cuda.device_of(9), cuda.elapsed_ms(event, event)]
+    facts += [cuda.is_capturing(stream), cuda.is_capturing(78), cuda.stream_id(stream)]
+    cuda.copy(device, pinned, 5, stream)
+    cuda.begin_capture(stream)
+    graph = cuda.end_capture(stream)
+    cuda.graph_launch(graph, stream)
+    cuda.graph_launcher(graph, 6)()
+    for call in (lambda: cuda.malloc(100), cuda.graph_launcher(graph, 79)):
+        try:
+            call()
+        except EngineError as error:
+            facts.append((type(error).__name__, error.message))
+    cuda.event_record(event, stream)
+    cuda.wait_event(stream, event)
+    cuda.event_synchronize(event)
+    cuda.stream_synchronize(stream)
+    cuda.graph_destroy(graph)
+    cuda.event_destroy(event)
+    cuda.free_host(pinned)
+    cuda.free(device)
+    cuda.stream_destroy(stream)
+print(facts)
+"""
+
+
+OLDEST = {"12": 12060, "13": 13000}
+"""The oldest driver's CUDA for each cuda-bindings: JetPack 6's 12.6, 13.0."""
+
+
+def test_cuda_bindings_takes_our_calls_to_the_oldest_driver(driver, tmp_path):
+    """A libcuda that has what came until then behind the real cuda-bindings: names, integers for
+    handles, results and errors."""
+    oldest = OLDEST[metadata.version("cuda-bindings").split(".")[0]]
+    try:
+        compiler = find_cxx()
+    except ToolchainError as error:
+        pytest.skip(error.message)
+    names = re.findall(r"^static int (cu\w+)", LIBCUDA, re.MULTILINE)
+    source = tmp_path / "libcuda.cpp"
+    table = "\n  ".join(f"F({name})" for name in names)
+    text = LIBCUDA.replace("FUNCTIONS", table).replace("VERSION", str(oldest))
+    text = text.replace("int cuGetProc", 'extern "C" int cuGetProc')
+    source.write_text(text, encoding="utf-8")
+    library = tmp_path / "libcuda.so.1"
+    build = [str(compiler), "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source)]
+    subprocess.run([*build, "-o", str(library)], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE],
+        env={
+            **os.environ,
+            "LD_LIBRARY_PATH": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *calls, facts = done.stdout.splitlines()
+    assert ast.literal_eval(facts) == [
+        *(1, (7, 8), "Orin", 5, 1, None, 1.5, False, True, 177),
+        ("GpuMemoryError", "cuMemAlloc: out of memory"),
+        ("EngineError", "cuGraphLaunch failed: CUDA_ERROR_LAUNCH_FAILED"),
+    ]
+    assert calls == [
+        *("cuInit 0", "cuDeviceGet 1", "retain", "push c0df", "pop", "push c0df"),
+        *("stream 1", "event 2", "event 0", "pinned 4 0", "copy 768 4 5 77"),
+        *("capture 77 1", "end capture", "end graph 55", "launch 56 77", "launch 56 6"),
+        *("record 88 77", "wait 77 88", "reach 88", "synchronize 77", "end executable 56"),
+        *("end event 88", "free pinned 4", "free 768", "end stream 77", "pop"),
+    ]

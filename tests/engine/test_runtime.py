@@ -22,10 +22,11 @@ from jmp_deploy.core import artifact
 from jmp_deploy.core.artifact import PluginFile
 from jmp_deploy.core.errors import ArtifactError, EngineError, GpuMemoryError, NonFiniteError
 from jmp_deploy.engine import arrays
+from jmp_deploy.engine.pool import KEPT
 from jmp_deploy.engine.runtime import Engine
-from tests.fakes.cuda import PRIMARY
+from tests.fakes.cuda import PRIMARY, Status
 from tests.fakes.engine import World, close_to, images, make_world, world  # noqa: F401
-from tests.fakes.tensorrt import CLASSES, IMAGE, plan
+from tests.fakes.tensorrt import CLASSES, IMAGE, NewContext, plan
 
 # --- Host memory --------------------------------------------------------------------------------
 
@@ -123,10 +124,10 @@ def test_not_finite_is_named_and_a_failed_check(world):
 
 def test_one_graph_per_batch_size_captured_on_first_use(world):
     with Engine(world.artifact()) as engine:
-        assert world.cuda.count("cudaGraphInstantiate") == 0
+        assert world.cuda.count("cuGraphInstantiate") == 0
         for seed, count in enumerate((8, 3, 8, 3, 8)):
             assert close_to(engine.infer(images(count, seed))["logits"], images(count, seed))
-        assert world.cuda.count("cudaGraphInstantiate") == 2
+        assert world.cuda.count("cuGraphInstantiate") == 2
         assert world.cuda.launches == 3
         assert world.cuda.count("execute_async_v3") == 4  # each size: once to run, once to record
 
@@ -135,16 +136,16 @@ def test_without_cuda_graphs(world):
     with Engine(world.artifact(), cuda_graph=False) as engine:
         for seed in range(3):
             assert close_to(engine.infer(images(4, seed))["logits"], images(4, seed))
-    assert world.cuda.count("cudaStreamBeginCapture") == 0 and world.cuda.launches == 0
+    assert world.cuda.count("cuStreamBeginCapture") == 0 and world.cuda.launches == 0
 
 
 @pytest.mark.parametrize(
     ("call", "which"),
     [
-        ("cudaStreamBeginCapture", 0),
+        ("cuStreamBeginCapture", 0),
         ("execute_async_v3", 1),  # the one that is recorded
-        ("cudaStreamEndCapture", 0),
-        ("cudaGraphInstantiate", 0),
+        ("cuStreamEndCapture", 0),
+        ("cuGraphInstantiate", 0),
     ],
 )
 def test_where_capture_fails_work_goes_on_with_one_warning(world, call, which):
@@ -180,10 +181,46 @@ def test_tensorrt_rtx_captures_by_itself_and_keeps_its_kernels(make_world, tmp_p
         assert world.trt.graph_strategy == "whole" and world.trt.loaded_kernels is None
         for seed in range(3):
             assert close_to(engine.infer(images(4, seed))["logits"], images(4, seed))
-    assert world.cuda.count("cudaStreamBeginCapture") == 0
+    assert world.cuda.count("cuStreamBeginCapture") == 0
     with Engine(world.artifact(), cuda_graph=False):
         assert world.trt.graph_strategy == "off"
         assert world.trt.loaded_kernels == b"compiled by the first process"
+    world.assert_clean()
+
+
+def test_tensorrt_rtx_compiles_first_where_it_is_asked_to(make_world):
+    """Else whoever measures would measure the kernels that it runs meanwhile."""
+    world = make_world("rtx", "1.7.1.116")
+    for eager, expected in ((False, "lazy"), (True, "eager")):
+        with Engine(world.artifact(), eager=eager):
+            assert world.trt.specialization == expected
+
+
+def test_tensorrt_rtx_is_asked_whether_it_can_be_captured(make_world):
+    world = make_world("rtx", "1.7.1.116")
+    world.trt.capturable = False
+    given, target = world.device_array(images(2)), world.device_array(np.zeros((2, CLASSES), "f4"))
+    stream = world.cuda.cuStreamCreate(1)[1]
+    with Engine(world.artifact(), eager=True) as engine:
+        with pytest.warns(RuntimeWarning, match="no CUDA graphs.*TensorRT-RTX says"):
+            assert close_to(engine.infer(images(2))["logits"], images(2))
+        with pytest.warns(RuntimeWarning, match="no CUDA graphs"):
+            assert not engine.bind(given, {"logits": target}, stream).is_graph
+        world.trt.capturable = True
+        assert engine.bind(given, {"logits": target}, stream).is_graph
+    world.trt.capturable = False  # as long as it compiles in the background: no reason to warn
+    with Engine(world.artifact()) as engine, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.infer(images(2))
+        call = engine.bind(given, {"logits": target}, stream)
+        world.cuda.cuStreamBeginCapture(stream, 1)
+        with pytest.raises(EngineError, match="cannot be captured"):
+            call()
+        status, graph = world.cuda.cuStreamEndCapture(stream)
+        assert status == 0
+        world.cuda.cuGraphDestroy(graph)
+    world.cuda.cuStreamDestroy(stream)
+    world.free(given, target)
     world.assert_clean()
 
 
@@ -200,10 +237,10 @@ def test_tensorrt_10_0_takes_scratch_memory_by_its_old_attribute(make_world):
 def test_arrays_on_the_gpu_are_used_in_place(world):
     given, target = world.device_array(images(6)), world.device_array(np.zeros((6, CLASSES), "f4"))
     with Engine(world.artifact()) as engine:
-        copies = world.cuda.count("cudaMemcpyAsync")
+        copies = world.cuda.count("cuMemcpyAsync")
         result = engine.infer(given, out={"logits": target})
         assert result["logits"] is target and close_to(world.read(target), images(6))
-        assert world.cuda.count("cudaMemcpyAsync") == copies
+        assert world.cuda.count("cuMemcpyAsync") == copies
     world.free(given, target)
 
 
@@ -232,7 +269,7 @@ def test_addresses_that_come_again_get_a_graph(world):
     with Engine(world.artifact()) as engine:
         for _ in range(4):
             engine.infer(given, out={"logits": target})
-        assert world.cuda.count("cudaGraphInstantiate") == 1 and world.cuda.launches == 2
+        assert world.cuda.count("cuGraphInstantiate") == 1 and world.cuda.launches == 2
         for _ in range(12):  # fresh arrays are not worth one
             other = world.device_array(images(4, 5))
             result = engine.infer(other)["logits"]
@@ -244,7 +281,7 @@ def test_addresses_that_come_again_get_a_graph(world):
 
 @pytest.mark.parametrize("kind", ["integer", "torch", "cupy", "pycuda", "numba", "cuda.core"])
 def test_a_stream_of_any_library_is_only_enqueued_on(world, kind):
-    number = world.cuda.cudaStreamCreateWithFlags(1)[1]
+    number = world.cuda.cuStreamCreate(1)[1]
     stream = {
         "integer": number,
         "torch": SimpleNamespace(cuda_stream=number),
@@ -257,9 +294,9 @@ def test_a_stream_of_any_library_is_only_enqueued_on(world, kind):
     with Engine(world.artifact(), cuda_graph=False) as engine:
         engine.infer(given, stream=stream, out={"logits": target})
         assert not world.read(target).any(), "nothing ran before somebody waited"
-        world.cuda.cudaStreamSynchronize(number)
+        world.cuda.cuStreamSynchronize(number)
         assert close_to(world.read(target), images(5))
-    world.cuda.cudaStreamDestroy(number)
+    world.cuda.cuStreamDestroy(number)
     world.free(given, target)
 
 
@@ -277,7 +314,7 @@ def test_what_is_no_stream_is_refused(world):
 def test_two_streams_share_a_lane_without_mixing(world, done):
     """The first stream has come some steps far when the second one's work is waited for: it must
     not have taken the lane's buffers."""
-    streams = [world.cuda.cudaStreamCreateWithFlags(1)[1] for _ in range(2)]
+    streams = [world.cuda.cuStreamCreate(1)[1] for _ in range(2)]
     given = [world.device_array(images(2, seed)) for seed in range(2)]
     targets = [world.device_array(np.zeros((2, CLASSES), "f4")) for _ in range(2)]
     with Engine(world.artifact(plan(batch=(4, 4, 8)))) as engine:  # padded: the lane's own buffers
@@ -288,11 +325,11 @@ def test_two_streams_share_a_lane_without_mixing(world, done):
         first = world.cuda.streams[streams[0]]
         world.cuda.drain(first, until=done)  # of two copies in, two of padding, a run, a copy out
         for index in (1, 0):
-            world.cuda.cudaStreamSynchronize(streams[index])
+            world.cuda.cuStreamSynchronize(streams[index])
         for index in range(2):
             assert close_to(world.read(targets[index]), images(2, index))
     for stream in streams:
-        world.cuda.cudaStreamDestroy(stream)
+        world.cuda.cuStreamDestroy(stream)
     world.free(*given, *targets)
 
 
@@ -305,24 +342,24 @@ def test_work_of_the_producer_is_waited_for(world):
     with Engine(world.artifact()) as engine:
         result = engine.infer(given)["logits"]
         assert close_to(world.read(result), values)
-        stream = world.cuda.cudaStreamCreateWithFlags(1)[1]
+        stream = world.cuda.cuStreamCreate(1)[1]
         given.__cuda_array_interface__["stream"] = int(stream)
         later = images(3, 9)
         world.cuda.enqueue(stream, lambda: ctypes.memmove(address, later.ctypes.data, later.nbytes))
         result = engine.infer(given)["logits"]
         assert close_to(world.read(result), later)
         del result
-    world.cuda.cudaStreamDestroy(stream)
+    world.cuda.cuStreamDestroy(stream)
     world.free(given)
 
 
 def test_closing_waits_for_work_on_streams_of_others(world):
-    stream = world.cuda.cudaStreamCreateWithFlags(1)[1]
+    stream = world.cuda.cuStreamCreate(1)[1]
     given, target = world.device_array(images(5)), world.device_array(np.zeros((5, CLASSES), "f4"))
     with Engine(world.artifact()) as engine:
         engine.infer(given, stream=stream, out={"logits": target})
     assert close_to(world.read(target), images(5))
-    world.cuda.cudaStreamDestroy(stream)
+    world.cuda.cuStreamDestroy(stream)
     world.free(given, target)
 
 
@@ -356,6 +393,180 @@ def test_outputs_that_do_not_fit(world):
     world.cuda.allocations.clear()
 
 
+# --- Streams of others: order, captures -----------------------------------------------------------
+
+
+def test_work_on_the_default_stream_goes_through_a_lane_in_its_order(world):
+    """TensorRT synchronises more on stream 0."""
+    given, target = world.device_array(images(3)), world.device_array(np.zeros((3, CLASSES), "f4"))
+    used = []
+    original = NewContext._execute
+    world.trt.context_type = type(
+        "Context",
+        (NewContext,),
+        {"_execute": lambda self, stream: used.append(stream) or original(self, stream)},
+    )
+    address, values = given.__cuda_array_interface__["data"][0], images(3, 4)
+    with Engine(world.artifact()) as engine:
+        for stream in (0, 1, SimpleNamespace(cuda_stream=0)):  # 1: CU_STREAM_LEGACY
+            world.cuda.enqueue(0, lambda: ctypes.memmove(address, values.ctypes.data, 576))
+            engine.infer(given, stream=stream, out={"logits": target})
+        world.cuda.cuStreamSynchronize(0)
+        assert close_to(world.read(target), values)
+    assert used and 0 not in used
+    world.free(given, target)
+
+
+def test_a_stream_with_the_handle_of_one_that_is_gone_waits_for_its_work(world):
+    given, target = world.device_array(images(2)), world.device_array(np.zeros((2, CLASSES), "f4"))
+    with Engine(world.artifact(), cuda_graph=False) as engine:
+        waits = []
+        for _ in range(2):
+            stream = world.cuda.cuStreamCreate(1)[1]
+            world.cuda._numbers = iter([int(stream), *range(1 << 40, (1 << 40) + 9)])
+            before = world.cuda.count("cuStreamWaitEvent")
+            engine.infer(given, stream=stream, out={"logits": target})
+            waits.append(world.cuda.count("cuStreamWaitEvent") - before)
+            world.cuda.cuStreamDestroy(stream)
+        assert waits == [0, 1]
+    world.free(given, target)
+
+
+def test_infer_refuses_a_stream_that_is_captured_and_leaves_the_capture_whole(world):
+    given, target = world.device_array(images(2)), world.device_array(np.zeros((2, CLASSES), "f4"))
+    stream = world.cuda.cuStreamCreate(1)[1]
+    with Engine(world.artifact()) as engine:
+        for _ in range(3):
+            engine.infer(given, stream=stream, out={"logits": target})
+        other = world.device_array(images(5))  # of a size that was never run
+        world.cuda.cuStreamBeginCapture(stream, 1)
+        for batch in (given, other):
+            with pytest.raises(EngineError, match="is being captured") as caught:
+                engine.infer(batch, stream=stream)
+            assert "Engine.bind" in caught.value.hint
+        status, graph = world.cuda.cuStreamEndCapture(stream)
+        assert status == 0 and world.cuda.objects[graph][1] == []
+        engine.infer(given, stream=stream, out={"logits": target})
+        world.cuda.cuGraphDestroy(graph)
+        world.cuda.cuStreamSynchronize(stream)
+    world.free(given, target, other)
+    world.cuda.cuStreamDestroy(stream)
+
+
+def test_the_default_stream_is_refused_while_a_stream_that_it_waits_for_is_captured(world):
+    given = world.device_array(images(2))
+    with Engine(world.artifact()) as engine:
+        refuse = (Status.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, None)
+        world.cuda.driver.cuStreamIsCapturing = lambda stream: refuse
+        with pytest.raises(EngineError, match="is being captured"):
+            engine.infer(given)
+    world.free(given)
+
+
+# --- Bound calls ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arrays_and_stream(world):
+    given, target = world.device_array(images(3)), world.device_array(np.zeros((3, CLASSES), "f4"))
+    stream = world.cuda.cuStreamCreate(1)[1]
+    yield given, {"logits": target}, stream
+    world.free(given, target)
+    world.cuda.cuStreamDestroy(stream)
+
+
+def test_a_bound_call_is_one_launch(world, arrays_and_stream):
+    given, out, stream = arrays_and_stream
+    with Engine(world.artifact()) as engine, world.current():
+        call = engine.bind(given, out, stream)
+        assert call.is_graph and call.outputs == out
+        for seed in range(3):
+            values = images(3, seed)
+            address = given.__cuda_array_interface__["data"][0]
+            ctypes.memmove(address, values.ctypes.data, values.nbytes)
+            before = len(world.cuda.calls)
+            call()
+            # asking is no work; nothing else is between a caller's events
+            assert world.cuda.calls[before:] == ["cuStreamIsCapturing", "cuGraphLaunch"]
+            world.cuda.cuStreamSynchronize(stream)
+            assert close_to(world.read(out["logits"]), values)
+        call.close()
+        with pytest.raises(EngineError, match="this bound call is closed"):
+            call()
+        call.close()
+
+
+def test_a_bound_call_without_graphs_and_in_a_thread_without_a_context(world, arrays_and_stream):
+    given, out, stream = arrays_and_stream
+    with Engine(world.artifact(), cuda_graph=False, contexts=0) as engine:
+        with pytest.raises(EngineError, match="contexts=0"):
+            engine.infer(images(1))
+        call = engine.bind(given, out, stream)
+        assert not call.is_graph
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(call).result(10)
+        world.cuda.cuStreamSynchronize(stream)
+        assert close_to(world.read(out["logits"]), images(3)) and world.cuda.launches == 0
+    with pytest.raises(EngineError, match="closed"):  # with its engine
+        call()
+    with pytest.raises(EngineError, match="closed"):
+        engine.bind(given, out, stream)
+
+
+def test_a_bound_call_goes_into_the_caller_s_own_graph(world, arrays_and_stream):
+    given, out, stream = arrays_and_stream
+    with Engine(world.artifact()) as engine, engine.bind(given, out, stream) as call:
+        world.cuda.cuStreamBeginCapture(stream, 1)
+        call()
+        status, graph = world.cuda.cuStreamEndCapture(stream)
+        assert status == 0
+        values, address = images(3, 8), given.__cuda_array_interface__["data"][0]
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+        executable = world.cuda.cuGraphInstantiate(graph, 0)[1]
+        world.cuda.cuGraphLaunch(executable, stream)
+        engine.infer(images(8))  # shares nothing with it
+        world.cuda.cuStreamSynchronize(stream)
+        assert close_to(world.read(out["logits"]), values)
+        world.cuda.cuGraphExecDestroy(executable)
+        world.cuda.cuGraphDestroy(graph)
+
+
+def test_what_cannot_be_bound_is_refused(world, arrays_and_stream):
+    given, out, stream = arrays_and_stream
+    wide, target = world.device_array(images(3)), world.device_array(np.zeros((9, CLASSES), "f4"))
+    whole = world.device_array(images(9))
+    with Engine(world.artifact(), max_batch=8) as engine:
+        for arguments, message in (
+            ((given, out, 0), "not the default stream"),
+            ((given, {}, stream), "name an array for every output: logits"),
+            ((given, {"logits": target}, stream), "9 rows, the inputs have 3"),
+            ((whole, {"logits": target}, stream), "9 images: bind takes 1 to 8"),
+        ):
+            with pytest.raises(EngineError, match=message):
+                engine.bind(*arguments)
+        world.cuda.cuStreamBeginCapture(stream, 1)
+        with pytest.raises(EngineError, match="is being captured"):
+            engine.bind(given, out, stream)
+        assert world.cuda.cuStreamEndCapture(stream)[0] == 0
+        world.cuda.objects.pop(max(world.cuda.objects))
+    world.free(wide, target, whole)
+
+
+def test_a_bound_call_that_does_not_fit_says_what_it_needs(make_world):
+    world = make_world(memory=12_000)
+    given, target = world.device_array(images(8)), world.device_array(np.zeros((8, CLASSES), "f4"))
+    stream = world.cuda.cuStreamCreate(1)[1]
+    with (
+        Engine(world.artifact(), contexts=0) as engine,
+        engine.bind(given, {"logits": target}, stream),
+        pytest.raises(GpuMemoryError, match="bound call of batch 8 needs 8000 bytes"),
+    ):
+        engine.bind(given, {"logits": target}, stream)
+    world.free(given, target)
+    world.cuda.cuStreamDestroy(stream)
+    world.assert_clean()
+
+
 # --- Threads and contexts -----------------------------------------------------------------------
 
 
@@ -376,14 +587,14 @@ def test_many_threads_at_once(world, contexts):
 def test_closing_waits_for_running_calls_and_refuses_later_ones(world):
     engine = Engine(world.artifact())
     inside, go = threading.Event(), threading.Event()
-    original = world.cuda.cudaStreamSynchronize
+    original = world.cuda.cuStreamSynchronize
 
     def slow(stream):
         inside.set()
         assert go.wait(10)
         return original(stream)
 
-    world.cuda.runtime.cudaStreamSynchronize = slow
+    world.cuda.driver.cuStreamSynchronize = slow
     with ThreadPoolExecutor(2) as threads:
         running = threads.submit(engine.infer, images(2))
         assert inside.wait(10)
@@ -413,6 +624,50 @@ def test_a_context_of_another_library_is_used_and_left_current(world):
     world.cuda.push(pycuda)
     world.free(given)
     assert {owner for _, _, _, owner in world.cuda.allocations.values()} == set()
+
+
+def test_the_caller_s_context_stays_current(world):
+    """With none, none is left; with another one, of another GPU even, that one is."""
+    with Engine(world.artifact()) as engine:
+        assert world.cuda.context_stack() == []
+        engine.infer(images(2))
+    assert world.cuda.context_stack() == []
+    pycuda = 0xBEEF
+    world.cuda.push(pycuda)
+    with Engine(world.artifact(), device=0) as engine:
+        assert close_to(engine.infer(images(2))["logits"], images(2))
+        assert world.cuda.context() == pycuda
+    with pytest.raises(ArtifactError):
+        Engine(world.folder / "nowhere", device=0)
+    assert world.cuda.context_stack() == [pycuda]
+    world.cuda.pop()
+
+
+def test_arrays_of_another_gpu_are_refused(world):
+    given, target = world.device_array(images(3)), world.device_array(np.zeros((3, CLASSES), "f4"))
+    address = given.__cuda_array_interface__["data"][0]
+    world.cuda.other_gpu.add(address)
+    on_host = SimpleNamespace(
+        __cuda_array_interface__={
+            **given.__cuda_array_interface__,
+            "data": (images(3).ctypes.data, False),
+        }
+    )
+    with Engine(world.artifact()) as engine:
+        for array in (given, arrays.DeviceArray(address, (3, *IMAGE), np.dtype("f4"))):
+            with pytest.raises(EngineError, match="input 'images' lies on GPU 1, the engine") as e:
+                engine.infer(array)
+            assert "device=1" in e.value.hint
+        producer = Producer(address, (3, *IMAGE), number=1)
+        with pytest.raises(EngineError, match="lies on GPU 1"):
+            engine.infer(producer)
+        assert producer.streams == [], "it was never asked to synchronise with a stream of ours"
+        with pytest.raises(EngineError, match="CUDA knows of no memory at 0x"):
+            engine.infer(on_host)
+        world.cuda.other_gpu = {target.__cuda_array_interface__["data"][0]}
+        with pytest.raises(EngineError, match="output 'logits' lies on GPU 1"):
+            engine.infer(given, out={"logits": target})
+    world.free(given, target)
 
 
 # --- Opening ------------------------------------------------------------------------------------
@@ -505,6 +760,36 @@ def test_only_the_batch_may_be_dynamic(world):
         Engine(world.artifact(plan(image=(3, -1, 4))))
 
 
+def test_a_plan_is_not_copied_into_memory(world):
+    """On a Jetson, GPU and CPU share it: a copy of the plan is memory that the engine lacks."""
+    size = 64 << 20
+    grown = []
+
+    class Runtime(world.trt.Runtime):
+        def deserialize_cuda_engine(self, serialized_engine):
+            assert memoryview(serialized_engine).nbytes == size
+            grown.append(anonymous_memory() - before)
+            return super().deserialize_cuda_engine(bytes(serialized_engine).rstrip())
+
+    world.trt.Runtime = Runtime
+    folder = world.artifact(plan().ljust(size))
+    before = anonymous_memory()
+    with Engine(folder) as engine:
+        assert close_to(engine.infer(images(1))["logits"], images(1))
+    assert grown[0] < size / 4
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are not a file's: what Linux cannot take back."""
+    (line,) = (ln for ln in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in ln)
+    return 1024 * int(line.split()[1])
+
+
+def test_an_empty_plan_is_refused(world):
+    with pytest.raises(EngineError, match="cannot be read"):
+        Engine(world.artifact(b""))
+
+
 # --- Memory -------------------------------------------------------------------------------------
 
 
@@ -528,6 +813,66 @@ def test_not_even_one_image_fits(make_world):
     world.assert_clean()
 
 
+def test_a_context_that_cannot_tell_its_scratch_memory_is_refused(world):
+    """0 is TensorRT's word for an error; memory of no bytes would be written past its end."""
+    with pytest.raises(EngineError, match="TensorRT refuses a batch of 8"):
+        Engine(world.artifact(plan(scratch=0)))
+
+
+def test_outputs_come_from_a_pool_in_the_order_of_a_stream(world):
+    given = world.device_array(images(2))
+    streams = [world.cuda.cuStreamCreate(1)[1] for _ in range(2)]
+    with Engine(world.artifact()) as engine:
+
+        def address(stream) -> int:
+            result = engine.infer(given, stream=stream)["logits"]
+            if stream is not None:
+                world.cuda.cuStreamSynchronize(stream)
+            assert close_to(world.read(result), images(2))
+            return result.pointer
+
+        for stream in (None, *streams):
+            used = {address(stream) for _ in range(3)}
+            before = world.cuda.count("cuMemAlloc"), world.cuda.count("cuMemFree")
+            assert {address(stream) for _ in range(5)} <= used
+            assert (world.cuda.count("cuMemAlloc"), world.cuda.count("cuMemFree")) == before
+        assert not {address(streams[0])} & {address(streams[1])}
+        kept = engine.infer(given)["logits"]
+        assert address(None) != kept.pointer, "what is still held is nobody else's"
+    assert close_to(world.read(kept), images(2)), "nor freed with the engine"
+    del kept
+    for stream in streams:
+        world.cuda.cuStreamDestroy(stream)
+    world.free(given)
+
+
+def test_the_pool_keeps_a_few_pieces_only(world):
+    with Engine(world.artifact()) as engine:
+        results = []
+        for _ in range(3 * KEPT):
+            given = world.device_array(images(2))
+            results.append(engine.infer(given)["logits"])
+            world.free(given)
+        held = len(world.cuda.allocations)
+        results.clear()
+        assert (
+            len(world.cuda.allocations) <= held - 2 * KEPT + 1
+        )  # one is the lane's, until its next
+
+
+def test_the_pool_keeps_little_and_gives_it_back_before_memory_runs_out(make_world):
+    world = make_world(memory=40_000)
+    given = world.device_array(images(8))
+    with Engine(world.artifact(plan(classes=400))) as engine:  # 12800 bytes of output
+        for count in (8, 7, 6, 8):
+            part = world.device_array(images(count))
+            result = engine.infer(part)["logits"]
+            del result
+            world.free(part)
+    world.free(given)
+    world.assert_clean()
+
+
 def test_too_little_memory_for_the_weights(make_world):
     world = make_world(memory=1 << 20)
     with pytest.raises(GpuMemoryError, match="OutOfMemory"):
@@ -547,6 +892,10 @@ def _session(world: World, folder: Path) -> None:
         engine.infer(world.given, out={"logits": world.target})
         result = engine.infer(world.given)
         del result
+        call = engine.bind(world.whole, {"logits": world.outputs}, world.stream)
+        call()
+        call.close()
+        engine.bind(world.whole, {"logits": world.outputs}, world.stream)()
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "rtx"])
@@ -555,7 +904,10 @@ def test_everything_is_freed_whichever_call_fails(make_world, flavour):
     folder = world.artifact(plan(batch=(4, 4, 8)))
     given, target = world.device_array(images(3)), world.device_array(np.zeros((3, CLASSES), "f4"))
     world.given, world.target = given, target
-    kept = dict(world.cuda.allocations)
+    world.whole = world.device_array(images(4))
+    world.outputs = world.device_array(np.zeros((4, CLASSES), "f4"))
+    world.stream = world.cuda.cuStreamCreate(1)[1]
+    kept, objects = dict(world.cuda.allocations), dict(world.cuda.objects)
     _session(world, folder)  # makes the primary context, and TensorRT-RTX's kernels
     world.cuda.calls.clear()
     _session(world, folder)
@@ -573,16 +925,17 @@ def test_everything_is_freed_whichever_call_fails(make_world, flavour):
                 assert error.message
             else:  # no error: a capture that fails, and what a result's end cannot raise
                 words = " ".join(str(one.message) for one in warned)
-                silent = ("cudaFree", "cudaGraphDestroy")
+                silent = ("cuMemFree", "cuGraphDestroy")
                 assert "no CUDA graphs" in words or world.cuda.failed in silent
         world.cuda.fail_at = None
         failed.add(world.cuda.failed)
         assert world.cuda.violations == [], (position, world.cuda.failed)
         assert world.cuda.allocations.keys() == kept.keys(), (position, world.cuda.failed)
-        assert not world.cuda.objects and not +world.cuda.alive, (position, world.cuda.failed)
+        assert world.cuda.objects == objects, (position, world.cuda.failed)
+        assert not +world.cuda.alive, (position, world.cuda.failed)
         assert all(stream.capture is None for stream in world.cuda.streams.values())
-    assert {"cudaMalloc", "cudaFree", "cudaHostAlloc", "create_execution_context"} <= failed
-    assert {"cudaStreamSynchronize", "execute_async_v3", "cudaStreamDestroy"} <= failed
+    assert {"cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "create_execution_context"} <= failed
+    assert {"cuStreamSynchronize", "execute_async_v3", "cuStreamDestroy"} <= failed
 
 
 def test_an_engine_that_is_forgotten_frees_itself_and_says_so(world):
@@ -612,10 +965,11 @@ class Producer:
         *,
         kind: int = 2,
         bits: int = 32,
+        number: int = 0,
         offset: int = 0,
         strides: tuple[int, ...] | None = None,
     ) -> None:
-        self.kind, self.released, self.streams = kind, 0, []
+        self.kind, self.number, self.released, self.streams = kind, number, 0, []
         self.dims = (ctypes.c_int64 * len(shape))(*shape)
         self.steps = (ctypes.c_int64 * len(shape))(*strides) if strides else None
         self.managed = arrays._Managed()
@@ -633,7 +987,7 @@ class Producer:
         self.released += 1
 
     def __dlpack_device__(self):
-        return self.kind, 0
+        return self.kind, self.number
 
     def __dlpack__(self, *, stream=None):
         self.streams.append(stream)
@@ -650,10 +1004,10 @@ def test_dlpack_arrays_are_used_in_place_and_given_back(world):
     given = world.device_array(images(5))
     address = given.__cuda_array_interface__["data"][0]
     producer = Producer(address, (5, *IMAGE), offset=256, strides=(48, 16, 4, 1))
-    stream = world.cuda.cudaStreamCreateWithFlags(1)[1]
+    stream = world.cuda.cuStreamCreate(1)[1]
     with Engine(world.artifact()) as engine:
         result = engine.infer(producer, stream=stream)["logits"]
-        world.cuda.cudaStreamSynchronize(stream)
+        world.cuda.cuStreamSynchronize(stream)
         assert close_to(world.read(result), images(5))
         assert producer.streams == [int(stream)], "the producer makes this stream wait"
         assert producer.released == 0, "the GPU may still be reading"
@@ -663,10 +1017,10 @@ def test_dlpack_arrays_are_used_in_place_and_given_back(world):
         engine.infer(images(1))
         assert producer.released == 1
         result = engine.infer(Producer(address, (5, *IMAGE)), stream=0)["logits"]
-        world.cuda.cudaStreamSynchronize(0)
+        world.cuda.cuStreamSynchronize(0)
         assert close_to(world.read(result), images(5))
         del result
-    world.cuda.cudaStreamDestroy(stream)
+    world.cuda.cuStreamDestroy(stream)
     world.free(given)
 
 

@@ -52,6 +52,18 @@ DIFFERENCES = (
     Difference("ComputeCapability", {"tensorrt": _ALL}, _TARGETS),
     Difference("CudaGraphStrategy", {"tensorrt": _ALL}, _RTX_RUNTIME),
     Difference("IRuntimeConfig.cuda_graph_strategy", {"tensorrt": _ALL}, _RTX_RUNTIME),
+    Difference("DynamicShapesKernelSpecializationStrategy", {"tensorrt": _ALL}, _RTX_RUNTIME),
+    Difference(
+        "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+        {"tensorrt": _ALL},
+        _RTX_RUNTIME,
+    ),
+    Difference(
+        "IExecutionContext.is_stream_capturable",
+        {"tensorrt": _ALL},
+        "TensorRT-RTX tells whether kernels are still to be compiled; a capture by TensorRT is "
+        "tried",
+    ),
     Difference("IRuntimeConfig.create_runtime_cache", {"tensorrt": _ALL}, _RTX_RUNTIME),
     Difference("IRuntimeConfig.set_runtime_cache", {"tensorrt": _ALL}, _RTX_RUNTIME),
     Difference("IRuntimeCache.deserialize", {"tensorrt": _ALL}, _RTX_RUNTIME),

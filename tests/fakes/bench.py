@@ -16,7 +16,10 @@ QUICK = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)
 class FakeBackend:
     """Every inference takes `ms`, whatever the batch; on a GPU half of it is computation."""
 
-    def __init__(self, ms: float, *, on_gpu: bool = False, stop_at: int | None = None) -> None:
+    def __init__(
+        self, ms: float, *, on_gpu: bool = False, stop_at: int | None = None, enqueue: float = 0.01
+    ) -> None:
+        self.enqueue = enqueue
         self.ms, self.has_graphs, self.stop_at = ms, on_gpu, stop_at
         self.library, self.closed = "Fake 1.0", False
 
@@ -28,7 +31,7 @@ class FakeBackend:
                 raise KeyboardInterrupt
             if not self.has_graphs:
                 return Times(start=0.0, total=ms)
-            return Times(start=0.0, total=ms, h2d=ms / 4, compute=ms / 2, d2h=ms / 4)
+            return Times(0.0, ms, self.enqueue, h2d=ms / 4, compute=ms / 2, d2h=ms / 4)
 
         return infer
 

@@ -1,7 +1,7 @@
-"""A CUDA runtime and driver of host memory, for tests on machines without a GPU.
+"""A CUDA driver of host memory, for tests on machines without a GPU.
 
-It stands in for `cuda.bindings.runtime` and `cuda.bindings.driver` (`tests/engine/test_contract.py`
-checks that each function here exists there, with as many arguments). Streams are lazy: work is
+It stands in for `cuda.bindings.driver` (`tests/engine/test_contract.py` checks that each function
+here exists there, with as many arguments). Streams are lazy: work is
 done only when somebody waits for it, as late as CUDA allows, so that what forgets to wait, or
 overwrites a buffer that is still to be read, computes something else. What CUDA leaves undefined
 is written to `violations`; what is not given back is in `leaks()`; `fail_at` makes one call fail.
@@ -10,28 +10,37 @@ is written to `violations`; what is not given back is in `leaks()`; `fail_at` ma
 from __future__ import annotations
 
 import ctypes
+import functools
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 PRIMARY = 0xC0DE
+WITHOUT_CONTEXT = (
+    *("cuInit", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"),
+    *("cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxPushCurrent"),
+)
 CAPABILITY = (8, 6)
 
 
 class Status(IntEnum):
-    cudaSuccess = 0
-    cudaErrorInvalidValue = 1
-    cudaErrorMemoryAllocation = 2
-    cudaErrorInvalidResourceHandle = 400
-    cudaErrorStreamCaptureUnsupported = 900
-    cudaErrorUnknown = 999
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_INVALID_HANDLE = 400
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+    CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906
+    CUDA_ERROR_UNKNOWN = 999
 
 
 class Handle(int):
-    """cudaStream_t and its like: an object that is a number."""
+    """CUstream and its like: an object that is a number."""
 
 
 class Stream:
@@ -41,11 +50,16 @@ class Stream:
         self.enqueued = self.executed = 0
         self.capture: list[Callable[[], None]] | None = None
         self.capturing_thread: int | None = None
+        self.is_broken = False  # its capture
         self.is_alive = True
+        self.id = next(_ids)
+
+
+_ids = count(1)
 
 
 class FakeCuda:
-    """All state, and `runtime` and `driver` as modules.
+    """All state, and `driver` as a module.
 
     Args:
         memory: bytes of device memory; an allocation past it fails.
@@ -65,23 +79,39 @@ class FakeCuda:
         self.launches = 0
         self._numbers = iter(range(0x1000, 1 << 40, 0x10))
         self._local = threading.local()
-        self.runtime = SimpleNamespace(
-            **{n: getattr(self, n) for n in dir(self) if n.startswith("cuda")},
-            cudaError_t=Status,
-            cudaStream_t=Handle,
-            cudaHostAllocDefault=0,
-            cudaEventDisableTiming=2,
-            cudaStreamNonBlocking=1,
-            cudaMemcpyKind=SimpleNamespace(cudaMemcpyDefault=4),
-            cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
-            cudaDeviceAttr=SimpleNamespace(
-                cudaDevAttrComputeCapabilityMajor="major", cudaDevAttrComputeCapabilityMinor="minor"
+        self.other_gpu: set[int] = set()  # addresses that are not of GPU 0
+        self.driver = SimpleNamespace(
+            **{n: self._ours(n) for n in dir(self) if re.match("cu[A-Z]", n)},
+            CUresult=Status,
+            CUstream=Handle,
+            CUgraphExec=Handle,
+            CUevent_flags=SimpleNamespace(CU_EVENT_DEFAULT=0, CU_EVENT_DISABLE_TIMING=2),
+            CUstream_flags=SimpleNamespace(CU_STREAM_NON_BLOCKING=1),
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1),
+            CUstreamCaptureStatus=SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=0),
+            CUpointer_attribute=SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9),
+            CUdevice_attribute=SimpleNamespace(
+                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
+                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
             ),
         )
-        names = ("cuInit", "cuCtxGetCurrent", "cuCtxPushCurrent", "cuCtxPopCurrent")
-        self.driver = SimpleNamespace(**{n: getattr(self, n) for n in names}, CUcontext=Handle)
 
     # --- For tests ---
+
+    def _ours(self, name: str) -> Callable[..., tuple]:
+        """A function as our code sees it: most want a context that is current. Tests, which play
+        other libraries, call `cuX` itself."""
+        function = getattr(self, name)
+        if name in WITHOUT_CONTEXT:
+            return function
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> tuple:
+            if not self.context_stack():
+                self.violations.append(f"{name} while no context is current")
+            return function(*arguments)
+
+        return call
 
     def leaks(self) -> list[str]:
         """What was made and not given back."""
@@ -104,10 +134,10 @@ class FakeCuda:
 
     def push(self, context: int) -> None:
         """Makes a context current, as pycuda's `make_context` does."""
-        self._stack().append(context)
+        self.context_stack().append(context)
 
     def pop(self) -> None:
-        self._stack().pop()
+        self.context_stack().pop()
 
     def inside(self, address: int, size: int, kinds: tuple[str, ...] = ("device",)) -> bool:
         """Whether a range lies in one live allocation of these kinds."""
@@ -120,14 +150,14 @@ class FakeCuda:
         """Puts work on a stream, or into its capture."""
         target = self.streams.get(int(stream))
         if target is None:
-            return Status.cudaErrorInvalidResourceHandle
+            return Status.CUDA_ERROR_INVALID_HANDLE
         self._check_context(target.context, f"stream {target.number:#x}")
         if target.capture is not None:
             target.capture.append(work)
         else:
             target.queue.append(work)
             target.enqueued += 1
-        return Status.cudaSuccess
+        return Status.CUDA_SUCCESS
 
     def drain(self, stream: Stream, until: int | None = None) -> None:
         """Does the work of a stream, up to a mark."""
@@ -143,21 +173,20 @@ class FakeCuda:
     def pending(self) -> bool:
         return any(stream.queue for stream in self.streams.values())
 
-    def is_capturing_here(self) -> bool:
+    def capturing_here(self) -> list[Stream]:
         me = threading.get_ident()
-        return any(
-            s.capture is not None and s.capturing_thread == me for s in self.streams.values()
-        )
+        every = self.streams.values()
+        return [s for s in every if s.capture is not None and s.capturing_thread == me]
 
     # --- Contexts ---
 
-    def _stack(self) -> list[int]:
+    def context_stack(self) -> list[int]:
         if not hasattr(self._local, "stack"):
             self._local.stack = []
         return self._local.stack
 
     def context(self) -> int:
-        return self._stack()[-1] if self._stack() else PRIMARY
+        return self.context_stack()[-1] if self.context_stack() else PRIMARY
 
     def _check_context(self, owner: int, what: str) -> None:
         if owner and owner != self.context():
@@ -165,102 +194,107 @@ class FakeCuda:
 
     def cuInit(self, flags: int) -> tuple:
         if self.fails("cuInit"):
-            return (Status.cudaErrorUnknown,)
-        return (Status.cudaSuccess,)
+            return (Status.CUDA_ERROR_UNKNOWN,)
+        return (Status.CUDA_SUCCESS,)
 
     def cuCtxGetCurrent(self) -> tuple:
-        stack = self._stack()
-        return Status.cudaSuccess, (Handle(stack[-1]) if stack else None)
+        stack = self.context_stack()
+        return Status.CUDA_SUCCESS, (Handle(stack[-1]) if stack else None)
 
     def cuCtxPushCurrent(self, context: int) -> tuple:
-        if self.fails("cuCtxPushCurrent"):
-            return (Status.cudaErrorUnknown,)
-        self._stack().append(int(context))
-        return (Status.cudaSuccess,)
+        # never made to fail: it does for a context that is gone, and all that was in it then is
+        self.context_stack().append(int(context))
+        return (Status.CUDA_SUCCESS,)
 
     def cuCtxPopCurrent(self) -> tuple:
-        return Status.cudaSuccess, Handle(self._stack().pop())
+        return Status.CUDA_SUCCESS, Handle(self.context_stack().pop())
 
-    def cudaSetDevice(self, device: int) -> tuple:
-        if self.fails("cudaSetDevice"):
-            return (Status.cudaErrorUnknown,)
-        self._stack()[:] = [PRIMARY]
-        return (Status.cudaSuccess,)
+    def cuDeviceGet(self, ordinal: int) -> tuple:
+        if self.fails("cuDeviceGet"):
+            return Status.CUDA_ERROR_UNKNOWN, None
+        return Status.CUDA_SUCCESS, ordinal
 
-    def cudaGetDevice(self) -> tuple:
-        if self.fails("cudaGetDevice"):
-            return Status.cudaErrorUnknown, None
-        return Status.cudaSuccess, 0
+    def cuDevicePrimaryCtxRetain(self, dev: int) -> tuple:
+        if self.fails("cuDevicePrimaryCtxRetain"):
+            return Status.CUDA_ERROR_UNKNOWN, None
+        return Status.CUDA_SUCCESS, Handle(PRIMARY + dev)
 
-    def cudaDeviceGetAttribute(self, attribute: str, device: int) -> tuple:
-        if self.fails("cudaDeviceGetAttribute"):
-            return Status.cudaErrorUnknown, None
-        return Status.cudaSuccess, CAPABILITY[attribute == "minor"]
+    def cuCtxGetDevice(self) -> tuple:
+        if self.fails("cuCtxGetDevice") or not self.context_stack():
+            return Status.CUDA_ERROR_UNKNOWN, None
+        primary = range(PRIMARY, PRIMARY + 8)  # of GPU 0, 1, ...
+        return Status.CUDA_SUCCESS, (self.context() - PRIMARY if self.context() in primary else 0)
 
-    def cudaGetDeviceProperties(self, device: int) -> tuple:
-        if self.fails("cudaGetDeviceProperties"):
-            return Status.cudaErrorUnknown, None
-        return Status.cudaSuccess, SimpleNamespace(name=b"Fake GPU\0\0")
+    def cuDeviceGetAttribute(self, attrib: int, dev: int) -> tuple:
+        if self.fails("cuDeviceGetAttribute"):
+            return Status.CUDA_ERROR_UNKNOWN, None
+        return Status.CUDA_SUCCESS, CAPABILITY[attrib == 76]
 
-    def cudaGetLastError(self) -> tuple:
-        return (Status.cudaSuccess,)
+    def cuDeviceGetName(self, length: int, dev: int) -> tuple:
+        if self.fails("cuDeviceGetName"):
+            return Status.CUDA_ERROR_UNKNOWN, None
+        return Status.CUDA_SUCCESS, b"Fake GPU\0\0"
+
+    def cuPointerGetAttribute(self, attribute: int, ptr: int) -> tuple:
+        with self.lock:
+            if not self.inside(int(ptr), 1, ("device", "pinned")):
+                return Status.CUDA_ERROR_INVALID_VALUE, None
+            return Status.CUDA_SUCCESS, int(int(ptr) in self.other_gpu)
 
     # --- Memory ---
 
-    def cudaMemGetInfo(self) -> tuple:
-        if self.fails("cudaMemGetInfo"):
-            return Status.cudaErrorUnknown, None, None
-        return Status.cudaSuccess, self.memory - self.used, self.memory
+    def cuMemGetInfo(self) -> tuple:
+        if self.fails("cuMemGetInfo"):
+            return Status.CUDA_ERROR_UNKNOWN, None, None
+        return Status.CUDA_SUCCESS, self.memory - self.used, self.memory
 
-    def cudaMalloc(self, size: int) -> tuple:
-        return self._allocate("cudaMalloc", size, "device")
+    def cuMemAlloc(self, size: int) -> tuple:
+        return self._allocate("cuMemAlloc", size, "device")
 
-    def cudaHostAlloc(self, size: int, flags: int) -> tuple:
-        return self._allocate("cudaHostAlloc", size, "pinned")
+    def cuMemHostAlloc(self, size: int, flags: int) -> tuple:
+        return self._allocate("cuMemHostAlloc", size, "pinned")
 
     def _allocate(self, name: str, size: int, kind: str) -> tuple:
         with self.lock:
             if self.fails(name):
-                return Status.cudaErrorMemoryAllocation, None
-            if self.is_capturing_here():
-                return Status.cudaErrorStreamCaptureUnsupported, None
+                return Status.CUDA_ERROR_OUT_OF_MEMORY, None
+            if capturing := self.capturing_here():
+                capturing[0].is_broken = True
+                return Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, None
             if kind == "device" and self.used + size > self.memory:
-                return Status.cudaErrorMemoryAllocation, None
+                return Status.CUDA_ERROR_OUT_OF_MEMORY, None
             buffer = ctypes.create_string_buffer(b"\xff" * (size + 256))
             address = (ctypes.addressof(buffer) + 255) // 256 * 256
             self.allocations[address] = (buffer, size, kind, self.context())
             self.used += size if kind == "device" else 0
-            return Status.cudaSuccess, address
+            return Status.CUDA_SUCCESS, address
 
-    def cudaFree(self, address: int) -> tuple:
-        return self._free("cudaFree", address, "device")
+    def cuMemFree(self, address: int) -> tuple:
+        return self._free("cuMemFree", address, "device")
 
-    def cudaFreeHost(self, address: int) -> tuple:
-        return self._free("cudaFreeHost", address, "pinned")
+    def cuMemFreeHost(self, address: int) -> tuple:
+        return self._free("cuMemFreeHost", address, "pinned")
 
     def _free(self, name: str, address: int, kind: str) -> tuple:
         with self.lock:
             failed = self.fails(name)
-            if address == 0:
-                self._stack()[:] = self._stack() or [PRIMARY]
-                return (Status.cudaErrorUnknown if failed else Status.cudaSuccess,)
             if kind == "device":
                 self.drain_all()  # it waits
             elif self.pending():
                 self.violations.append(f"{name} while work is pending")
             if self.allocations.get(address, (0, 0, "", 0))[2] != kind:
                 self.violations.append(f"{name} of what is not allocated")
-                return (Status.cudaErrorInvalidValue,)
+                return (Status.CUDA_ERROR_INVALID_VALUE,)
             buffer, size, _, owner = self.allocations.pop(address)
             self._check_context(owner, name)
             ctypes.memset(ctypes.addressof(buffer), 0xFF, size)
             self.used -= size if kind == "device" else 0
-            return (Status.cudaErrorUnknown if failed else Status.cudaSuccess,)
+            return (Status.CUDA_ERROR_UNKNOWN if failed else Status.CUDA_SUCCESS,)
 
-    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: int, stream: int) -> tuple:
+    def cuMemcpyAsync(self, target: int, source: int, size: int, stream: int) -> tuple:
         with self.lock:
-            if self.fails("cudaMemcpyAsync"):
-                return (Status.cudaErrorUnknown,)
+            if self.fails("cuMemcpyAsync"):
+                return (Status.CUDA_ERROR_UNKNOWN,)
 
             def work() -> None:
                 for address, name in ((target, "to"), (source, "from")):
@@ -283,112 +317,132 @@ class FakeCuda:
             failed = self.fails(name)
             if self.objects.get(int(handle), ("",))[0] != kind:
                 self.violations.append(f"{name} of no {kind}")
-                return (Status.cudaErrorInvalidResourceHandle,)
+                return (Status.CUDA_ERROR_INVALID_HANDLE,)
             _, value, owner = self.objects.pop(int(handle))
             self._check_context(owner, name)
             if kind == "stream":
                 self.drain(self.streams.pop(int(handle)))
             if kind == "executable":
                 value.is_alive = False
-            return (Status.cudaErrorUnknown if failed else Status.cudaSuccess,)
+            return (Status.CUDA_ERROR_UNKNOWN if failed else Status.CUDA_SUCCESS,)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple:
+    def cuStreamCreate(self, flags: int) -> tuple:
         with self.lock:
-            if self.fails("cudaStreamCreateWithFlags"):
-                return Status.cudaErrorUnknown, None
+            if self.fails("cuStreamCreate"):
+                return Status.CUDA_ERROR_UNKNOWN, None
             number = self._make("stream", None)
             self.streams[number] = Stream(number, self.context())
-            return Status.cudaSuccess, number
+            return Status.CUDA_SUCCESS, number
 
-    def cudaStreamDestroy(self, stream: int) -> tuple:
-        return self._destroy("cudaStreamDestroy", "stream", stream)
+    def cuStreamDestroy(self, stream: int) -> tuple:
+        return self._destroy("cuStreamDestroy", "stream", stream)
 
-    def cudaStreamSynchronize(self, stream: int) -> tuple:
+    def cuStreamGetId(self, stream: int) -> tuple:
+        if self.fails("cuStreamGetId") or int(stream) not in self.streams:
+            return Status.CUDA_ERROR_INVALID_HANDLE, None
+        return Status.CUDA_SUCCESS, self.streams[int(stream)].id
+
+    def cuStreamIsCapturing(self, stream: int) -> tuple:
+        if self.fails("cuStreamIsCapturing") or int(stream) not in self.streams:
+            return Status.CUDA_ERROR_INVALID_HANDLE, None
+        return Status.CUDA_SUCCESS, int(self.streams[int(stream)].capture is not None)
+
+    def cuStreamSynchronize(self, stream: int) -> tuple:
         with self.lock:
-            failed = self.fails("cudaStreamSynchronize")
+            failed = self.fails("cuStreamSynchronize")
             target = self.streams.get(int(stream))
             if target is None:
-                return (Status.cudaErrorInvalidResourceHandle,)
+                return (Status.CUDA_ERROR_INVALID_HANDLE,)
             if target.capture is not None:
-                return (Status.cudaErrorStreamCaptureUnsupported,)
+                target.is_broken = True
+                return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
             self.drain(target)
-            return (Status.cudaErrorUnknown if failed else Status.cudaSuccess,)
+            return (Status.CUDA_ERROR_UNKNOWN if failed else Status.CUDA_SUCCESS,)
 
-    def cudaEventCreateWithFlags(self, flags: int) -> tuple:
+    def cuEventCreate(self, flags: int) -> tuple:
         with self.lock:
-            if self.fails("cudaEventCreateWithFlags"):
-                return Status.cudaErrorUnknown, None
-            return Status.cudaSuccess, self._make("event", SimpleNamespace(mark=None))
+            if self.fails("cuEventCreate"):
+                return Status.CUDA_ERROR_UNKNOWN, None
+            return Status.CUDA_SUCCESS, self._make("event", SimpleNamespace(mark=None))
 
-    def cudaEventDestroy(self, event: int) -> tuple:
-        return self._destroy("cudaEventDestroy", "event", event)
+    def cuEventDestroy(self, event: int) -> tuple:
+        return self._destroy("cuEventDestroy", "event", event)
 
-    def cudaEventRecord(self, event: int, stream: int) -> tuple:
+    def cuEventRecord(self, event: int, stream: int) -> tuple:
         with self.lock:
-            if self.fails("cudaEventRecord"):
-                return (Status.cudaErrorUnknown,)
+            if self.fails("cuEventRecord"):
+                return (Status.CUDA_ERROR_UNKNOWN,)
             target = self.streams[int(stream)]
             self.objects[int(event)][1].mark = (target, target.enqueued)
-            return (Status.cudaSuccess,)
+            return (Status.CUDA_SUCCESS,)
 
-    def cudaEventSynchronize(self, event: int) -> tuple:
+    def cuEventSynchronize(self, event: int) -> tuple:
         with self.lock:
-            failed = self.fails("cudaEventSynchronize")
+            failed = self.fails("cuEventSynchronize")
             mark = self.objects[int(event)][1].mark
             if mark:
                 self.drain(*mark)
-            return (Status.cudaErrorUnknown if failed else Status.cudaSuccess,)
+            return (Status.CUDA_ERROR_UNKNOWN if failed else Status.CUDA_SUCCESS,)
 
-    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple:
+    def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple:
         with self.lock:
-            if self.fails("cudaStreamWaitEvent"):
-                return (Status.cudaErrorUnknown,)
+            if self.fails("cuStreamWaitEvent"):
+                return (Status.CUDA_ERROR_UNKNOWN,)
             mark = self.objects[int(event)][1].mark
+            if self.streams[int(stream)].capture is not None:  # what it marks is not in the capture
+                self.streams[int(stream)].is_broken = True
+                return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
             return (self.enqueue(stream, lambda: self.drain(*mark) if mark else None),)
 
     # --- Graphs ---
 
-    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple:
+    def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple:
         with self.lock:
-            if self.fails("cudaStreamBeginCapture"):
-                return (Status.cudaErrorUnknown,)
+            if self.fails("cuStreamBeginCapture"):
+                return (Status.CUDA_ERROR_UNKNOWN,)
             target = self.streams[int(stream)]
             if target.number == 0 or target.capture is not None:
-                return (Status.cudaErrorStreamCaptureUnsupported,)
+                return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
             target.capture, target.capturing_thread = [], threading.get_ident()
-            return (Status.cudaSuccess,)
+            return (Status.CUDA_SUCCESS,)
 
-    def cudaStreamEndCapture(self, stream: int) -> tuple:
+    def cuStreamEndCapture(self, stream: int) -> tuple:
         with self.lock:
-            failed = self.fails("cudaStreamEndCapture")
+            failed = self.fails("cuStreamEndCapture")
             target = self.streams[int(stream)]
             if target.capture is None or target.capturing_thread != threading.get_ident():
                 self.violations.append("end of a capture that was not begun here")
-                return Status.cudaErrorInvalidValue, None
+                return Status.CUDA_ERROR_INVALID_VALUE, None
             works, target.capture = target.capture, None
+            if target.is_broken:
+                target.is_broken = False
+                return Status.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
             if failed:
-                return Status.cudaErrorUnknown, None
-            return Status.cudaSuccess, self._make("graph", works)
+                return Status.CUDA_ERROR_UNKNOWN, None
+            return Status.CUDA_SUCCESS, self._make("graph", works)
 
-    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple:
+    def cuGraphInstantiate(self, graph: int, flags: int) -> tuple:
         with self.lock:
-            if self.fails("cudaGraphInstantiate"):
-                return Status.cudaErrorUnknown, None
+            if self.fails("cuGraphInstantiate"):
+                return Status.CUDA_ERROR_UNKNOWN, None
             works = list(self.objects[int(graph)][1])
             value = SimpleNamespace(works=works, is_alive=True)
-            return Status.cudaSuccess, self._make("executable", value)
+            return Status.CUDA_SUCCESS, self._make("executable", value)
 
-    def cudaGraphDestroy(self, graph: int) -> tuple:
-        return self._destroy("cudaGraphDestroy", "graph", graph)
+    def cuGraphDestroy(self, graph: int) -> tuple:
+        return self._destroy("cuGraphDestroy", "graph", graph)
 
-    def cudaGraphExecDestroy(self, graph: int) -> tuple:
-        return self._destroy("cudaGraphExecDestroy", "executable", graph)
+    def cuGraphExecDestroy(self, graph: int) -> tuple:
+        return self._destroy("cuGraphExecDestroy", "executable", graph)
 
-    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple:
+    def cuGraphLaunch(self, graph: int, stream: int) -> tuple:
         with self.lock:
-            if self.fails("cudaGraphLaunch"):
-                return (Status.cudaErrorUnknown,)
+            if self.fails("cuGraphLaunch"):
+                return (Status.CUDA_ERROR_UNKNOWN,)
             value = self.objects[int(graph)][1]
+            if self.streams[int(stream)].capture is not None:
+                self.streams[int(stream)].is_broken = True
+                return (Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
             self.launches += 1
 
             def work() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from jmp_deploy.core.device import Gpu
 from jmp_deploy.engine import api, runtime
 from jmp_deploy.engine.cuda import Cuda
 from tests.fakes.artifacts import write_artifact
-from tests.fakes.cuda import FakeCuda
+from tests.fakes.cuda import PRIMARY, FakeCuda
 from tests.fakes.tensorrt import IMAGE, FakeTensorRT, answer, plan
 
 HERE = Gpu("Fake GPU", (8, 6), 1 << 30)
@@ -55,7 +57,7 @@ class World:
     def device_array(self, values: np.ndarray) -> SimpleNamespace:
         """An array of a library that knows `__cuda_array_interface__`."""
         values = np.ascontiguousarray(values)
-        address = self.cuda.cudaMalloc(values.nbytes)[1]
+        address = self.cuda.cuMemAlloc(values.nbytes)[1]
         ctypes.memmove(address, values.ctypes.data, values.nbytes)
         facts = {
             "shape": values.shape,
@@ -71,13 +73,20 @@ class World:
         raw = ctypes.string_at(facts["data"][0], size)
         return np.frombuffer(raw, facts["typestr"]).reshape(facts["shape"])
 
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """The GPU's own context is current, as where PyTorch is used."""
+        self.cuda.push(PRIMARY)
+        yield
+        self.cuda.pop()
+
     def free(self, *arrays) -> None:
         for array in arrays:
-            self.cuda.cudaFree(array.__cuda_array_interface__["data"][0])
+            self.cuda.cuMemFree(array.__cuda_array_interface__["data"][0])
 
     def assert_clean(self) -> None:
         gc.collect()
-        assert self.cuda.violations == []
+        assert self.cuda.violations == [], self.cuda.violations
         assert self.cuda.leaks() == []
 
 
@@ -87,7 +96,7 @@ def make_world(monkeypatch, tmp_path):
         world = World(tmp_path, FakeCuda(**cuda))
         world.trt = FakeTensorRT(world.cuda, flavour, version)
         monkeypatch.setattr(
-            runtime, "open_cuda", lambda device: Cuda(world.cuda.runtime, world.cuda.driver, device)
+            runtime, "open_cuda", lambda device=None: Cuda(world.cuda.driver, device)
         )
         monkeypatch.setattr(api, "load", lambda name: world.trt)
         monkeypatch.setenv("JMP_DEPLOY_CACHE", str(tmp_path / "cache"))

@@ -53,6 +53,8 @@ class FakeTensorRT:
         self.kernels = b"compiled by the first process"
         self.loaded_kernels: bytes | None = None
         self.graph_strategy: str | None = None
+        self.specialization: str | None = None
+        self.capturable = True  # what TensorRT-RTX answers
         self.verdict = (0, 0)
         self.seen: np.ndarray | None = None  # the last input
         self.context_type: Any = None  # another than those of this module
@@ -64,6 +66,7 @@ class FakeTensorRT:
 
         self.Runtime = Runtime
         if flavour == "rtx":
+            self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
             self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="off")
             self.EngineValidity = SimpleNamespace(INVALID=2)
             self.EngineInvalidityDiagnostics = IntEnum(
@@ -91,6 +94,8 @@ class _Counted:
 
     def __del__(self) -> None:
         self.fake.cuda.alive[self.kind] -= 1
+        if not getattr(self.fake.cuda, "context_stack", lambda: True)():
+            self.violation(f"{self.kind} freed while no context is current")
         self.dies()
 
     def dies(self) -> None:
@@ -124,7 +129,7 @@ class _Runtime(_Counted):
             self.log(_Logger.Severity.ERROR, "injected")
             return None
         try:
-            facts = json.loads(serialized_engine)
+            facts = json.loads(bytes(serialized_engine))
         except ValueError:
             self.log(_Logger.Severity.ERROR, "Serialization assertion failed: magicTag")
             return None
@@ -180,6 +185,7 @@ class _Engine(_Counted):
     def create_execution_context(self, config: Any) -> _Context | None:
         if isinstance(config, _RuntimeConfig):
             self.fake.graph_strategy = config.cuda_graph_strategy
+            self.fake.specialization = config.dynamic_shapes_kernel_specialization_strategy
             config = config.strategy
         if config != "user managed":
             self.violation("a context with memory of its own")
@@ -187,12 +193,14 @@ class _Engine(_Counted):
             self.log(_Logger.Severity.ERROR, "injected")
             return None
         usual = _OldContext if self.fake.__version__.startswith("10.0.") else NewContext
+        usual = _RTXContext if self.fake.__name__ == "tensorrt_rtx" else usual
         return (self.fake.context_type or usual)(self.fake, self)
 
 
 class _RuntimeConfig:
     def __init__(self, fake: FakeTensorRT) -> None:
         self.fake, self.strategy, self.cuda_graph_strategy = fake, "static", "off"
+        self.dynamic_shapes_kernel_specialization_strategy = "lazy"
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.strategy = strategy
@@ -304,6 +312,13 @@ class NewContext(_Context):
 
     def set_device_memory(self, memory: int, size: int) -> None:
         self.give(memory, size)
+
+
+class _RTXContext(NewContext):
+    def is_stream_capturable(self, stream: int) -> bool:
+        if self.warm != self.state.generation:
+            self.violation("asked before the kernels are compiled")
+        return self.fake.capturable
 
 
 def _work(

@@ -64,16 +64,17 @@ def test_events_of_cuda_bindings_have_a_time():
     from jmp_deploy.engine.cuda import open_cuda
 
     cuda = open_cuda()
-    stream, size = cuda.stream_create(), 1 << 26
-    events = [cuda.timer_create() for _ in range(2)]
-    device, host = cuda.malloc(size), cuda.malloc_host(size)
-    cuda.event_record(events[0], stream)
-    cuda.copy(device, host, size, stream)
-    cuda.event_record(events[1], stream)
-    cuda.stream_synchronize(stream)
-    assert 0.1 < cuda.elapsed_ms(*events) < 1000  # 64 MiB: between 600 GB/s and 60 MB/s
-    cuda.free(device)
-    cuda.free_host(host)
-    for event in events:
-        cuda.event_destroy(event)
-    cuda.stream_destroy(stream)
+    with cuda.current():
+        stream, size = cuda.stream_create(), 1 << 26
+        events = [cuda.timer_create() for _ in range(2)]
+        device, host = cuda.malloc(size), cuda.malloc_host(size)
+        cuda.event_record(events[0], stream)
+        cuda.copy(device, host, size, stream)
+        cuda.event_record(events[1], stream)
+        cuda.stream_synchronize(stream)
+        assert 0.1 < cuda.elapsed_ms(*events) < 1000  # 64 MiB: between 600 GB/s and 60 MB/s
+        cuda.free(device)
+        cuda.free_host(host)
+        for event in events:
+            cuda.event_destroy(event)
+        cuda.stream_destroy(stream)

@@ -162,6 +162,49 @@ def test_pytorch_tensors_in_place_on_its_stream(copying):
         del found, given, out
 
 
+def test_a_bound_call_alone_and_in_pytorch_s_own_graph(copying):
+    torch = pytest.importorskip("torch")
+    with copying() as engine:
+        given, out = (
+            torch.zeros((6, *IMAGE), device="cuda"),
+            torch.empty((6, CLASSES), device="cuda"),
+        )
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with engine.bind(given, {"logits": out}, stream) as call:
+            assert call.is_graph
+            for seed in range(3):
+                with torch.cuda.stream(stream):
+                    given.copy_(torch.from_numpy(images(6, seed)))
+                call()
+                stream.synchronize()
+                assert np.array_equal(out.cpu().numpy(), expected(images(6, seed)))
+            with pytest.raises(EngineError, match="is being captured"):
+                refused = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(refused, stream=stream):
+                    engine.infer(given, stream=stream, out={"logits": out})
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                call()
+            given.copy_(torch.from_numpy(images(6, 9)))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert np.array_equal(out.cpu().numpy(), expected(images(6, 9)))
+            del graph, refused
+
+
+def test_no_context_is_left_current(copying):
+    from cuda.bindings import driver
+
+    def run() -> int:
+        with copying() as engine:
+            engine.infer(images(3))
+        return int(driver.cuCtxGetCurrent()[1])
+
+    with ThreadPoolExecutor(1) as threads:  # a thread begins with none
+        assert threads.submit(run).result() == 0
+
+
 def test_cupy_arrays_in_place(copying):
     cupy = pytest.importorskip("cupy")
     with copying() as engine:

@@ -44,10 +44,10 @@ class GpuArray:
     def __init__(self, cuda, shape, dtype):
         self.cuda, self.shape, self.dtype = cuda, shape, np.dtype(dtype)
         self.size = int(np.prod(shape)) * self.dtype.itemsize
-        self.address = cuda.cudaMalloc(self.size)[1]
+        self.address = cuda.cuMemAlloc(self.size)[1]
 
     def __del__(self):
-        self.cuda.cudaFree(self.address)
+        self.cuda.cuMemFree(self.address)
 
     @property
     def __cuda_array_interface__(self):
@@ -61,13 +61,13 @@ class GpuArray:
 
 class Stream:
     def __init__(self, cuda):
-        self.cuda, self.handle = cuda, int(cuda.cudaStreamCreateWithFlags(1)[1])
+        self.cuda, self.handle = cuda, int(cuda.cuStreamCreate(1)[1])
 
     def __del__(self):
-        self.cuda.cudaStreamDestroy(self.handle)
+        self.cuda.cuStreamDestroy(self.handle)
 
     def synchronize(self):
-        self.cuda.cudaStreamSynchronize(self.handle)
+        self.cuda.cuStreamSynchronize(self.handle)
 
 
 def fake_pycuda(cuda) -> dict[str, ModuleType]:
@@ -99,7 +99,7 @@ def test_pycuda(world, monkeypatch, capsys):
     found = load("run_pycuda.py").main(str(world.artifact()))
     noise = np.random.default_rng(0).normal(size=(4, *IMAGE)).astype(np.float32)
     assert np.allclose(found, answer(noise), rtol=1e-5, atol=1e-6)
-    assert world.cuda.count("cudaMemcpyAsync") == 0, "nothing was copied"
+    assert world.cuda.count("cuMemcpyAsync") == 0, "nothing was copied"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

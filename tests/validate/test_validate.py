@@ -84,10 +84,11 @@ def test_figures_are_those_of_an_independent_computation(world, tmp_path, capsys
     assert found["agreement_with_dense"] == pytest.approx(100 * same.mean())
     assert found["drop_points"] == pytest.approx(found["dense"]["top1"] - found["top1"])
     assert found["only_dense_right"] == (right["dense"] & ~right["jmp"]).sum() > 0
-    # the paired interval, by the normal approximation of a mean of 120 differences
+    # the exact paired interval holds that of the normal approximation, too narrow for 120 images
     lost = 100.0 * (right["dense"].astype(float) - right["jmp"])
     half = 1.96 * lost.std() / np.sqrt(len(lost))
-    np.testing.assert_allclose(found["ci95"], lost.mean() + np.array([-half, half]), atol=1.0)
+    low, high = found["ci95"]
+    assert low < lost.mean() - half < lost.mean() + half < high and high - low < 4 * half
     assert (
         found["throughput"]["workers"] == 2
         and found["throughput"]["end_to_end"] > 0
