@@ -30,7 +30,7 @@ from .core.artifact import (
 )
 from .core.errors import ArtifactError, EngineError, ScheduleError
 from .core.files import atomic_path, make_writable_dir
-from .core.images import find_images, load_batch, preprocess, sample_photos
+from .core.images import find_images, label, load_readable, preprocess, sample_photos
 from .core.outputs import output_of
 from .engine import builder
 from .engine.stage import Clock, make_engines
@@ -260,8 +260,9 @@ def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: s
 
     if options.images:
         paths = find_images(options.images)
-        names = [path.name for path in paths]
-        images = load_batch(paths, loaded.preprocess)
+        batch = load_readable(paths, loaded.preprocess)
+        names = [label(paths[position]) for position in batch.kept]
+        images = batch.require()
     else:
         photos = sample_photos()
         names = [name for name, _ in photos]

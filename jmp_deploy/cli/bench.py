@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends import AUTO, AUTO_HELP, NAMES
-from ..core.errors import JmpDeployError, MissingPackageError, fail, install_command
+from ..core.errors import JmpDeployError, MissingPackageError, fail, install_command, say
 from ..core.files import write_json
 from . import flags, show
 
@@ -158,7 +157,7 @@ def _bench(given: argparse.Namespace) -> int:
         with show.Progress("opening", auto_refresh=False) as progress:
             result, everything = bench(asked, on_progress=progress.update)
     except KeyboardInterrupt:
-        print("nothing was measured whole yet", file=sys.stderr)
+        say("nothing was measured whole yet")
         raise
     files = write_times(everything, given.times) if given.times else []
     if given.plot:

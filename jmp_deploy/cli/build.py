@@ -272,8 +272,8 @@ def _agreement(pair: dict[str, Any]) -> str:
     """The figures of a pair of backends, in words."""
     words = f"cosine {show.number(pair['cosine'], '.6f')}, "
     words += f"largest difference {show.number(pair['max_abs'], '.2g')}"
-    if pair["top1_agreement"] is not None:
-        words += f", top-1 agreement {pair['top1_agreement']:.0%}"
+    if (agreement := pair.get("top1_agreement")) is not None:
+        words += f", top-1 agreement {agreement:.0%}"
     return words
 
 

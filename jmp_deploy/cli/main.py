@@ -10,11 +10,14 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from .. import __version__
 from ..core import interrupt
-from ..core.errors import BrokenPackageError, JmpDeployError, fail, one_line
+from ..core.errors import BrokenPackageError, JmpDeployError, fail, one_line, say
 from . import (
     bench,
     build,
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = make_parser().parse_args(arguments)
         given.typed = shlex.join(["python", "-m", "jmp_deploy", *arguments])
-        with interrupt.remembered():
+        with interrupt.remembered(), _warnings_as_lines():
             return int(given.handler(given))
     except KeyboardInterrupt:
         return fail("interrupted; nothing half-written is left behind", None, 130)
@@ -69,6 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail("out of memory", "try a smaller model, image size or batch", 2)
     except (Exception, SystemExit) as error:
         return _explain(error)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What the library warns of, without the line of our source where it did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, RuntimeWarning):
+                say(f"warning: {message}")
+            else:
+                usual(message, category, *rest, **more)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _explain(error: BaseException) -> int:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import fail
+from ..core.errors import fail, say
 from . import flags, show
 
 if TYPE_CHECKING:
@@ -70,28 +66,19 @@ def add(commands: Any) -> None:
 
 def _run(given: argparse.Namespace) -> int:
     from ..backends.predict import Options, predict
+    from ..core.images import UNREADABLE_HINT
 
     if given.rebuild:
         _rebuild(given.folder)
-    with _warnings_as_lines():
-        options = flags.fill(Options, given)
-        result = flags.fill(predict, given, path=given.folder, options=options)
+    options = flags.fill(Options, given)
+    result = flags.fill(predict, given, path=given.folder, options=options)
     show.show(given, [_predictions(result)], [*result.records, *result.skipped])
     for entry in result.skipped:
-        print(f"skipped: {entry['error']}", file=sys.stderr)
+        say(f"skipped: {entry['error']}")
     if not result.ok:
         total = len(result.records) + len(result.skipped)
-        return fail(f"{len(result.skipped)} of {total} images cannot be read", None, 1)
+        return fail(f"{len(result.skipped)} of {total} images cannot be read", UNREADABLE_HINT, 1)
     return 0
-
-
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """What the library warns of, without the line of our source where it did."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", RuntimeWarning)
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        yield
 
 
 def _rebuild(folder: Path) -> None:
@@ -104,7 +91,7 @@ def _rebuild(folder: Path) -> None:
     reason = why_rebuild(found)
     if reason is None:
         return
-    print(f"the engine is made anew: {reason}", file=sys.stderr)
+    say(f"the engine is made anew: {reason}")
     with show.Progress() as progress:
         rebuild(found, settle, on_stage=progress.stage, on_progress=progress.steps)
 

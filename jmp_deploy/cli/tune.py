@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import say
 from . import flags, show
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _tune(given: argparse.Namespace) -> int:
             result = tune(asked, on_progress=update)
             progress.update("done", 1.0)
     except KeyboardInterrupt:
-        print("what was measured is kept: go on with --resume", file=sys.stderr)
+        say("what was measured is kept: go on with --resume")
         raise
     trouble = plot(result, given.plot) if given.plot else None
     build = ["python", "-m", "jmp_deploy", "build", asked.model]
@@ -123,7 +123,7 @@ def _tune(given: argparse.Namespace) -> int:
     build += ["--img-size", str(asked.img_size)] if asked.img_size else []
     show.show(given, _summary(result, out, shlex.join(build)), result)
     if trouble:
-        print(trouble, file=sys.stderr)
+        say(trouble)
     return 0
 
 

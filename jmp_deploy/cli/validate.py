@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import fail
+from ..core.errors import fail, say
 from . import flags, show
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def _validate(given: argparse.Namespace) -> int:
             result = validate(flags.fill(ValidateOptions, given, state=state), on_progress=update)
     except KeyboardInterrupt:
         if state.is_file():
-            print(f"{state} holds what was measured: go on with --resume", file=sys.stderr)
+            say(f"{state} holds what was measured: go on with --resume")
         raise
     return _show(given, result)
 

@@ -21,11 +21,11 @@ from ..core.artifact import Artifact, Reference
 from ..core.errors import ArtifactError, ImageError, JmpDeployError
 from ..core.images import (
     INPUT,
+    UNREADABLE_HINT,
     UNREADABLE_LIMIT,
     Preprocess,
     join,
-    open_image,
-    preprocess,
+    load_readable,
     split,
 )
 from .measures import TABLE, TOLERANCES, Pair, coarser, measure
@@ -185,20 +185,13 @@ def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
     """
     count = min(limit, len(paths))
     spread = [paths[index * len(paths) // count] for index in range(count)]
-    images, names, unreadable = [], [], []
-    for path in spread:
-        interrupt.check()
-        try:
-            images.append(preprocess(open_image(path), spec))
-        except ImageError as error:
-            unreadable.append((str(path), error.message))
-        else:
-            names.append(str(path))
-    if not images:
+    batch = load_readable(spread, spec, on_image=interrupt.check)
+    unreadable = tuple((str(spread[position]), why) for position, why in batch.unreadable)
+    if not batch.kept:
         why = unreadable[0][1]
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-        raise ImageError(f"no image can be read: {why}{more}")
-    return Photos(np.stack(images), tuple(names), tuple(unreadable))
+        raise ImageError(f"no image can be read: {why}{more}", UNREADABLE_HINT)
+    return Photos(batch.images, tuple(str(spread[k]) for k in batch.kept), unreadable)
 
 
 def _input(

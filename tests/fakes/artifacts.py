@@ -43,7 +43,7 @@ def make_artifact(folder: Path, *, side: int | None = None, **changes: Any) -> A
         precision="fp16",
         batch=(1, 4, 8),
         macs=Macs(4_000_000_000, 4_000_000_000),
-        check=Check(True, ("r0",), ({"cosine": 1.0},), {"torch": 1.0}),
+        check=Check(True, ("r0",), ({"cosine": 1.0, "max_abs": 0.0},), {"torch": 1.0}),
         rebuild=f"python -m jmp_deploy build {model.name}",
         no_engine="none was asked for",
     )
