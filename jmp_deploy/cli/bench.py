@@ -103,21 +103,21 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--times",
-        type=Path,
+        type=flags.new_file,
         default=None,
         metavar="FILE",
         help="write every inference in the form of trtexec --exportTimes, a file per row",
     )
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=flags.new_file,
         default=None,
         metavar="FILE.png",
         help="draw latency over batch (needs matplotlib)",
     )
     parser.add_argument(
         "--table",
-        type=Path,
+        type=flags.new_file,
         default=None,
         metavar="FILE",
         help="measure blocks over the number of tokens instead, for tune --latency-ms --on FILE "
@@ -149,6 +149,8 @@ def _bench(given: argparse.Namespace) -> int:
 
     if given.table:
         return _table(given)
+    if "step" in given:
+        raise JmpDeployError("--table-step goes with --table FILE", "leave it out, or add --table")
     if given.plot and find_spec("matplotlib") is None:  # now, not after minutes of measuring
         raise MissingPackageError("--plot needs matplotlib", install_command("plot"))
     settings = flags.fill(Settings, given, "settings.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
+import re
 import sys
 import traceback
 import warnings
@@ -60,16 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         given = make_parser().parse_args(arguments)
-        given.typed = shlex.join(["python", "-m", "jmp_deploy", *arguments])
+        given.typed = ["python", "-m", "jmp_deploy", *arguments]
         with interrupt.remembered(), _warnings_as_lines():
             return int(given.handler(given))
     except KeyboardInterrupt:
-        return fail("interrupted; nothing half-written is left behind", None, 130)
+        words, code = interrupt.farewell()
+        return fail(words, None, code)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return fail("out of memory", "try a smaller model, image size or batch", 2)
+        return _out_of_memory()
     except (Exception, SystemExit) as error:
         return _explain(error)
 
@@ -91,6 +92,10 @@ def _warnings_as_lines() -> Iterator[None]:
         yield
 
 
+def _out_of_memory() -> int:
+    return fail("out of memory", "try a smaller model, image size or batch", 2)
+
+
 def _explain(error: BaseException) -> int:
     """Ends the command with what went wrong; a failed import is behind many an error."""
     from ..core.packages import import_failure
@@ -102,6 +107,8 @@ def _explain(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 2
     elif os.environ.get("JMP_DEPLOY_DEBUG"):
         traceback.print_exception(error)
+    if not failure and re.search("allocate.*memory|out of memory", str(error), re.IGNORECASE):
+        return _out_of_memory()  # PyTorch and ONNX Runtime have no class of their own for it
     if failure:
         return fail(failure.message, failure.hint, failure.exit_code)
     # a bug of ours, or a library's: one line for the user all the same

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import fail, say
+from ..core.errors import JmpDeployError, fail, say
 from . import flags, show
 
 if TYPE_CHECKING:
@@ -68,6 +68,10 @@ def _run(given: argparse.Namespace) -> int:
     from ..backends.predict import Options, predict
     from ..core.images import UNREADABLE_HINT
 
+    if "use_manifest" in given and "backend" in given and given.backend == "onnxruntime":
+        raise JmpDeployError(
+            "--no-manifest runs an engine, not ONNX Runtime", "leave one of the two flags out"
+        )
     if given.rebuild:
         _rebuild(given.folder)
     options = flags.fill(Options, given)

@@ -103,7 +103,7 @@ def _add_validate(commands: Any) -> None:
     )
     parser.add_argument(
         "--state",
-        type=Path,
+        type=flags.new_file,
         default=None,
         metavar="FILE",
         help="what --resume goes on from; written every 10 s and on Ctrl-C, removed at the end "

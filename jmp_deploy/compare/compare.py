@@ -70,7 +70,7 @@ def compare_artifact(
 
     Returns:
         {"ok", "precision", "tolerance", "images", "unreadable", "random_weights", "backends",
-        "skipped": {backend: reason}, "pairs", "reductions", "reductions_skipped", "debug",
+        "skipped": {backend: reason}, "notes", "pairs", "reductions", "reductions_skipped", "debug",
         "debug_skipped", "runtime_ms": {backend: per image}}. pairs are those of
         measures.Pair; reductions is reductions.report's, debug a list of
         debug.conclusion's; where one is None, its _skipped says why.
@@ -110,6 +110,7 @@ def compare_artifact(
         "random_weights": artifact.is_random,
         "backends": [opened.name for opened in chosen],
         "skipped": skipped,
+        "notes": [opened.note for opened in chosen if opened.note],
         "pairs": [_as_dict(pair, photos.names) for pair in pairs],
         "runtime_ms": times,
     }

@@ -66,7 +66,8 @@ Flavour = Literal["tensorrt", "rtx"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 Count = Annotated[int, Meta(ge=1, le=1 << 40)]
-Bytes = Annotated[int, Meta(ge=0)]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 60)]
+Natural = Annotated[int, Meta(ge=0, le=1 << 40)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Target = Annotated[str, Meta(pattern="^sm_[0-9]{2,3}$")]
@@ -128,7 +129,7 @@ class Jmp:
     """
 
     schedule_name: str
-    schedule: tuple[tuple[Annotated[int, Meta(ge=0)], Count], ...]
+    schedule: tuple[tuple[Natural, Count], ...]
     tau: float
     selection: Selection = "importance"
     merge_weight: Annotated[float, Meta(ge=0, le=1)] = 1.0
@@ -201,8 +202,8 @@ class EngineFacts:
     why: str = ""
     seconds: float = 0.0
     bytes: Bytes = 0
-    layers: Annotated[int, Meta(ge=0)] = 0
-    plugin_layers: Annotated[int, Meta(ge=0)] = 0
+    layers: Natural = 0
+    plugin_layers: Natural = 0
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,8 @@ class Int8:
     recipe: str | None = None
     from_cache: str | None = None
     sensitivity: dict[str, Any] | None = None
-    layers: Annotated[int, Meta(ge=0)] = 0
-    layers_int8: Annotated[int, Meta(ge=0)] = 0
+    layers: Natural = 0
+    layers_int8: Natural = 0
     macs_share: float = 0.0
     force: bool = False
     weights_bytes: dict[str, Bytes] = field(default_factory=dict)
@@ -349,7 +350,7 @@ class Artifact:
                 f"{path} has format {shown}, jmp_deploy {__version__} reads {FORMAT}",
                 f"{again} with this version",
             )
-        _refuse_odd_strings(data, path)
+        refuse_odd_strings(data, path)
         try:
             msgspec.convert(data, _Loose)
             return msgspec.convert({**data, "folder": folder}, Artifact)
@@ -459,7 +460,7 @@ class Artifact:
             for name in sorted(names)
         }
         written = replace(self, files=entries)
-        _refuse_odd_strings(written.to_json(), self.path(FILE))
+        refuse_odd_strings(written.to_json(), self.path(FILE))
         write_json(self.path(FILE), written.to_json())
         return written
 
@@ -477,7 +478,9 @@ class _LooseCheck:
 
 
 @dataclass(frozen=True)
-class _LooseImages:
+class Calibrated:
+    """What is read of `Int8.images`; `quantize.images` says more."""
+
     count: Count
     source: str
     demonstration: bool
@@ -516,7 +519,7 @@ class _LooseSensitivity:
 
 @dataclass(frozen=True)
 class _LooseInt8:
-    images: _LooseImages
+    images: Calibrated
     sensitivity: _LooseSensitivity | None = None
 
 
@@ -557,8 +560,12 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-def _refuse_odd_strings(value: Any, path: Path) -> None:
-    """What a manifest says reaches terminals: a string with control characters is none of ours."""
+def refuse_odd_strings(value: Any, path: Path) -> None:
+    """What a manifest says reaches terminals: a string with control characters is none of ours.
+
+    Raises:
+        ArtifactError: there is one.
+    """
     for text in _strings(value):
         if not text.isprintable():
             shown = re.sub(r"[^ -~]", "?", text)[:40]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import zipfile
 
 T = TypeVar("T")
+DEEPEST = 50
+"""Levels of lists and objects in a JSON file; Python's recursion ends at 1000."""
 MOST_JSON = 256 << 20
 """Bytes of a JSON file: the rows of a million images take half of it."""
 
@@ -36,7 +40,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.stem}-", suffix=f".part{target.suffix}"
+            dir=target.parent, prefix=f".{target.stem[:40]}-", suffix=f".part{target.suffix}"
         )
         os.close(handle)
         temporary = Path(name)
@@ -51,6 +55,55 @@ def atomic_path(target: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+STAGING = ".staging-"
+"""Prefix of the folders of `staging_dir`."""
+
+
+@contextmanager
+def staging_dir(folder: Path) -> Iterator[Path]:
+    """A folder in `folder` for what is moved into place at the end; it goes whatever happens.
+
+    What a process that was killed left behind goes too: a lock on each such folder tells whether
+    its process is alive, for the kernel lets go of it with the process (a process number may be
+    another's by then).
+    """
+    for path in folder.glob(f"{STAGING}*"):
+        with _locked(path) as is_ours:
+            if is_ours:
+                shutil.rmtree(path, ignore_errors=True)
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+        with _locked(made) as is_ours:
+            if not (is_ours and made.is_dir()):  # another build has just swept it away
+                continue
+            try:
+                yield made
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+            return
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has the lock of a folder, within. Where there are no locks (some network
+    drives) it has that of what it makes, and sweeps nothing."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            can_lock = error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+            yield not can_lock and not any(folder.iterdir())
+            return
+        yield True
+    finally:
+        os.close(handle)
 
 
 def write_bytes(target: Path, data: bytes) -> None:
@@ -122,21 +175,49 @@ def read_json(
     Raises:
         error: not there, not to be read, no JSON, or of another form; with the field's path.
     """
-    import msgspec
-
     try:
         size = size_of(path)
-        if size > most:
-            raise error(f"{path} has {size} bytes: too large for a {what}", hint)
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        content = path.read_bytes() if size <= most else b""
     except FileNotFoundError as failure:
         raise error(f"no such {what}: {path}", hint) from failure
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror}", hint) from failure
-    except (msgspec.MsgspecError, RecursionError, UnicodeError) as failure:
-        deep = isinstance(failure, RecursionError)
-        reason = "it is nested too deep" if deep else one_line(failure)
-        raise error(f"{path} is not a {what}: {reason}", hint) from failure
+    if size > most:
+        raise error(f"{path} has {size} bytes: too large for a {what}", hint)
+    try:
+        return parse_json(content, kind)
+    except ValueError as failure:
+        raise error(f"{path} is not a {what}: {failure}", hint) from failure
+
+
+def parse_json(content: bytes | str, kind: type[T]) -> T:
+    """JSON as `kind` has it.
+
+    Raises:
+        ValueError: no JSON, nested too deep, or of another form; with the field's path.
+    """
+    import msgspec
+
+    try:
+        data = msgspec.json.decode(content)
+        if _depth(data) > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} deep")
+        return msgspec.convert(data, kind)
+    except RecursionError as failure:
+        raise ValueError(f"it is nested more than {DEEPEST} deep") from failure
+    except (msgspec.MsgspecError, ValueError) as failure:  # ValueError: thousands of digits
+        raise ValueError(one_line(failure)) from failure
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists and objects within each other; stops where they are too many."""
+    depth, level = 0, [value]
+    while level and depth <= DEEPEST:
+        inner = [item.values() if isinstance(item, dict) else item for item in level
+                 if isinstance(item, (dict, list))]  # fmt: skip
+        level = [item for items in inner for item in items]
+        depth += bool(inner)
+    return depth
 
 
 def read_arrays(

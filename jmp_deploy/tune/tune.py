@@ -235,6 +235,8 @@ def _check_options(options: TuneOptions) -> None:
         raise ScheduleError(
             "--on goes with --latency-ms or --speedup, not with --gmacs", "leave one of them out"
         )
+    if options.table_batch is not None and options.table is None:
+        raise ScheduleError("--on-batch is of the table of --on", "add --on table.json")
 
 
 def _choose(paths: Sequence[Path], limit: int, seed: int) -> list[Path]:

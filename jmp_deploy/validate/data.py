@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 
 from ..core.artifact import Artifact
 from ..core.errors import ImageError
+from ..core.files import size_of
 from ..core.images import folders_in, images_below, suffixes
 
 SYNSET = re.compile(r"n\d{8}\Z")
@@ -193,11 +195,14 @@ def _read_table(table: Path, root: Path) -> Listing:
     """Rows of file and label, separated by a comma, a tab or blanks; a header line is skipped."""
     if not root.is_dir():
         raise ImageError(f"no such folder: {root}")
+    hint = "expected a text file with lines such as folder/photo.jpg,3"
     try:
+        size_of(table)
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = list(_rows(file, table))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ImageError(f"{table} cannot be read as a table of labels: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{table} cannot be read as a table of labels: {reason}", hint) from error
     if rows and rows[0][0].lower() in HEADERS and not (root / rows[0][0]).is_file():
         rows = rows[1:]
     if not rows:
@@ -206,7 +211,7 @@ def _read_table(table: Path, root: Path) -> Listing:
     for path, label in rows:
         if seen.setdefault(path, label) != label:
             raise ImageError(f"{table} gives {path} two labels: {seen[path]} and {label}")
-    missing = [path for path in seen if not (root / path).is_file()]
+    missing = [path for path in seen if not os.path.isfile(root / path)]  # noqa: PTH113
     if missing:
         raise ImageError(
             f"{len(missing)} of {len(seen)} files that {table} names are not in {root}: "
@@ -227,7 +232,7 @@ def _rows(file: Iterable[str], table: Path) -> Iterator[tuple[str, str]]:
         cells = [cell.strip() for cell in cells]
         if len(cells) < 2 or not cells[0] or not cells[1]:
             raise ImageError(
-                f"{table}, line {number}: {line.strip()!r} is not a file and a label",
+                f"{table}, line {number}: {line.strip()!r:.80} is not a file and a label",
                 "expected lines such as folder/photo.jpg,3",
             )
         yield Path(cells[0]).as_posix(), cells[1]
@@ -243,7 +248,7 @@ def _class_numbers(
     """
     if all(SYNSET.match(name) for name in names):
         return _synset_numbers(names, order), "ImageNet synsets"
-    if all(name.isascii() and name.isdigit() for name in names):
+    if all(name.isascii() and name.isdigit() and len(name) < 10 for name in names):
         strangers = [name for name in names if int(name) >= order.count]
         _refuse(strangers, order, "class numbers")
         return {name: int(name) for name in names}, "class numbers"

@@ -21,6 +21,8 @@ PREPROCESS = Preprocess(8, 8, 8, "bicubic", "center", (0.5,) * 3, (0.25,) * 3)
 FILE_WEIGHTS = Weights("file", path="w.safetensors", sha256="0" * 64)
 RANDOM_WEIGHTS = Weights("random", seed=0)
 JMP = Jmp("list", ((1, 2),), tau=0.7)
+CALIBRATED = {"count": 8, "source": "photos", "demonstration": False, "warnings": []}
+"""What an INT8 manifest has to say of its images."""
 ENGINE = EngineFacts("rtx", "1.7.1", ("sm_86",), "fp16")
 
 

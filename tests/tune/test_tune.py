@@ -188,8 +188,11 @@ def test_search_under_latency_keeps_only_good_counts(tmp_path):
         (staircase(format="other"), "not a latency table"),
         (staircase(model="deit_tiny_patch16_224"), "another model: model 'deit_tiny_patch16_224'"),
         (staircase(num_patches=256), "another model: num_patches 256"),
-        (staircase(rows=[]), "no rows"),
-        (staircase(rows=[{"batch": 8, "tokens": 197, "attn_ms": -1, "mlp_ms": 1}]), "row 0"),
+        (staircase(rows=[]), r"length >= 1 - at `\$.rows`"),
+        (
+            staircase(rows=[{"batch": 8, "tokens": 197, "attn_ms": -1, "mlp_ms": 1}]),
+            r"rows\[0\].attn_ms",
+        ),
         (staircase(rows=staircase()["rows"][:-1]), "lacks the full sequence of 197"),
         (staircase(rows=staircase()["rows"] * 2), "two rows"),
         (staircase(rows=staircase()["rows"][-1:]), "no smaller number of tokens is faster"),
