@@ -43,6 +43,7 @@ from .core.outputs import output_of
 from .engine import builder
 from .engine.stage import Clock, make_engines
 from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
+from .jmp.schedule import check_spelling
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -335,6 +336,7 @@ def _refuse_contradictions(options: BuildOptions) -> None:
             f"--dense builds the model without JMP, and {', '.join(vain)} says how JMP works",
             "leave out --dense, or the others",
         )
+    check_spelling(options.schedule)
     if options.strategy != "jmp" and options.tau is not None:
         raise ScheduleError(
             f"--strategy {options.strategy} decides without --tau", "leave one of them out"

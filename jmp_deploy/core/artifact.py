@@ -382,6 +382,16 @@ class Artifact:
         self.verify(name)
         return self.path(name)
 
+    def entry(self, name: str) -> FileEntry:
+        """Size and digest of one of its files, by the manifest.
+
+        Raises:
+            ArtifactError: it was built without it.
+        """
+        if name not in self.files:
+            raise ArtifactError(f"{self.folder} was built without {name}", self.how_to_rebuild)
+        return self.files[name]
+
     def verify(self, *names: str) -> None:
         """Checks that files are there and are the ones that were built.
 
@@ -393,9 +403,7 @@ class Artifact:
         """
         hint = self.how_to_rebuild
         for name in names or self.files:
-            entry, path = self.files.get(name), self.path(name)
-            if entry is None:
-                raise ArtifactError(f"{self.folder} was built without {name}", hint)
+            entry, path = self.entry(name), self.path(name)
             if not path.is_file():
                 raise ArtifactError(f"{path} is missing", hint)
             found = path.stat().st_size
@@ -498,17 +506,22 @@ class _LooseRank:
 
 
 @dataclass(frozen=True)
-class _LooseNoise:
+class _LooseGroup:
+    name: str
     noise: float
-    name: str = ""
-    points: float = 0.0
+
+
+@dataclass(frozen=True)
+class _LooseWhole:
+    noise: float
+    points: float
 
 
 @dataclass(frozen=True)
 class _LooseSensitivity:
     ranking: list[_LooseRank]
-    groups: list[_LooseNoise]
-    all_int8: _LooseNoise
+    groups: list[_LooseGroup]
+    all_int8: _LooseWhole
     measure: str
     images: Count
     flips: float | None

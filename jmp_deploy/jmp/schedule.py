@@ -32,6 +32,9 @@ from ..core.files import read_json
 
 NAMES = ("paper", "spread")
 DEFAULT = "spread"
+_SHARE = r"spread:(\d{1,9}(?:\.\d{1,9})?)%?"
+_LIST = r"\d{1,9}:-?\d{1,9}(,\d{1,9}:-?\d{1,9})*"
+_CONSTANT = r"r(\d{1,9})@(\d{1,4})-(\d{1,4})"
 
 
 @dataclass(frozen=True)
@@ -130,20 +133,33 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
     Raises:
         ScheduleError: it cannot be read or does not fit the model.
     """
+    check_spelling(spec)
     if spec == "paper":
         return paper(shape)
     if spec == "spread":
         return spread(shape)
-    if found := re.fullmatch(r"spread:(\d{1,9}(?:\.\d{1,9})?)%?", spec):
+    if found := re.fullmatch(_SHARE, spec):
         return for_share(shape, float(found.group(1)) / 100)
-    if re.fullmatch(r"\d{1,9}:-?\d{1,9}(,\d{1,9}:-?\d{1,9})*", spec):
+    if re.fullmatch(_LIST, spec):
         steps = [tuple(int(n) for n in pair.split(":")) for pair in spec.split(",")]
         return resolve("list", [(block, keep) for block, keep in steps], shape)
-    if found := re.fullmatch(r"r(\d{1,9})@(\d{1,4})-(\d{1,4})", spec):
+    if found := re.fullmatch(_CONSTANT, spec):
         count, first, last = (int(group) for group in found.groups())
         return constant(count, range(first, last + 1), shape)
+    return load(Path(spec), shape)
+
+
+def check_spelling(spec: str) -> None:
+    """Refuses what no model has a schedule for, before there is a model.
+
+    Raises:
+        ScheduleError: it is no form of `parse`, or a file that cannot be read.
+    """
+    if spec in NAMES or any(re.fullmatch(form, spec) for form in (_SHARE, _LIST, _CONSTANT)):
+        return
     if Path(spec).suffix == ".json" or os.path.isfile(spec):  # noqa: PTH113 (names of any length)
-        return load(Path(spec), shape)
+        _read(Path(spec))
+        return
     raise ScheduleError(
         f"unknown schedule {spec!r:.80}",
         f"use {' or '.join(NAMES)}, spread:50, a list such as 3:138,6:97,9:68, a constant such as "
@@ -158,14 +174,7 @@ def load(path: Path, shape: ModelShape) -> Schedule:
     Raises:
         ScheduleError: the file is missing or malformed, or was made for another model.
     """
-    example = '{"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97], [9, 68]]}'
-    data = read_json(
-        path,
-        _File,
-        what="schedule file",
-        hint=f"expected the form {example}",
-        error=ScheduleError,
-    )
+    data = _read(path)
     model = shape.name if data.model is None else data.model
     if model != shape.name:
         raise ScheduleError(
@@ -181,6 +190,17 @@ def load(path: Path, shape: ModelShape) -> Schedule:
     )
     check_last_prefix_only(found, shape)
     return found
+
+
+def _read(path: Path) -> _File:
+    example = '{"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97], [9, 68]]}'
+    return read_json(
+        path,
+        _File,
+        what="schedule file",
+        hint=f"expected the form {example}",
+        error=ScheduleError,
+    )
 
 
 def to_manifest(schedule: Schedule) -> Jmp:
