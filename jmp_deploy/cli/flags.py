@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from ..backends import AUTO, AUTO_HELP, DEPLOYED
 
 T = TypeVar("T")
+PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 MOST_PIXELS = 4096
 """Of an image's side: 65536 tokens of 16 pixels, whose attention alone would take 100 GB."""
 Handler = Callable[[argparse.Namespace], int]
@@ -157,6 +158,24 @@ def new_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from error
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise argparse.ArgumentTypeError(f"cannot write {text}: {folder} is no folder to write in")
+    return path
+
+
+def new_plot(text: str) -> Path:
+    """A picture that matplotlib writes."""
+    if Path(text).suffix.lower() not in PLOTS:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PLOTS)}")
+    return new_file(text)
+
+
+def new_pictures(text: str) -> Path:
+    """A folder to write pictures into, or one file."""
+    path = Path(text)
+    if path.suffix.lower() in (".png", ".html"):
+        return new_file(text)
+    if path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+    new_file(str(path / "index.html"))
     return path
 
 

@@ -75,7 +75,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--plot",
-        type=flags.new_file,
+        type=flags.new_plot,
         default=None,
         metavar="FILE.png",
         help="draw the trade-off (needs matplotlib)",

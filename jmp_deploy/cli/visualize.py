@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=flags.new_pictures,
         metavar="DIR|FILE",
         help="folder for a PNG per image and index.html, or one .png or .html file (pictures)",
     )

@@ -308,6 +308,21 @@ def ends_badly(read: Callable[[Path], int], folder: Path, capfd) -> str | None:
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_what_is_no_ordinary_file_is_not_waited_for(world, name, capfd):
+    kind = KINDS[name]
+    path = world / kind.file
+    kept = path.rename(path.with_name("kept"))
+    try:
+        for make in (os.mkfifo, os.mkdir, lambda place: place.symlink_to(place)):
+            make(path)
+            if name != "image" or make is not os.mkdir:  # a folder of images is one
+                assert ends_badly(kind.read, world, capfd) is None
+            (path.rmdir if path.is_dir() else path.unlink)()
+    finally:
+        kept.rename(path)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_spoiled_file_ends_in_one_clear_message(world, name, capfd):
     kind, bad = KINDS[name], {}
     path, manifest = world / kind.file, world / "a" / artifact.FILE

@@ -57,7 +57,11 @@ BAD_FLAGS = [
     ([*TUNE, "--gmacs", "nan"], "--gmacs: must be above 0"),
     ([*TUNE, "--gmacs", "1", "--passes", "inf"], "--passes: must be above 0"),
     ([*TUNE, "--gmacs", "1", "--on-batch", "1"], "--on-batch is of the table"),
-    ([*TUNE, "--gmacs", "1", "--plot", "@"], "--plot: @ is a folder"),
+    ([*TUNE, "--gmacs", "1", "--plot", "@/f.png"], "f.png is a folder, not a file"),
+    ([*TUNE, "--gmacs", "1", "--plot", "a.xyz"], "--plot: a.xyz is none of .png"),
+    (["visualize", "deit_t", "@", "-o", "@/no.png/x"], "--out: cannot write"),
+    (["visualize", "deit_t", "@", "-o", "/dev/null/x"], "--out: cannot write"),
+    (["bench", "@/a", "--plot", "a.txt"], "--plot: a.txt is none of .png"),
     (["bench", "@/a", "--table-step", "4"], "--table-step goes with --table"),
     (["bench", "@/a", "--times", "/dev/null/x"], "--times: cannot write"),
     (["bench", "@/a", "-b", "0"], "must be at least 1"),
@@ -75,6 +79,7 @@ BAD_FLAGS = [
 def test_flags_that_cannot_work_are_refused_at_once(tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.setattr(models, "load_model", None)  # refused before any work
     (tmp_path / "no.png").write_text("no image")
+    (tmp_path / "f.png").mkdir()
     out = tmp_path / "out"
     places = [word.replace("OUT", str(out)).replace("@", str(tmp_path)) for word in words]
     assert main(places) == 2
