@@ -34,6 +34,7 @@ from .core.images import (
     MAX_SIDE,
     find_images,
     label,
+    load_batch,
     open_image,
     preprocess,
     require_readable,
@@ -46,8 +47,6 @@ from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
 from .jmp.schedule import check_spelling
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .jmp.models import LoadedModel
     from .jmp.node import TokenReduce
     from .quantize.int8 import Int8Options
@@ -166,7 +165,7 @@ _TWIN = "fp16.onnx"
 
 def _portable(
     options: BuildOptions,
-    photos: list[tuple[str, Image.Image]],
+    photos: list[Path],
     staging: Path,
     clock: Clock,
     on_progress: builder.Progress | None,
@@ -271,7 +270,7 @@ def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
 
 def _check(
     options: BuildOptions,
-    photos: list[tuple[str, Image.Image]],
+    photos: list[Path],
     loaded: LoadedModel,
     portable: Path,
     output: str,
@@ -281,8 +280,13 @@ def _check(
     from .compare import compare
     from .core import ort
 
-    names = [name for name, _ in photos]
-    images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
+    if photos:
+        names = [label(path) for path in photos]
+        images = load_batch(photos, loaded.preprocess)
+    else:
+        samples = sample_photos()
+        names = [name for name, _ in samples]
+        images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in samples])
     ort.quiet_polygraphy()
     runners = [torch_runner(loaded.model, output), ort.session_runner(portable)]
     precisions: dict[str, str] = {runners[0].name: "fp32", runners[1].name: options.precision}
@@ -347,20 +351,20 @@ def _refuse_contradictions(options: BuildOptions) -> None:
         raise ModelError(f"seed {options.seed} is not in 0 to {(1 << 63) - 1}")
 
 
-def _photos(options: BuildOptions) -> list[tuple[str, Image.Image]]:
-    """The photos of the check, decoded: (name, image); at most `CHECK_IMAGES` of those named.
+def _photos(options: BuildOptions) -> list[Path]:
+    """The photos of the check that can be read, at most `CHECK_IMAGES` of those named; empty for
+    the sample photos. They are decoded once for it, and let go: memory is scarce on a device.
 
     Raises:
         ImageError: none are there, or too many cannot be read.
     """
-    if not options.images:
-        return sample_photos()
-    paths = find_images(options.images)
+    paths = find_images(options.images) if options.images else []
     count = min(CHECK_IMAGES, len(paths))
     found, unreadable = [], []
     for path in (paths[index * len(paths) // count] for index in range(count)):
         try:
-            found.append((label(path), open_image(path)))
+            open_image(path)
+            found.append(path)
         except ImageError as error:
             unreadable.append(error.message)
     require_readable(unreadable, len(found))

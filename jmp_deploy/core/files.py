@@ -59,6 +59,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 STAGING = ".staging-"
 """Prefix of the folders of `staging_dir`."""
+TRIES = 8
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def staging_dir(folder: Path) -> Iterator[Path]:
         with _locked(path) as is_ours:
             if is_ours:
                 shutil.rmtree(path, ignore_errors=True)
-    while True:
+    for _ in range(TRIES):
         made = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
         with _locked(made) as is_ours:
             if not (is_ours and made.is_dir()):  # another build has just swept it away
@@ -83,12 +84,13 @@ def staging_dir(folder: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(made, ignore_errors=True)
             return
+    raise ArtifactError(f"no folder in {folder} can be locked", "choose another folder with -o")
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Whether this process has the lock of a folder, within. Where there are no locks (some network
-    drives) it has that of what it makes, and sweeps nothing."""
+    drives) it has that of what is empty: of what it makes, and sweeps nothing else."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

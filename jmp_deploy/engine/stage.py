@@ -185,12 +185,13 @@ def rebuild(
         names = [path.name for path in staging.iterdir()]
         # The engines are there for a moment without their manifest's blessing: that is noticed,
         # and mended by another run of this.
-        for name in engines:
-            if name not in names:
-                (folder / name).unlink(missing_ok=True)
-        for name in names:
-            (staging / name).replace(folder / name)
-        return made.write()
+        with interrupt.held():
+            for name in engines:
+                if name not in names:
+                    (folder / name).unlink(missing_ok=True)
+            for name in names:
+                (staging / name).replace(folder / name)
+            return made.write()
 
 
 def _for_this_gpu(options: EngineOptions) -> EngineOptions:

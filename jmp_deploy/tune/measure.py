@@ -111,7 +111,7 @@ class State:
     def __init__(self, path: Path, key: str, *, resume: bool) -> None:
         self.path, self.key = path, key
         self.known: dict[str, list[float]] = {}
-        if not resume or not path.is_file():
+        if not resume or not path.exists():
             return
         hint = "remove it, or leave out --resume"
         found = read_json(path, _Kept, what="state of `tune`", hint=hint, error=ScheduleError)

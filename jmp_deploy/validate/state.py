@@ -89,7 +89,7 @@ class State:
         self.resumed = 0
         self._saved = 0
         self._wait, self._last = SAVE_EVERY, time.monotonic()
-        if resume and path is not None and path.is_file():
+        if resume and path is not None and path.exists():
             self._read(path)
 
     def split(self, name: str) -> Answers:
