@@ -7,8 +7,6 @@ artifact that is there stays whole until its successor is, and an interrupted bu
 from __future__ import annotations
 
 import gc
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .core import artifact
+from .core import artifact, interrupt
 from .core.artifact import (
+    FILE,
     Artifact,
     Check,
     EngineOptions,
@@ -29,14 +28,25 @@ from .core.artifact import (
     Precision,
     Reference,
     Strategy,
+    refuse_odd_strings,
 )
-from .core.errors import ArtifactError, EngineError, ScheduleError
-from .core.files import atomic_path, make_writable_dir
-from .core.images import find_images, load_batch, preprocess, sample_photos
+from .core.errors import ArtifactError, EngineError, ImageError, ModelError, ScheduleError
+from .core.files import atomic_path, make_writable_dir, staging_dir
+from .core.images import (
+    MAX_SIDE,
+    find_images,
+    label,
+    load_batch,
+    open_image,
+    preprocess,
+    require_readable,
+    sample_photos,
+)
 from .core.outputs import output_of
 from .engine import builder
 from .engine.stage import Clock, make_engines
 from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
+from .jmp.schedule import check_spelling
 
 if TYPE_CHECKING:
     from .jmp.models import LoadedModel
@@ -44,6 +54,8 @@ if TYPE_CHECKING:
     from .quantize.int8 import Int8Options
 
 REFERENCE_IMAGES = 4
+CHECK_IMAGES = 64
+"""Photos of the check at most, spread evenly over those that are named."""
 
 OnStage = Callable[[str], None]
 
@@ -119,37 +131,40 @@ def build(
             f"batch {least},{best},{most} is not MIN <= OPT <= MAX with MIN >= 1",
             "write --batch 8 for a fixed batch, or --batch 1,8,32",
         )
-    if (options.keep_rate is None) != (options.blocks is None):
-        raise ScheduleError("--keep-rate and --blocks go together: --keep-rate 0.7 --blocks 3,6,9")
+    _refuse_contradictions(options)
     engine_options = EngineOptions(builder.python_targets(options.targets), options.workspace_mb)
     choice = builder.choose(options.engine)
+    builder.refuse_targets(choice, engine_options.targets)
     refuse_early(options.int8, options.precision, options.rebuild)
     _refuse_odd_target(options.out)
+    refuse_odd_strings([options.rebuild, str(options.out), options.weights], options.out / FILE)
+    photos = _photos(options)
     is_new = not options.out.exists()
     make_writable_dir(options.out)
     clock = Clock(on_stage)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=options.out))
     try:
-        made, reference, reductions = _portable(options, staging, clock, on_progress)
-        # PyTorch's copy of the model is out of reach here; what it held goes back before a builder
-        # on a device with little memory starts.
-        gc.collect()
-        _deployable(staging, clock, reductions)
-        made = replace(made, engine_options=engine_options)
-        made = make_engines(
-            made,
-            staging,
-            options.out,
-            choice,
-            partial(check_engine, reference=reference),
-            settle,
-            clock=clock,
-            on_progress=on_progress,
-        )
-        replace(made, stages=tuple(clock.stages)).write()
-        _move_into_place(staging, options.out)
+        with staging_dir(options.out) as staging:
+            made, reference, reductions = _portable(options, photos, staging, clock, on_progress)
+            # PyTorch's copy of the model is out of reach here; what it held goes back before a
+            # builder on a device with little memory starts.
+            gc.collect()
+            _deployable(staging, clock, reductions)
+            made = replace(made, engine_options=engine_options)
+            made = make_engines(
+                made,
+                staging,
+                options.out,
+                choice,
+                partial(check_engine, reference=reference),
+                settle,
+                clock=clock,
+                on_progress=on_progress,
+            )
+            replace(made, stages=tuple(clock.stages)).write()
+            with interrupt.held():
+                _move_into_place(staging, options.out)
+                interrupt.left(f"the build had ended: {options.out} is whole")
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         if is_new and not any(options.out.iterdir()):
             options.out.rmdir()
     return Artifact.read(options.out)
@@ -161,6 +176,7 @@ _TWIN = "fp16.onnx"
 
 def _portable(
     options: BuildOptions,
+    photos: list[Path],
     staging: Path,
     clock: Clock,
     on_progress: builder.Progress | None,
@@ -199,7 +215,7 @@ def _portable(
             asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress
         )
     with clock("check"):
-        check, reference = _check(options, loaded, portable, output)
+        check, reference = _check(options, photos, loaded, portable, output)
     patched = loaded.model.blocks.reductions if jmp else {}
     reductions = [patched[block].stored() for block in sorted(patched)]
     made = Artifact(
@@ -264,21 +280,24 @@ def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
 
 
 def _check(
-    options: BuildOptions, loaded: LoadedModel, portable: Path, output: str
+    options: BuildOptions,
+    photos: list[Path],
+    loaded: LoadedModel,
+    portable: Path,
+    output: str,
 ) -> tuple[Check, Reference]:
     """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
     from .backends.torch import torch_runner
     from .compare import compare
     from .core import ort
 
-    if options.images:
-        paths = find_images(options.images)
-        names = [path.name for path in paths]
-        images = load_batch(paths, loaded.preprocess)
+    if photos:
+        names = [label(path) for path in photos]
+        images = load_batch(photos, loaded.preprocess)
     else:
-        photos = sample_photos()
-        names = [name for name, _ in photos]
-        images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
+        samples = sample_photos()
+        names = [name for name, _ in samples]
+        images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in samples])
     ort.quiet_polygraphy()
     runners = [torch_runner(loaded.model, output), ort.session_runner(portable)]
     precisions: dict[str, str] = {runners[0].name: "fp32", runners[1].name: options.precision}
@@ -314,6 +333,51 @@ def _deployable(staging: Path, clock: Clock, reductions: list[TokenReduce]) -> N
             if (staging / portable).is_file():
                 to_deployable(staging / portable, staging / deployable, expected=reductions)
         (staging / _TWIN).unlink(missing_ok=True)
+
+
+def _refuse_contradictions(options: BuildOptions) -> None:
+    """Raises JmpDeployError for options that cannot work, or of which one makes another vain."""
+    if (options.keep_rate is None) != (options.blocks is None):
+        raise ScheduleError("--keep-rate and --blocks go together: --keep-rate 0.7 --blocks 3,6,9")
+    plain = BuildOptions(options.model, options.out)
+    flags = {"schedule": "--schedule", "keep_rate": "--keep-rate", "tau": "--tau"}
+    flags |= {"strategy": "--strategy", "granularity": "--granularity"}
+    flags |= {"proportional": "--no-proportional"}
+    vain = [flag for name, flag in flags.items() if getattr(options, name) != getattr(plain, name)]
+    if options.dense and vain:
+        raise ScheduleError(
+            f"--dense builds the model without JMP, and {', '.join(vain)} says how JMP works",
+            "leave out --dense, or the others",
+        )
+    check_spelling(options.schedule)
+    if options.strategy != "jmp" and options.tau is not None:
+        raise ScheduleError(
+            f"--strategy {options.strategy} decides without --tau", "leave one of them out"
+        )
+    if options.img_size is not None and not 1 <= options.img_size <= MAX_SIDE:
+        raise ModelError(f"an image size of {options.img_size} is not in 1 to {MAX_SIDE}")
+    if not 0 <= options.seed < 1 << 63:
+        raise ModelError(f"seed {options.seed} is not in 0 to {(1 << 63) - 1}")
+
+
+def _photos(options: BuildOptions) -> list[Path]:
+    """The photos of the check that can be read, at most `CHECK_IMAGES` of those named; empty for
+    the sample photos. They are decoded once for it, and let go: memory is scarce on a device.
+
+    Raises:
+        ImageError: none are there, or too many cannot be read.
+    """
+    paths = find_images(options.images) if options.images else []
+    count = min(CHECK_IMAGES, len(paths))
+    found, unreadable = [], []
+    for path in (paths[index * len(paths) // count] for index in range(count)):
+        try:
+            open_image(path)
+            found.append(path)
+        except ImageError as error:
+            unreadable.append(error.message)
+    require_readable(unreadable, len(found))
+    return found
 
 
 def _refuse_odd_target(out: Path) -> None:

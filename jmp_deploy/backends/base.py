@@ -51,11 +51,13 @@ class Opened:
         backend: which one.
         runner: Polygraphy's, a context manager with `infer`.
         watch: what happens inside; None where only outputs are known.
+        note: what a reader of results has to know of it.
     """
 
     backend: Backend
     runner: Any
     watch: Watch | None = None
+    note: str | None = None
 
     @property
     def name(self) -> str:

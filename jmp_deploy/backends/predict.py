@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, ImageError, NonFiniteError
-from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_batch
+from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_readable
 from ..core.outputs import TOPK, Output, output_named
 from ..engine.runtime import Engine, require_finite
 from . import AUTO, pick
@@ -151,16 +151,9 @@ def _decode(
     paths: Sequence[Path], spec: Preprocess, skipped: list[dict[str, str]]
 ) -> tuple[list[Path], NDArray[np.float32]]:
     """The images that can be read, as [B, 3, H, W]; the others go to `skipped`."""
-    readable, rows = [], []
-    for path in paths:
-        try:
-            rows.append(load_batch([path], spec))
-            readable.append(path)
-        except ImageError as error:
-            skipped.append({"image": str(path), "error": error.message})
-    if not rows:
-        return [], np.empty((0, 3, spec.height, spec.width), np.float32)
-    return readable, np.concatenate(rows)
+    batch = load_readable(paths, spec)
+    skipped += [{"image": str(paths[k]), "error": why} for k, why in batch.unreadable]
+    return [paths[k] for k in batch.kept], batch.images
 
 
 def _run_finite(

@@ -64,7 +64,8 @@ class TorchBackend(Backend):
             model = restore_model(artifact, weights)
         except (ImportError, JmpDeployError) as error:
             if reference is not None and weights is None:
-                return Opened(self, _stored_runner(reference, output))
+                why = f"its outputs of the build stand in for PyTorch: {error}"
+                return Opened(self, _stored_runner(reference, output), note=why)
             if isinstance(error, JmpDeployError):
                 raise
             raise ArtifactError(str(error)) from error

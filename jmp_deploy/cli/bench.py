@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends import AUTO, AUTO_HELP, NAMES
-from ..core.errors import JmpDeployError, MissingPackageError, fail, install_command
+from ..core.errors import JmpDeployError, MissingPackageError, fail, install_command, say
 from ..core.files import write_json
 from . import checked, flags, show
 
@@ -104,21 +103,21 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--times",
-        type=Path,
+        type=flags.new_file,
         default=None,
         metavar="FILE",
         help="write every inference in the form of trtexec --exportTimes, a file per row",
     )
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=flags.new_plot,
         default=None,
         metavar="FILE.png",
         help="draw latency over batch (needs matplotlib)",
     )
     parser.add_argument(
         "--table",
-        type=Path,
+        type=flags.new_file,
         default=None,
         metavar="FILE",
         help="measure blocks over the number of tokens instead, for tune --latency-ms --on FILE "
@@ -150,6 +149,8 @@ def _bench(given: argparse.Namespace) -> int:
 
     if given.table:
         return _table(given)
+    if "step" in given:
+        raise JmpDeployError("--table-step goes with --table FILE", "leave it out, or add --table")
     if given.plot and find_spec("matplotlib") is None:  # now, not after minutes of measuring
         raise MissingPackageError("--plot needs matplotlib", install_command("plot"))
     settings = flags.fill(Settings, given, "settings.")
@@ -160,7 +161,7 @@ def _bench(given: argparse.Namespace) -> int:
         with show.Progress("opening", auto_refresh=False) as progress:
             result, everything = bench(asked, on_progress=progress.update)
     except KeyboardInterrupt:
-        print("nothing was measured whole yet", file=sys.stderr)
+        say("nothing was measured whole yet")
         raise
     result["notes"] += verdict.notes
     result["warnings"] += verdict.problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,12 +65,15 @@ def add(commands: Any) -> None:
         "FLOPs), paper, 3:138,6:97,9:68, r18@2-10 or a .json file, as `tune` writes it (spread)",
     )
     parser.add_argument(
-        "--keep-rate", type=float, metavar="R", help="with --blocks: keep ceil(R*M) in each"
+        "--keep-rate",
+        type=flags.number(0, 1, above=True),
+        metavar="R",
+        help="with --blocks: keep ceil(R*M) in each",
     )
     parser.add_argument("--blocks", type=flags.integers, metavar="I,J,..", help="0-based")
     parser.add_argument(
         "--tau",
-        type=float,
+        type=flags.tau,
         help="similarity from which a token is merged rather than pruned (the schedule's: 0.8 for "
         "spread, 0.7 for what is written out, or what its file says)",
     )
@@ -117,7 +121,7 @@ def add(commands: Any) -> None:
     )
     flags.add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
     parser.add_argument(
-        "--seed", type=int, help="of random weights and of the calibration sample (0)"
+        "--seed", type=flags.seed, help="of random weights and of the calibration sample (0)"
     )
     group = parser.add_argument_group(
         "INT8",
@@ -155,7 +159,7 @@ def add(commands: Any) -> None:
     group.add_argument(
         "--max-drop",
         dest="int8.max_drop",
-        type=float,
+        type=flags.number(0, 100, above=True),
         metavar="POINTS",
         help="measure what each layer costs and keep the worst in FP16 until the estimated drop "
         "holds, e.g. 0.3 (keep what the model family's recipe says)",
@@ -188,7 +192,7 @@ def _build(given: argparse.Namespace) -> int:
     name = given.model.replace("/", "_") + ("-dense" if "dense" in given else "")
     out = given.out or Path("artifacts") / name
     int8 = flags.fill(Int8Options, given, "int8.")
-    asked = flags.fill(BuildOptions, given, out=out, int8=int8, rebuild=given.typed)
+    asked = flags.fill(BuildOptions, given, out=out, int8=int8, rebuild=_from_anywhere(given, out))
     with show.Progress() as progress:
         made = build(asked, on_stage=progress.stage, on_progress=progress.steps)
     show.show(given, summary(made), made.to_json())
@@ -200,6 +204,25 @@ def _build(given: argparse.Namespace) -> int:
         )
     checked.refuse(checked.verdict_on(made))
     return 0 if made.check.ok else 1
+
+
+def _from_anywhere(given: argparse.Namespace, out: Path) -> str:
+    """The command as it was typed; where a path in it is relative, with the folder it starts from.
+
+    Paths within the words are left as they are: which words are paths is argparse's secret.
+    """
+    command = shlex.join(given.typed)
+    weights, schedule = getattr(given, "weights", "auto"), getattr(given, "schedule", "")
+    calib = getattr(given, "int8.calib", "sample")
+    named = {
+        *(out, getattr(given, "int8.cache", None), *getattr(given, "images", ())),
+        None if weights in ("auto", "pretrained", "random") else weights,
+        None if calib == "sample" else calib,
+        schedule if schedule.endswith(".json") else None,
+    }
+    if all(Path(path).is_absolute() for path in named if path is not None):
+        return command
+    return f"cd {shlex.quote(str(Path.cwd()))} && {command}"
 
 
 def summary(made: Artifact) -> list[RenderableType]:
@@ -274,8 +297,8 @@ def _agreement(pair: dict[str, Any]) -> str:
     """The figures of a pair of backends, in words."""
     words = f"cosine {show.number(pair['cosine'], '.6f')}, "
     words += f"largest difference {show.number(pair['max_abs'], '.2g')}"
-    if pair["top1_agreement"] is not None:
-        words += f", top-1 agreement {pair['top1_agreement']:.0%}"
+    if (agreement := pair.get("top1_agreement")) is not None:
+        words += f", top-1 agreement {agreement:.0%}"
     return words
 
 
@@ -321,7 +344,7 @@ def int8_rows(found: Int8) -> list[tuple[str, str]]:
             "bytes (MB)",
             f"weights {weights.get('INT8', 0) / 1e6:.1f} INT8 and "
             f"{weights.get('FLOAT16', 0) / 1e6:.1f} FP16; inputs of the weighted layers, per "
-            f"image, {values['int8'] / 1e6:.2f}, in FP16 {values['fp16'] / 1e6:.2f}",
+            f"image, {values.get('int8', 0) / 1e6:.2f}, in FP16 {values.get('fp16', 0) / 1e6:.2f}",
         ),
         ("kept in FP16", _kept(found)),
     ]
@@ -347,8 +370,8 @@ def _by_block(names: Sequence[str]) -> list[str]:
     """ "blocks.0.fc2", "blocks.1.fc2", "head" -> "fc2 of blocks 0, 1", "head"."""
     kinds: dict[str, list[str]] = {}
     for name in names:
-        parts = name.split(".")
-        kinds.setdefault(parts[-1], []).append(parts[1] if len(parts) == 3 else "")
+        found = re.fullmatch(r"[^.]+\.([0-9]{1,6})\.([^.]+)", name)
+        kinds.setdefault(found[2] if found else name, []).append(found[1] if found else "")
     return [
         f"{kind} of block{'s' if len(blocks) > 1 else ''} {_runs(blocks)}" if blocks[0] else kind
         for kind, blocks in kinds.items()

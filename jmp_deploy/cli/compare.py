@@ -120,6 +120,7 @@ def summary(result: dict[str, Any]) -> list[RenderableType]:
     lines.append(_tolerance(result["tolerance"]))
     times = ", ".join(f"{name} {ms:.1f} ms" for name, ms in result["runtime_ms"].items())
     lines.append(f"time per image, cold start included (no benchmark): {times}")
+    lines += [show.styled(f"note: {words}", "yellow") for words in result.get("notes", ())]
     for name, reason in result["skipped"].items():
         lines.append(f"not compared: {name}: {reason}")
     lines += _unreadable(result.get("unreadable", []))

@@ -9,6 +9,7 @@ reads itself has a default here.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any, TypeVar
 from ..backends import AUTO, AUTO_HELP, DEPLOYED
 
 T = TypeVar("T")
+PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+MOST_PIXELS = 4096
+"""Of an image's side: 65536 tokens of 16 pixels, whose attention alone would take 100 GB."""
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -36,6 +40,7 @@ def add_command(
     parser.set_defaults(handler=handler)
     parser.add_argument(
         "--json",
+        type=_json,
         default=None,
         metavar="FILE",
         help="write the result as JSON too; - for standard output",
@@ -75,7 +80,9 @@ def add_images(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_img_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--img-size", type=int, metavar="PIXELS", help="(the model's own)")
+    parser.add_argument(
+        "--img-size", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="(the model's own)"
+    )
 
 
 def add_weights(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -96,15 +103,84 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 # --- types ---------------------------------------------------------------------------------------
 
 
+MOST = (1 << 31) - 1
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of a whole number within limits."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number") from error
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        if number > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}")
+        return number
+
+    return parse
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
+    return whole(1)(text)
+
+
+def number(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
+    """The type of a number within limits; `above` leaves the lower one out."""
+
+    def parse(text: str) -> float:
+        value = decimal(text)
+        if not least <= value <= most or (above and value == least):
+            low = f"above {least:g}" if above else f"at least {least:g}"
+            raise argparse.ArgumentTypeError(f"must be {low} and at most {most:g}")
+        return value
+
+    return parse
+
+
+tau = number(-100, 100)
+"""The type of a threshold of similarity."""
+seed = whole(0, (1 << 63) - 1)
+"""The type of a seed, as PyTorch, NumPy and the manifest take it."""
+
+
+def new_file(text: str) -> Path:
+    """A file to write: what cannot be written is said before the work, not after it."""
+    path = Path(text)
     try:
-        number = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder, not a file")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from error
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {folder} is no folder to write in")
+    return path
+
+
+def new_plot(text: str) -> Path:
+    """A picture that matplotlib writes."""
+    if Path(text).suffix.lower() not in PLOTS:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(PLOTS)}")
+    return new_file(text)
+
+
+def new_pictures(text: str) -> Path:
+    """A folder to write pictures into, or one file."""
+    path = Path(text)
+    if path.suffix.lower() in (".png", ".html"):
+        return new_file(text)
+    if path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a folder")
+    new_file(str(path / "index.html"))
+    return path
+
+
+def _json(text: str) -> str:
+    return text if text == "-" else str(new_file(text))
 
 
 def integers(text: str) -> tuple[int, ...]:

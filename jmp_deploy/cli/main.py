@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from .. import __version__
 from ..core import interrupt
-from ..core.errors import BrokenPackageError, JmpDeployError, fail, one_line
+from ..core.errors import BrokenPackageError, JmpDeployError, fail, one_line, say
 from . import (
     bench,
     build,
@@ -57,18 +60,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         given = make_parser().parse_args(arguments)
-        given.typed = shlex.join(["python", "-m", "jmp_deploy", *arguments])
-        with interrupt.remembered():
+        given.typed = ["python", "-m", "jmp_deploy", *arguments]
+        with interrupt.remembered(), _warnings_as_lines():
             return int(given.handler(given))
     except KeyboardInterrupt:
-        return fail("interrupted; nothing half-written is left behind", None, 130)
+        words, code = interrupt.farewell()
+        return fail(words, None, code)
     except BrokenPipeError:  # | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return fail("out of memory", "try a smaller model, image size or batch", 2)
+        return _out_of_memory()
     except (Exception, SystemExit) as error:
         return _explain(error)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What the library warns of, without the line of our source where it did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, RuntimeWarning):
+                say(f"warning: {message}")
+            else:
+                usual(message, category, *rest, **more)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _out_of_memory() -> int:
+    return fail("out of memory", "try a smaller model, image size or batch", 2)
 
 
 def _explain(error: BaseException) -> int:
@@ -82,6 +107,8 @@ def _explain(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 2
     elif os.environ.get("JMP_DEPLOY_DEBUG"):
         traceback.print_exception(error)
+    if not failure and re.search("allocate.*memory|out of memory", str(error), re.IGNORECASE):
+        return _out_of_memory()  # PyTorch and ONNX Runtime have no class of their own for it
     if failure:
         return fail(failure.message, failure.hint, failure.exit_code)
     # a bug of ours, or a library's: one line for the user all the same

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..backends import AUTO
-from ..core.errors import fail
+from ..core.errors import JmpDeployError, fail, say
 from . import checked, flags, show
 
 if TYPE_CHECKING:
@@ -71,33 +67,28 @@ def add(commands: Any) -> None:
 
 def _run(given: argparse.Namespace) -> int:
     from ..backends.predict import Options, predict
+    from ..core.images import UNREADABLE_HINT
 
+    if "use_manifest" in given and "backend" in given and given.backend == "onnxruntime":
+        raise JmpDeployError(
+            "--no-manifest runs an engine, not ONNX Runtime", "leave one of the two flags out"
+        )
     if given.rebuild:
         _rebuild(given.folder)
     if "use_manifest" not in given:
         verdict = checked.check_first([given.folder], [getattr(given, "backend", AUTO)])
         for words in verdict.notes:
-            print(f"note: {words}", file=sys.stderr)
+            say(f"note: {words}")
         checked.refuse(verdict)
-    with _warnings_as_lines():
-        options = flags.fill(Options, given)
-        result = flags.fill(predict, given, path=given.folder, options=options)
+    options = flags.fill(Options, given)
+    result = flags.fill(predict, given, path=given.folder, options=options)
     show.show(given, [_predictions(result)], [*result.records, *result.skipped])
     for entry in result.skipped:
-        print(f"skipped: {entry['error']}", file=sys.stderr)
+        say(f"skipped: {entry['error']}")
     if not result.ok:
         total = len(result.records) + len(result.skipped)
-        return fail(f"{len(result.skipped)} of {total} images cannot be read", None, 1)
+        return fail(f"{len(result.skipped)} of {total} images cannot be read", UNREADABLE_HINT, 1)
     return 0
-
-
-@contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """What the library warns of, without the line of our source where it did."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", RuntimeWarning)
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-        yield
 
 
 def _rebuild(folder: Path) -> None:
@@ -111,7 +102,7 @@ def _rebuild(folder: Path) -> None:
     reason = why_rebuild(found)
     if reason is None:
         return
-    print(f"the engine is made anew: {reason}", file=sys.stderr)
+    say(f"the engine is made anew: {reason}")
     with show.Progress() as progress:
         made = rebuild(
             found, check_engine, settle, on_stage=progress.stage, on_progress=progress.steps

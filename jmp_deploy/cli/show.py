@@ -6,7 +6,6 @@ rich is imported when something is shown, so that `--help` need not wait for it.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -16,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import atomic_path, write_bytes
+from ..core.errors import printable
+from ..core.files import atomic_path, json_text, write_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -41,7 +41,7 @@ def show(given: argparse.Namespace, parts: Iterable[RenderableType], value: Any)
     console(stderr=to_stdout).print(Group(*parts), crop=False)
     if given.json is None:
         return
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n"
+    text = json_text(_finite(value))
     if to_stdout:
         sys.stdout.write(text)
     else:
@@ -60,10 +60,15 @@ def _finite(value: Any) -> Any:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console for people; what we print is never taken for markup."""
+    """A console for people; what we print is never taken for markup, or by the terminal for more
+    than text: class names, file names and hints come from others."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
+    class Plain(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text), **options)
+
+    return Plain(stderr=stderr, highlight=False, markup=False, soft_wrap=False)
 
 
 # --- words and tables ----------------------------------------------------------------------------
@@ -73,7 +78,7 @@ def styled(words: str, style: str) -> Text:
     """Words in a colour."""
     from rich.text import Text
 
-    return Text(words, style)
+    return Text(printable(words), style)
 
 
 def warnings(result: dict[str, Any]) -> list[Text]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import say
 from . import flags, show
 
 if TYPE_CHECKING:
@@ -39,14 +39,15 @@ def add(commands: Any) -> None:
         metavar="PATH",
         help="files or folders, like those that the model will see; no labels are needed",
     )
+    budget_type = flags.number(0, 1e9, above=True)
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--gmacs", type=float, metavar="G", help="billion MACs per image")
+    budget.add_argument("--gmacs", type=budget_type, metavar="G", help="billion MACs per image")
     budget.add_argument(
-        "--latency-ms", type=float, metavar="MS", help="per inference, by the table of --on"
+        "--latency-ms", type=budget_type, metavar="MS", help="per inference, by the table of --on"
     )
     budget.add_argument(
         "--speedup",
-        type=float,
+        type=budget_type,
         metavar="X",
         help="over the dense model: in latency with --on, else in MACs",
     )
@@ -67,32 +68,32 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=flags.new_file,
         default=None,
         metavar="FILE",
         help="schedule file (MODEL-tuned.json)",
     )
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=flags.new_plot,
         default=None,
         metavar="FILE.png",
         help="draw the trade-off (needs matplotlib)",
     )
     flags.add_weights(parser)
-    parser.add_argument("--tau", type=float, help="fixed threshold (searched)")
+    parser.add_argument("--tau", type=flags.tau, help="fixed threshold (searched)")
     parser.add_argument(
         "--limit", type=flags.positive, metavar="N", help="images to use at most (64)"
     )
     parser.add_argument("--batch", type=flags.positive, metavar="N", help="images per forward (16)")
     parser.add_argument(
         "--passes",
-        type=float,
+        type=flags.number(0, 1e6, above=True),
         metavar="N",
         help="work to spend at most, in passes of the dense model over the images (40)",
     )
     parser.add_argument(
-        "--seed", type=int, help="which images, where there are more than --limit (0)"
+        "--seed", type=flags.seed, help="which images, where there are more than --limit (0)"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on where an interrupted run of these flags ended"
@@ -114,7 +115,7 @@ def _tune(given: argparse.Namespace) -> int:
             result = tune(asked, on_progress=update)
             progress.update("done", 1.0)
     except KeyboardInterrupt:
-        print("what was measured is kept: go on with --resume", file=sys.stderr)
+        say("what was measured is kept: go on with --resume")
         raise
     trouble = plot(result, given.plot) if given.plot else None
     build = ["python", "-m", "jmp_deploy", "build", asked.model]
@@ -123,7 +124,7 @@ def _tune(given: argparse.Namespace) -> int:
     build += ["--img-size", str(asked.img_size)] if asked.img_size else []
     show.show(given, _summary(result, out, shlex.join(build)), result)
     if trouble:
-        print(trouble, file=sys.stderr)
+        say(trouble)
     return 0
 
 

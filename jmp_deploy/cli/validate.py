@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import fail
+from ..core.errors import fail, say
 from . import checked, flags, show
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _add_validate(commands: Any) -> None:
     )
     parser.add_argument(
         "--state",
-        type=Path,
+        type=flags.new_file,
         default=None,
         metavar="FILE",
         help="what --resume goes on from; written every 10 s and on Ctrl-C, removed at the end "
@@ -162,7 +161,7 @@ def _validate(given: argparse.Namespace) -> int:
             result = validate(asked, on_progress=update)
     except KeyboardInterrupt:
         if state.is_file():
-            print(f"{state} holds what was measured: go on with --resume", file=sys.stderr)
+            say(f"{state} holds what was measured: go on with --resume")
         raise
     result["notes"] += [*verdict.notes, *verdict.problems]
     code = _show(given, {**result, "ok": result["ok"] and not verdict.problems}, result["ok"])

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=flags.new_pictures,
         metavar="DIR|FILE",
         help="folder for a PNG per image and index.html, or one .png or .html file (pictures)",
     )
@@ -46,10 +46,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--schedule", metavar="NAME|LIST|FILE", help="as for build (spread; an artifact's own)"
     )
-    parser.add_argument("--tau", type=float, help="(the schedule's)")
+    parser.add_argument("--tau", type=flags.tau, help="(the schedule's)")
     parser.add_argument("--granularity", choices=("token", "sample"), help="(token)")
     flags.add_weights(parser, more="; an artifact's own")
-    parser.add_argument("--seed", type=int, help="of random weights (0)")
+    parser.add_argument("--seed", type=flags.seed, help="of random weights (0)")
 
 
 def _visualize(given: argparse.Namespace) -> int:

@@ -21,11 +21,11 @@ from ..core.artifact import Artifact, Reference
 from ..core.errors import ArtifactError, ImageError, JmpDeployError, engine_errors
 from ..core.images import (
     INPUT,
+    UNREADABLE_HINT,
     UNREADABLE_LIMIT,
     Preprocess,
     join,
-    open_image,
-    preprocess,
+    load_readable,
     split,
 )
 from .measures import TABLE, TOLERANCES, Pair, coarser, measure
@@ -70,7 +70,7 @@ def compare_artifact(
 
     Returns:
         {"ok", "precision", "tolerance", "images", "unreadable", "random_weights", "backends",
-        "skipped": {backend: reason}, "pairs", "reductions", "reductions_skipped", "debug",
+        "skipped": {backend: reason}, "notes", "pairs", "reductions", "reductions_skipped", "debug",
         "debug_skipped", "runtime_ms": {backend: per image}}. pairs are those of
         measures.Pair; reductions is reductions.report's, debug a list of
         debug.conclusion's; where one is None, its _skipped says why.
@@ -110,6 +110,7 @@ def compare_artifact(
         "random_weights": artifact.is_random,
         "backends": [opened.name for opened in chosen],
         "skipped": skipped,
+        "notes": [opened.note for opened in chosen if opened.note],
         "pairs": [_as_dict(pair, photos.names) for pair in pairs],
         "runtime_ms": times,
     }
@@ -189,20 +190,13 @@ def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
     """
     count = min(limit, len(paths))
     spread = [paths[index * len(paths) // count] for index in range(count)]
-    images, names, unreadable = [], [], []
-    for path in spread:
-        interrupt.check()
-        try:
-            images.append(preprocess(open_image(path), spec))
-        except ImageError as error:
-            unreadable.append((str(path), error.message))
-        else:
-            names.append(str(path))
-    if not images:
+    batch = load_readable(spread, spec, on_image=interrupt.check)
+    unreadable = tuple((str(spread[position]), why) for position, why in batch.unreadable)
+    if not batch.kept:
         why = unreadable[0][1]
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-        raise ImageError(f"no image can be read: {why}{more}")
-    return Photos(np.stack(images), tuple(names), tuple(unreadable))
+        raise ImageError(f"no image can be read: {why}{more}", UNREADABLE_HINT)
+    return Photos(batch.images, tuple(str(spread[k]) for k in batch.kept), unreadable)
 
 
 def _input(

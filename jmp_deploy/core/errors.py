@@ -179,11 +179,18 @@ def one_line(value: object) -> str:
 
     What others wrote (versions, names, messages) passes through here on its way to a terminal.
     """
-    return _printable(next(iter(str(value).strip().splitlines()), "")).strip()
+    return printable(next(iter(str(value).strip().splitlines()), "")).strip()
 
 
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)
+def printable(text: str) -> str:
+    """A text without control characters, other than the ends of its lines.
+
+    Bytes of a file name that are no UTF-8, which Python keeps as lone surrogates, become "\\xff".
+    """
+    if text.isprintable():
+        return text
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
 def _has_torch() -> bool:
@@ -193,12 +200,18 @@ def _has_torch() -> bool:
         return False
 
 
-def fail(message: str, hint: str | None, code: int) -> int:
-    """Prints what is wrong, and what to do on a line of its own; returns the exit code.
+def say(text: str) -> None:
+    """Prints to standard error, for people.
 
     Names out of files of others (tensors, nodes, paths) are in it: no control character of theirs
     reaches the terminal.
     """
-    for text in [f"error: {message}", *([f"hint: {hint}"] if hint else [])]:
-        print("\n".join(map(_printable, text.split("\n"))), file=sys.stderr)
+    print(printable(text), file=sys.stderr)
+
+
+def fail(message: str, hint: str | None, code: int) -> int:
+    """Prints what is wrong, and what to do on a line of its own; returns the exit code."""
+    say(f"error: {message}")
+    if hint:
+        say(f"hint: {hint}")
     return code

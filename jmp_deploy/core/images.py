@@ -6,8 +6,13 @@ normalise), so a device without PyTorch feeds an engine exactly what PyTorch wou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,22 +20,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ImageError, ModelError, one_line
+from .errors import ImageError, ModelError, one_line, printable
+from .files import size_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "TGA", "QOI"),
+    *("MPO", "HEIF"),
+)
+"""Pillow's names of what is taken for an image, as far as the installed Pillow decodes it. Not
+EPS, for which it would start another program."""
+KINDS = 5
+"""Suffixes of files left out that a warning names."""
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 CROP_MODES = ("center", "squash")
 INPUT = "images"
-"""Name of the one input that every exported model has."""
-MAX_SIDE = 1 << 14
-INPUT = "images"
 """Name of the one input that every exported model has, [B, 3, H, W] float32."""
+MAX_SIDE = 1 << 14
+MAX_SCALED = 1 << 16
+"""Pixels of a photo's long side after scaling: a line of one pixel's width would fill the memory.
+"""
 UNREADABLE_LIMIT = 0.01
 """Share of unreadable images above which a command has failed: what is left is another data set."""
+UNREADABLE_HINT = (
+    "remove or replace them, or save them anew as JPEG or PNG; up to one image in a hundred is "
+    "passed over"
+)
 
 
 @dataclass(frozen=True)
@@ -102,18 +120,23 @@ def open_image(path: Path | str) -> Image.Image:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        size_of(Path(path))
+        with Image.open(path, formats=formats()) as image:
             upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright)
     except FileNotFoundError as error:
         raise ImageError(f"no such image: {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = one_line(error) or type(error).__name__
-        raise ImageError(f"cannot read {path} as an image: {reason}") from error
+    except Exception as error:  # on a broken file decoders raise anything (struct.error, ...)
+        reason = one_line(getattr(error, "strerror", None) or error) or type(error).__name__
+        raise ImageError(f"cannot read {path} as an image: {reason}", UNREADABLE_HINT) from error
 
 
 def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
-    """One RGB image to [3, H, W] float32, as timm's evaluation transform does."""
+    """One RGB image to [3, H, W] float32, as timm's evaluation transform does.
+
+    Raises:
+        ImageError: it is so narrow that scaling it would take gigabytes.
+    """
     from PIL import Image
 
     resample = Image.Resampling[spec.interpolation.upper()]
@@ -124,6 +147,8 @@ def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
         short, long = min(width, height), max(width, height)
         # torchvision's Resize: the long side is truncated, not rounded
         scaled = max(1, int(spec.resize * long / short))
+        if scaled > MAX_SCALED:
+            raise ImageError(f"{width}x{height} pixels are too narrow to be scaled")
         size = (spec.resize, scaled) if width <= height else (scaled, spec.resize)
         if size != image.size:
             image = image.resize(size, resample)
@@ -134,9 +159,86 @@ def preprocess(image: Image.Image, spec: Preprocess) -> NDArray[np.float32]:
     return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
 
 
+def read_image(path: Path | str, spec: Preprocess) -> NDArray[np.float32]:
+    """Decodes and preprocesses a file to [3, H, W] float32.
+
+    Raises:
+        ImageError: not readable as an image.
+    """
+    image = open_image(path)
+    try:
+        return preprocess(image, spec)
+    except ImageError as error:
+        raise ImageError(f"cannot use {path}: {error.message}", UNREADABLE_HINT) from error
+
+
 def load_batch(paths: Sequence[Path | str], spec: Preprocess) -> NDArray[np.float32]:
-    """Decodes and preprocesses files to [B, 3, H, W] float32."""
-    return np.stack([preprocess(open_image(path), spec) for path in paths])
+    """Decodes and preprocesses files to [B, 3, H, W] float32.
+
+    Raises:
+        ImageError: one of them cannot be read.
+    """
+    return np.stack([read_image(path, spec) for path in paths])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The readable ones of some images.
+
+    Attributes:
+        images: [b, 3, H, W] float32.
+        kept: for each of them its position in what was asked for.
+        unreadable: (position, reason) of the others.
+    """
+
+    images: NDArray[Any]
+    kept: tuple[int, ...]
+    unreadable: tuple[tuple[int, str], ...]
+
+    def require(self) -> NDArray[Any]:
+        """The images; more than `UNREADABLE_LIMIT` of them unreadable are an ImageError."""
+        require_readable([why for _, why in self.unreadable], len(self.kept))
+        return self.images
+
+
+def load_readable(
+    paths: Sequence[Path | str],
+    spec: Preprocess,
+    *,
+    on_image: Callable[[], None] = lambda: None,
+) -> Batch:
+    """Decodes and preprocesses files. One that cannot be read is no error.
+
+    Args:
+        on_image: called before each.
+    """
+    images, kept, unreadable = [], [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow on odd EXIF data and large photos
+        for position, path in enumerate(paths):
+            on_image()
+            try:
+                images.append(read_image(path, spec))
+                kept.append(position)
+            except ImageError as error:
+                unreadable.append((position, error.message))
+    shape = (0, 3, spec.height, spec.width)
+    stacked = np.stack(images) if images else np.zeros(shape, dtype=np.float32)
+    return Batch(stacked, tuple(kept), tuple(unreadable))
+
+
+def require_readable(reasons: Sequence[str], readable: int) -> None:
+    """Raises ImageError where too many images cannot be read, or none can.
+
+    Args:
+        reasons: why, for each that cannot.
+        readable: how many can.
+    """
+    total = len(reasons) + readable
+    if reasons and (not readable or len(reasons) > UNREADABLE_LIMIT * total):
+        raise ImageError(
+            f"{len(reasons)} of {total} images cannot be read: {reasons[0]}", UNREADABLE_HINT
+        )
 
 
 def split(images: NDArray[np.float32], size: int, least: int) -> list[NDArray[np.float32]]:
@@ -159,23 +261,120 @@ def join(parts: Sequence[Mapping[str, Any]], count: int) -> dict[str, NDArray[An
 def find_images(paths: Iterable[Path | str]) -> list[Path]:
     """Expands files and folders (searched recursively, sorted) to image files.
 
+    A file that is named is taken whatever it is called; in folders, see `images_below`.
+
     Raises:
         ImageError: a path does not exist, or no image is found.
     """
     given = [Path(path) for path in paths]
     found: list[Path] = []
     for path in given:
-        if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            found.extend(sorted(inside))
-        elif path.exists():
-            found.append(path)
-        else:
-            raise ImageError(f"no such image or folder: {path}")
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte
+            if isinstance(error, PermissionError):
+                raise ImageError(f"cannot read {path}: {error.strerror}") from error
+            raise ImageError(f"no such image or folder: {path}") from error
+        found += images_below([path])[0] if is_folder else [path]
     if not found:
         names = ", ".join(str(path) for path in given)
-        raise ImageError(f"no images in {names}", f"looked for {' '.join(SUFFIXES)}")
+        raise ImageError(f"no images in {names}", f"looked for {' '.join(suffixes())}")
     return found
+
+
+def images_below(folders: Sequence[Path]) -> list[list[Path]]:
+    """For each folder the image files in it and in those below, sorted; one rule for all commands.
+
+    Links to folders are followed, of which subsets of ImageNet are often made, but none in a
+    circle. Hidden files and folders (.cache, macOS's ._photo.jpg and __MACOSX) are passed over; so
+    is what has another suffix than `suffixes`, and that is said in a RuntimeWarning.
+
+    Raises:
+        ImageError: a folder cannot be listed.
+    """
+    others: Counter[str] = Counter()
+    found = [sorted(_walk(folder, others)) for folder in folders]
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(KINDS))
+        total = others.total()
+        where = folders[0] if len(folders) == 1 else folders[0].parent
+        warnings.warn(
+            f"{total} file{'s' if total > 1 else ''} in {where} left out, as no image by name: "
+            f"{kinds}{' and others' if len(others) > KINDS else ''}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _walk(folder: Path, others: Counter[str]) -> Iterator[Path]:
+    """The image files below a folder; `others` counts the rest by suffix."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over the folder without a word
+        raise _unlisted(error) from error
+
+    seen = set()
+    for base, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in names:
+            suffix = Path(name).suffix.lower()
+            if is_hidden(name):
+                others["hidden"] += 1
+            elif suffix in suffixes():
+                yield Path(base, name)
+            else:
+                others[suffix or "without a suffix"] += 1
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden, sorted.
+
+    Raises:
+        ImageError: it cannot be listed.
+    """
+    try:
+        return sorted(
+            path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)
+        )
+    except OSError as error:
+        raise _unlisted(error) from error
+
+
+def is_hidden(name: str) -> bool:
+    """.cache, macOS's ._photo.jpg and the like."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _unlisted(error: OSError) -> ImageError:
+    return ImageError(f"cannot list the images in {error.filename}: {error.strerror or error}")
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that the installed Pillow decodes."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def suffixes() -> tuple[str, ...]:
+    """By which image files are found in folders, lower case: those of `formats`."""
+    from PIL import Image
+
+    known = formats()
+    return tuple(sorted(s for s, name in Image.registered_extensions().items() if name in known))
+
+
+def label(path: Path) -> str:
+    """An image file's name for pictures, pages and manifests: printable, in one line."""
+    return printable(path.name).replace("\n", " ")
 
 
 def sample_photos() -> list[tuple[str, Image.Image]]:

@@ -69,12 +69,13 @@ class Logits(Output):
     def answer(
         self, row: NDArray[Any], class_names: Sequence[str] | None = None, topk: int = TOPK
     ) -> dict[str, Any]:
+        names = class_names or ()
         scores = softmax(np.asarray(row, dtype=np.float64))
         return {
             "top": [
                 {
                     "index": int(index),
-                    "label": class_names[index] if class_names else str(index),
+                    "label": names[index] if index < len(names) else str(index),
                     "score": float(scores[index]),
                 }
                 for index in np.argsort(-scores, kind="stable")[:topk]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,10 @@ from ..core.device import gpus
 from ..core.errors import EngineError, engine_errors, install_command
 from ..core.files import atomic_path
 from ..core.paths import IMPORT_ROOT, cache_dir
-from .api import FLAVOURS, MODULES, installed
+from .api import FLAVOURS, MODULES, compute_capabilities, installed, load
 
+TARGETS = ["75", "80", "86", "87", "88", "89", "90", "100", "101", "103", "110", "120", "121"]
+"""Compute capabilities that TensorRT 10 and later were made for."""
 EVENT = "@jmp "
 """Prefix of the worker's lines that are meant for us; anything else is the builder's log."""
 
@@ -79,6 +82,22 @@ def choose(preference: str = "auto") -> Choice:
         return Choice("rtx", f"TensorRT: {verdicts['tensorrt'][0]}")
     reasons = "; ".join(f"{flavour}: {why[0]}" for flavour, why in verdicts.items() if why)
     return Choice(None, reasons)
+
+
+def refuse_targets(choice: Choice, targets: Sequence[str]) -> None:
+    """Raises EngineError, before anything is built, for targets that a builder cannot build for."""
+    if not targets or choice.flavour is None:
+        return
+    if choice.flavour != "rtx":
+        raise EngineError(
+            f"the builder here is TensorRT ({choice.reason}), which builds for the GPU at hand",
+            "leave out --targets, or add --engine rtx",
+        )
+    known = [f"sm_{major}{minor}" for major, minor in compute_capabilities(load("rtx"))]
+    if strange := [name for name in targets if name not in known]:
+        raise EngineError(
+            f"TensorRT-RTX cannot build for {', '.join(strange)}", f"it knows {', '.join(known)}"
+        )
 
 
 def build_engine(
@@ -286,10 +305,13 @@ def _obituary_hint(code: int, log: Path | None) -> str:
 
 def _capability(name: str) -> list[int]:
     """ "sm_86" -> [8, 6]; raises EngineError for anything else."""
-    digits = name.lower().removeprefix("sm_")
-    if not digits.isdigit() or len(digits) < 2:
-        raise EngineError(f"unknown target {name!r}", "write targets as sm_86,sm_89")
-    return [int(digits[:-1]), int(digits[-1])]
+    found = re.fullmatch(r"(?:sm_)?([0-9]{1,2})([0-9])", name.lower())
+    if found is None or f"{found[1]}{found[2]}" not in TARGETS:
+        raise EngineError(
+            f"unknown target {name!r:.40}",
+            f"write targets as sm_86,sm_89; TensorRT knows {', '.join(TARGETS)}",
+        )
+    return [int(found[1]), int(found[2])]
 
 
 def _unversioned_library() -> Path:

@@ -7,7 +7,6 @@ stand in the manifest, so that an engine is made anew as it was made before.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from ..core.artifact import (
 )
 from ..core.device import gpus
 from ..core.errors import ArtifactError, EngineError, JmpDeployError, engine_errors, in_words
-from ..core.files import make_writable_dir, sha256
+from ..core.files import make_writable_dir, sha256, staging_dir
 from . import api, builder, fit
 from .fit import EngineFile
 
@@ -190,8 +189,7 @@ def rebuild(
     artifact = replace(artifact, engine_options=_for_this_gpu(artifact.engine_options))
     folder = artifact.folder
     make_writable_dir(folder)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-    try:
+    with staging_dir(folder) as staging:
         clock = Clock(on_stage)
         made = make_engines(
             artifact, staging, folder, choice, check, settle, clock=clock, on_progress=on_progress
@@ -199,15 +197,13 @@ def rebuild(
         names = [path.name for path in staging.iterdir()]
         # The engines are there for a moment without their manifest's blessing: that is noticed,
         # and mended by another run of this.
-        with engine_errors(f"the engines cannot be put into {folder}"):
+        with engine_errors(f"the engines cannot be put into {folder}"), interrupt.held():
             for name in engines:
                 if name not in names:
                     (folder / name).unlink(missing_ok=True)
             for name in names:
                 (staging / name).replace(folder / name)
-        return made.write()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            return made.write()
 
 
 def _for_this_gpu(options: EngineOptions) -> EngineOptions:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import GraphError, one_line
-from ..core.files import atomic_path
+from ..core.files import atomic_path, size_of
 from ..jmp.node import DOMAIN, TokenReduce, reduction_name
 from ..jmp.trace import DECIDED, Block
 
@@ -41,6 +41,7 @@ def load_model(path: Path) -> onnx.ModelProto:
     import onnx
 
     try:
+        size_of(path)
         proto = onnx.load_model(path)
         if not proto.graph.node or not proto.graph.output:
             raise ValueError("it holds no graph")

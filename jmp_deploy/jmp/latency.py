@@ -27,14 +27,15 @@ counted with the fewest tokens measured.) Needs neither PyTorch nor timm.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from ..core.artifact import Count, Meta, Natural
 from ..core.errors import ScheduleError
+from ..core.files import read_json
 from .schedule import ModelShape
 
 FORMAT = "jmp_deploy.latency/1"
@@ -42,6 +43,30 @@ PLATEAU = 0.01
 """Two token counts within 1 % of each other's latency are on one step of the staircase."""
 
 _HINT = "the format is in the docstring of jmp_deploy/jmp/latency.py"
+
+
+Ms = Annotated[float, Meta(ge=0, le=1e9)]
+
+
+@dataclass(frozen=True)
+class _Row:
+    batch: Count
+    tokens: Count
+    attn_ms: Ms
+    mlp_ms: Ms
+    reduce_ms: Ms = 0.0
+
+
+@dataclass(frozen=True)
+class _File:
+    format: Literal["jmp_deploy.latency/1"]
+    model: str
+    depth: Count
+    num_prefix: Natural
+    num_patches: Count
+    other_ms: dict[str, Ms]
+    rows: Annotated[list[_Row], Meta(min_length=1)]
+    device: str = "unnamed device"
 
 
 @dataclass(frozen=True)
@@ -111,64 +136,38 @@ def read(path: Path, shape: ModelShape, batch: int | None = None) -> LatencyTabl
     Raises:
         ScheduleError: missing, malformed, of another model, or without that batch.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ScheduleError(f"cannot read latency table {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ScheduleError(f"{path} is not a latency table: {error}", _HINT) from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ScheduleError(f'{path} is not a latency table: no "format": "{FORMAT}"', _HINT)
+    data = read_json(path, _File, what="latency table", hint=_HINT, error=ScheduleError)
     _refuse_other_model(path, data, shape)
-    rows = _rows(path, data)
-    batches = sorted({row["batch"] for row in rows})
+    rows = data.rows
+    batches = sorted({row.batch for row in rows})
     chosen = batches[0] if batch is None else batch
     if chosen not in batches:
         raise ScheduleError(
             f"{path} has no batch {chosen}, only {', '.join(map(str, batches))}",
             "choose one of them with --on-batch",
         )
-    return _table(path, data, [row for row in rows if row["batch"] == chosen], chosen, shape)
+    return _table(path, data, [row for row in rows if row.batch == chosen], chosen, shape)
 
 
-def _refuse_other_model(path: Path, data: dict[str, Any], shape: ModelShape) -> None:
+def _refuse_other_model(path: Path, data: _File, shape: ModelShape) -> None:
     for key, expected in (
         ("model", shape.name),
         ("depth", shape.depth),
         ("num_prefix", shape.num_prefix),
         ("num_patches", shape.num_patches),
     ):
-        if data.get(key) != expected:
+        if (found := getattr(data, key)) != expected:
             raise ScheduleError(
-                f"{path} is a table of another model: {key} {data.get(key)!r}, "
+                f"{path} is a table of another model: {key} {found!r:.80}, "
                 f"{shape.name} has {expected!r}",
                 "measure this model, at this image size, on the device",
             )
 
 
-def _rows(path: Path, data: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = data.get("rows")
-    if not isinstance(rows, list) or not rows:
-        raise ScheduleError(f"{path} has no rows", _HINT)
-    checked = []
-    for index, row in enumerate(rows):
-        full = {"reduce_ms": 0.0, **row} if isinstance(row, dict) else {}
-        counts = all(_is_count(full.get(key)) for key in ("batch", "tokens"))
-        if not counts or not all(
-            _is_time(full.get(key)) for key in ("attn_ms", "mlp_ms", "reduce_ms")
-        ):
-            raise ScheduleError(f"{path}: row {index} is not valid: {row!r}", _HINT)
-        checked.append(full)
-    return checked
-
-
 def _table(
-    path: Path, data: dict[str, Any], rows: list[dict[str, Any]], batch: int, shape: ModelShape
+    path: Path, data: _File, rows: list[_Row], batch: int, shape: ModelShape
 ) -> LatencyTable:
-    by_tokens = {
-        row["tokens"]: (float(row["attn_ms"]), float(row["mlp_ms"]), float(row["reduce_ms"]))
-        for row in rows
-    }
+    by_tokens = {row.tokens: (row.attn_ms, row.mlp_ms, row.reduce_ms) for row in rows}
     if len(by_tokens) != len(rows):
         raise ScheduleError(f"{path} has two rows of one token count for batch {batch}")
     full = shape.num_prefix + shape.num_patches
@@ -177,16 +176,15 @@ def _table(
             f"{path} lacks the full sequence of {full} tokens for batch {batch}",
             "measure it: the dense model is what everything is compared with",
         )
-    other = data.get("other_ms")
-    other_ms = other.get(str(batch)) if isinstance(other, dict) else None
-    if not _is_time(other_ms):
+    other_ms = data.other_ms.get(str(batch))
+    if other_ms is None:
         raise ScheduleError(f'{path} has no "other_ms" for batch {batch}', _HINT)
     table = LatencyTable(
-        device=str(data.get("device", "unnamed device")),
+        device=data.device,
         batch=batch,
         num_prefix=shape.num_prefix,
         num_patches=shape.num_patches,
-        other_ms=float(other_ms),  # type: ignore[arg-type]
+        other_ms=other_ms,
         rows=by_tokens,
         short_last_block=shape.head_reads_prefix_only,
     )
@@ -196,13 +194,3 @@ def _table(
             "token reduction brings nothing on this device at this batch; try a larger batch",
         )
     return table
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_time(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) and value >= 0

@@ -18,19 +18,23 @@ This module needs neither PyTorch nor timm.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from ..core.artifact import Jmp, Selection
+from ..core.artifact import Jmp, Meta, Selection
 from ..core.errors import ScheduleError
-from .node import SELECTIONS
+from ..core.files import read_json
 
 NAMES = ("paper", "spread")
 DEFAULT = "spread"
+_SHARE = r"spread:(\d{1,9}(?:\.\d{1,9})?)%?"
+_LIST = r"\d{1,9}:-?\d{1,9}(,\d{1,9}:-?\d{1,9})*"
+_CONSTANT = r"r(\d{1,9})@(\d{1,4})-(\d{1,4})"
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,19 @@ class Schedule:
     merge_weight: float = 1.0
 
 
+_Number = Annotated[int, Meta(ge=-(1 << 40), le=1 << 40)]
+
+
+@dataclass(frozen=True)
+class _File:
+    steps: list[tuple[_Number, _Number]]
+    model: str | None = None
+    selection: Selection = "importance"
+    last_prefix_only: bool = False
+    tau: float = Schedule.tau
+    merge_weight: Annotated[float, Meta(ge=0, le=1)] = Schedule.merge_weight
+
+
 def improved(schedule: Schedule, shape: ModelShape) -> Schedule:
     """The same steps with all that docs/method.md found to pay.
 
@@ -116,22 +133,35 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
     Raises:
         ScheduleError: it cannot be read or does not fit the model.
     """
+    check_spelling(spec)
     if spec == "paper":
         return paper(shape)
     if spec == "spread":
         return spread(shape)
-    if found := re.fullmatch(r"spread:(\d+(?:\.\d+)?)%?", spec):
+    if found := re.fullmatch(_SHARE, spec):
         return for_share(shape, float(found.group(1)) / 100)
-    if re.fullmatch(r"\d+:-?\d+(,\d+:-?\d+)*", spec):
+    if re.fullmatch(_LIST, spec):
         steps = [tuple(int(n) for n in pair.split(":")) for pair in spec.split(",")]
         return resolve("list", [(block, keep) for block, keep in steps], shape)
-    if found := re.fullmatch(r"r(\d+)@(\d+)-(\d+)", spec):
+    if found := re.fullmatch(_CONSTANT, spec):
         count, first, last = (int(group) for group in found.groups())
         return constant(count, range(first, last + 1), shape)
-    if Path(spec).suffix == ".json" or Path(spec).is_file():
-        return load(Path(spec), shape)
+    return load(Path(spec), shape)
+
+
+def check_spelling(spec: str) -> None:
+    """Refuses what no model has a schedule for, before there is a model.
+
+    Raises:
+        ScheduleError: it is no form of `parse`, or a file that cannot be read.
+    """
+    if spec in NAMES or any(re.fullmatch(form, spec) for form in (_SHARE, _LIST, _CONSTANT)):
+        return
+    if Path(spec).suffix == ".json" or os.path.isfile(spec):  # noqa: PTH113 (names of any length)
+        _read(Path(spec))
+        return
     raise ScheduleError(
-        f"unknown schedule {spec!r}",
+        f"unknown schedule {spec!r:.80}",
         f"use {' or '.join(NAMES)}, spread:50, a list such as 3:138,6:97,9:68, a constant such as "
         "r18@2-10, or a .json file",
     )
@@ -144,43 +174,33 @@ def load(path: Path, shape: ModelShape) -> Schedule:
     Raises:
         ScheduleError: the file is missing or malformed, or was made for another model.
     """
-    example = '{"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97], [9, 68]]}'
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        steps = [(block, keep) for block, keep in data["steps"]]
-        model = data.get("model", shape.name)
-        selection = data.get("selection", "importance")
-        last = data.get("last_prefix_only", False)
-        tau, weight = data.get("tau", Schedule.tau), data.get("merge_weight", 1.0)
-        if selection not in SELECTIONS or not isinstance(last, bool):
-            raise ValueError(
-                f"selection is one of {', '.join(SELECTIONS)}, last_prefix_only true or false"
-            )
-        if not (_is_number(tau) and _is_number(weight) and 0 <= weight <= 1):
-            raise ValueError("tau is a number, merge_weight one from 0 to 1")
-        if not all(isinstance(n, int) and not isinstance(n, bool) for step in steps for n in step):
-            raise ValueError("steps must be pairs of whole numbers")
-    except OSError as error:
-        raise ScheduleError(f"cannot read schedule file {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ScheduleError(
-            f"{path} is not a schedule file: {error}", f"expected the form {example}"
-        ) from error
+    data = _read(path)
+    model = shape.name if data.model is None else data.model
     if model != shape.name:
         raise ScheduleError(
-            f"{path} is a schedule for {model}, the model is {shape.name}",
+            f"{path} is a schedule for {model:.80}, the model is {shape.name}",
             "make one for this model, or remove the key 'model' to use it all the same",
         )
-    found = resolve(path.stem, steps, shape)
     found = replace(
-        found,
-        selection=selection,
-        last_prefix_only=last,
-        tau=float(tau),
-        merge_weight=float(weight),
+        resolve(path.stem, data.steps, shape),
+        selection=data.selection,
+        last_prefix_only=data.last_prefix_only,
+        tau=data.tau,
+        merge_weight=data.merge_weight,
     )
     check_last_prefix_only(found, shape)
     return found
+
+
+def _read(path: Path) -> _File:
+    example = '{"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97], [9, 68]]}'
+    return read_json(
+        path,
+        _File,
+        what="schedule file",
+        hint=f"expected the form {example}",
+        error=ScheduleError,
+    )
 
 
 def to_manifest(schedule: Schedule) -> Jmp:
@@ -205,10 +225,6 @@ def from_manifest(jmp: Jmp) -> Schedule:
         tau=jmp.tau,
         merge_weight=jmp.merge_weight,
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def paper(shape: ModelShape) -> Schedule:

@@ -15,7 +15,7 @@ import numpy as np
 from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, ScheduleError
 from ..core.files import atomic_path, write_bytes
-from ..core.images import SUFFIXES, Preprocess, find_images, open_image, preprocess
+from ..core.images import Preprocess, find_images, label, read_image, suffixes
 from .trace import Picture, stages, trace_torch
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
 
     paths = find_images(options.images)
     kind = options.out.suffix.lower()
-    if kind in (".pdf", ".svg", *SUFFIXES) and kind != ".png":
+    if kind in (".pdf", ".svg", *suffixes()) and kind != ".png":
         raise ArtifactError(f"cannot draw a {kind} file", "-o DIR, -o FILE.png or -o FILE.html")
     if kind == ".png" and len(paths) > 1 and not options.contact:
         raise ArtifactError(
@@ -100,12 +100,12 @@ def picture(model: nn.Module, path: Path, spec: Preprocess) -> Picture:
     """One image file through a patched model."""
     from .families import family_of
 
-    image = preprocess(open_image(path), spec)
+    image = read_image(path, spec)
     mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
     seen = np.clip((image * std + mean) * 255, 0, 255).round().astype(np.uint8)
     (found,) = stages(trace_torch(model, image[None]).choices or ())
     rows, columns = family_of(model).patch_embed(model).grid_size
-    return Picture(path.name, seen.transpose(1, 2, 0), (rows, columns), found)
+    return Picture(label(path), seen.transpose(1, 2, 0), (rows, columns), found)
 
 
 def _load(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[str, Any]]:

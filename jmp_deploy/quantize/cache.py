@@ -18,12 +18,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from ..core.artifact import tool_versions
+from ..core.artifact import Calibrated, Meta, refuse_odd_strings, tool_versions
 from ..core.errors import CalibrationError
-from ..core.files import write_json
+from ..core.files import read_json, write_json
 from .ranges import Range
 
 if TYPE_CHECKING:
@@ -116,6 +117,17 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _File:
+    identity: dict[str, Any]
+    method: str
+    images: Calibrated
+    layers: dict[str, Range]
+    keep_fp16: dict[str, str]
+    equalization: dict[str, Annotated[str, Meta(pattern="^ *(-?[0-9]{1,2}( +|$))*$")]]
+    versions: dict[str, str]
+
+
 def write(path: Path, calibration: Calibration) -> None:
     """Writes a cache, whole or not at all."""
     data = _plain(
@@ -142,47 +154,38 @@ def read(path: Path) -> Calibration:
     Raises:
         CalibrationError: missing, truncated, changed, or of another format.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    read = partial(
+        read_json,
+        what="calibration cache",
+        hint="take a whole copy, or make one with `build ... --calib DIR`",
+        error=CalibrationError,
+    )
+    data = read(path, dict[str, Any])
+    if data.get("format") != FORMAT:
         raise CalibrationError(
-            f"no such calibration cache: {path}", "make one with `build ... --calib DIR`"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"{path} is truncated or not a calibration cache: {error}",
-            "take a whole copy, or calibrate again with --calib DIR",
-        ) from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else None
-        raise CalibrationError(
-            f"{path} has format {found!r}, this version reads {FORMAT}",
+            f"{path} has format {data.get('format')!r:.20}, this version reads {FORMAT}",
             "calibrate again with --calib DIR",
         )
-    try:
-        claimed = data.pop("sha256")
-        ranges = {name: Range(**values) for name, values in data["layers"].items()}
-        if claimed != _digest(data):
-            raise CalibrationError(
-                f"{path} was changed after it was written",
-                "scales that were edited by hand are not what was measured: calibrate again",
-            )
-        return Calibration(
-            identity=data["identity"],
-            method=data["method"],
-            images=data["images"],
-            ranges=ranges,
-            keep_fp16=data["keep_fp16"],
-            equalization={
-                name: [2.0 ** int(exponent) for exponent in text.split()]
-                for name, text in data["equalization"].items()
-            },
-            versions=data["versions"],
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    claimed = data.pop("sha256", None)
+    if claimed != _digest(data):
         raise CalibrationError(
-            f"{path} is incomplete: {error}", "calibrate again with --calib DIR"
-        ) from error
+            f"{path} was changed after it was written",
+            "scales that were edited by hand are not what was measured: calibrate again",
+        )
+    found = read(path, _File)
+    refuse_odd_strings(data, path)
+    return Calibration(
+        identity=found.identity,
+        method=found.method,
+        images=data["images"],
+        ranges=found.layers,
+        keep_fp16=found.keep_fp16,
+        equalization={
+            name: [2.0 ** int(exponent) for exponent in text.split()]
+            for name, text in found.equalization.items()
+        },
+        versions=found.versions,
+    )
 
 
 def check(path: Path, calibration: Calibration, wanted: Mapping[str, Any]) -> None:

@@ -9,16 +9,23 @@ pixels unlike those of photographs, are warned of.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import CalibrationError, ImageError
-from ..core.files import sha256
-from ..core.images import Preprocess, find_images, open_image, preprocess, sample_photos
+from ..core.errors import CalibrationError, ImageError, printable
+from ..core.files import sha256, size_of
+from ..core.images import (
+    Preprocess,
+    find_images,
+    open_image,
+    preprocess,
+    require_readable,
+    sample_photos,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -130,7 +137,7 @@ def gather(
 
     Raises:
         CalibrationError: no image that can be used.
-        ImageError: a file that cannot be read.
+        ImageError: more than one image in a hundred cannot be read.
     """
     items = _sample_items(count, seed) if str(source) == SAMPLE else _file_items(source, seed)
     names: list[str] = []
@@ -139,15 +146,20 @@ def gather(
     pixels: list[NDArray[Any]] | None = []
     statistics = _Statistics(spec)
     blank = doubles = 0
+    unreadable: list[str] = []
     for item in items:
         if len(chosen) == count:
             break
-        digest = item.digest()
-        if digest in digests:
-            doubles += 1
+        try:
+            digest = item.digest()
+            if digest in digests:
+                doubles += 1
+                continue
+            image = item.open()
+            prepared = preprocess(image, spec)
+        except ImageError as error:
+            unreadable.append(f"{item.name}: {error.message}")
             continue
-        image = item.open()
-        prepared = preprocess(image, spec)
         if np.max(np.asarray(image, dtype=np.float32).std(axis=(0, 1))) < BLANK_STD:
             blank += 1
             continue
@@ -160,13 +172,14 @@ def gather(
             if len(pixels) * prepared.nbytes > KEPT_BYTES:
                 pixels = None
         on_progress(len(chosen), count)
+    require_readable(unreadable, len(chosen) + blank + doubles)
     if not chosen:
         raise CalibrationError(
             f"no usable image in {source}: {doubles} are duplicates, {blank} of one colour",
             "name a folder of images like those that the model will see",
         )
     on_progress(count, count)
-    warnings = _warnings(len(chosen), count, doubles, blank)
+    warnings = _warnings(len(chosen), count, doubles, blank, unreadable)
     return CalibrationImages(
         names=tuple(names),
         digests=tuple(digests),
@@ -192,6 +205,7 @@ class _Item:
     def digest(self) -> str:
         if self.path is not None:
             try:
+                size_of(self.path)
                 return sha256(self.path)
             except OSError as error:
                 raise ImageError(f"cannot read {self.path}: {error.strerror}") from error
@@ -205,15 +219,24 @@ class _Item:
         return open_image(self.path)
 
 
-def _file_items(source: str | Path, seed: int) -> Iterator[_Item]:
+def find(source: str | Path) -> list[Path]:
+    """The images of a folder that a sample may be drawn from.
+
+    Raises:
+        CalibrationError: there are none.
+    """
     try:
-        paths = find_images([source])
+        return find_images([source])
     except ImageError as error:
         raise CalibrationError(
             f"nothing to calibrate with: {error.message}",
             "name a folder of images with --calib DIR; a few hundred like those that the model "
             "will see",
         ) from error
+
+
+def _file_items(source: str | Path, seed: int) -> Iterator[_Item]:
+    paths = find(source)
     # Sorted by find_images, so the draw depends on the folder's content and the seed alone.
     for index in np.random.default_rng(seed).permutation(len(paths)):
         yield _Item(str(paths[index]), path=paths[index])
@@ -269,7 +292,9 @@ class _Statistics:
         ]
 
 
-def _warnings(found: int, wanted: int, doubles: int, blank: int) -> list[str]:
+def _warnings(
+    found: int, wanted: int, doubles: int, blank: int, unreadable: Sequence[str]
+) -> list[str]:
     warnings = []
     if found < FEW:
         warnings.append(
@@ -282,4 +307,7 @@ def _warnings(found: int, wanted: int, doubles: int, blank: int) -> list[str]:
         warnings.append(f"{doubles} duplicate{'s' if doubles != 1 else ''} left out")
     if blank:
         warnings.append(f"{blank} image{'s' if blank != 1 else ''} of one colour left out")
+    if unreadable:
+        words = f"{len(unreadable)} that cannot be read left out: {unreadable[0]}"
+        warnings.append(printable(words).replace("\n", " "))
     return warnings

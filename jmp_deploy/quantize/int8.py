@@ -107,8 +107,10 @@ def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> N
         raise CalibrationError(
             "--max-drop measures on images", "add --calib DIR; what it finds goes into the cache"
         )
-    if asked.max_drop is not None and not asked.max_drop > 0:
-        raise CalibrationError(f"--max-drop {asked.max_drop:g} is not a positive number of points")
+    if asked.max_drop is not None and not 0 < asked.max_drop <= 100:
+        raise CalibrationError(
+            f"--max-drop {asked.max_drop:g} is not above 0 and at most 100 points"
+        )
     if asked.images < 1:
         raise CalibrationError(f"--calib-images {asked.images} is not at least 1")
     if asked.method is not None:
@@ -120,6 +122,10 @@ def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> N
                 "--calib-method does nothing with --calib-cache: the cache has its ranges already",
                 "leave one of them out",
             )
+    if asked.calib not in (None, calibration.SAMPLE):
+        calibration.find(str(asked.calib))
+    if asked.cache is not None:
+        calibration_cache.read(asked.cache)
 
 
 def make(

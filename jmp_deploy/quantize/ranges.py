@@ -23,11 +23,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from ..core import ort
+from ..core.artifact import Count, Meta
 from ..core.errors import CalibrationError
 from ..export.graph import load_model, temporary_file
 from .layers import Layer
@@ -36,6 +37,7 @@ from .qdq import activation_scale
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Magnitude = Annotated[float, Meta(ge=0, le=1e38)]
 METHODS = ("max", "percentile", "entropy")
 PERCENTILE = 99.999
 BINS = 8192
@@ -117,11 +119,11 @@ class Range:
         channels: of the input.
     """
 
-    amax: float
-    threshold: float
-    scale: float
-    rows: float
-    channels: int
+    amax: Magnitude
+    threshold: Magnitude
+    scale: Annotated[float, Meta(gt=0, le=65504)]
+    rows: Magnitude
+    channels: Count
 
 
 def parse_method(text: str) -> tuple[str, float | None]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
+from ..core.artifact import Meta
 from ..core.errors import ModelError, ScheduleError
-from ..core.files import write_json
+from ..core.files import read_json, write_json
 from ..jmp import schedule
 from .search import Keeps
 
@@ -98,27 +99,28 @@ class Evaluator:
         return found
 
 
+@dataclass(frozen=True)
+class _Kept:
+    key: str
+    known: dict[str, list[Annotated[float, Meta(ge=0, le=2.001)]]]
+
+
 class State:
     """Measurements on disk: candidate -> distances of the first images."""
 
     def __init__(self, path: Path, key: str, *, resume: bool) -> None:
         self.path, self.key = path, key
         self.known: dict[str, list[float]] = {}
-        if not resume or not path.is_file():
+        if not resume or not path.exists():
             return
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            same, known = data["key"] == key, data["known"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ScheduleError(
-                f"{path} cannot be read: {error}", "remove it, or leave out --resume"
-            ) from error
-        if not same:
+        hint = "remove it, or leave out --resume"
+        found = read_json(path, _Kept, what="state of `tune`", hint=hint, error=ScheduleError)
+        if found.key != key:
             raise ScheduleError(
                 f"{path} is of a run with another model, weights, images, seed or batch",
                 "repeat that run's options, or leave out --resume to start anew",
             )
-        self.known = known
+        self.known = found.known
 
     def save(self) -> None:
         write_json(self.path, {"key": self.key, "known": self.known})

@@ -24,7 +24,7 @@ import numpy as np
 from .. import __version__
 from ..core.errors import ScheduleError, WeightsError
 from ..core.files import write_json
-from ..core.images import find_images, load_batch
+from ..core.images import find_images, load_readable
 from ..jmp import latency, schedule
 from . import search
 from .measure import Evaluator, Meter, OnProgress, State, candidate, macs_of, pairs
@@ -106,7 +106,7 @@ def tune(
     shape = model_shape(loaded.model)
     problem, unit = make_problem(options, shape)
     search.check(problem, unit)
-    pixels = load_batch(paths, loaded.preprocess)
+    pixels = load_readable(paths, loaded.preprocess).require()
     on_progress("dense model", 0.0, None)
     evaluator = Evaluator(loaded.model, pixels, options.batch)
     state = State(
@@ -144,7 +144,7 @@ def tune(
             for name, entry in (("paper", found.paper), ("spread", found.spread))
         },
         "weights": asdict(loaded.origin),
-        "images": {"count": len(paths), "sha256": _digest(pixels)},
+        "images": {"count": len(pixels), "sha256": _digest(pixels)},
         "seed": options.seed,
         "measurements": {"run": meter.run, "resumed": meter.resumed},
         "warnings": _warnings(loaded, evaluator.dense, pixels),
@@ -235,6 +235,8 @@ def _check_options(options: TuneOptions) -> None:
         raise ScheduleError(
             "--on goes with --latency-ms or --speedup, not with --gmacs", "leave one of them out"
         )
+    if options.table_batch is not None and options.table is None:
+        raise ScheduleError("--on-batch is of the table of --on", "add --on table.json")
 
 
 def _choose(paths: Sequence[Path], limit: int, seed: int) -> list[Path]:

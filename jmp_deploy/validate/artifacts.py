@@ -43,7 +43,7 @@ class Subject:
     def file_sha256(self, backend: Backend) -> str:
         """Hash of the file that runs, by the manifest; whether it is true is seen on opening."""
         assert backend.file is not None
-        return self.artifact.files[backend.file].sha256
+        return self.artifact.entry(backend.file).sha256
 
     def answer(self, images: NDArray[Any]) -> NDArray[Any]:
         """[b, 3, H, W] float32 -> [b, classes or channels]."""

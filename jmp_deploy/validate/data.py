@@ -15,7 +15,8 @@ import numpy as np
 
 from ..core.artifact import Artifact
 from ..core.errors import ImageError
-from ..core.images import SUFFIXES
+from ..core.files import size_of
+from ..core.images import folders_in, images_below, suffixes
 
 SYNSET = re.compile(r"n\d{8}\Z")
 SPLITS = ("train", "val", "validation", "test")
@@ -56,7 +57,8 @@ class Dataset:
         """Hash of paths, sizes and labels: two machines with the same data get the same."""
         whole = hashlib.sha256()
         for sample in self.samples:
-            whole.update(f"{sample.path}\0{sample.size}\0{sample.label}\n".encode())
+            line = f"{sample.path}\0{sample.size}\0{sample.label}\n"
+            whole.update(line.encode("utf-8", "surrogateescape"))
         return whole.hexdigest()
 
     def labels(self) -> Any:
@@ -161,7 +163,7 @@ def _split(root: Path, wanted: str) -> Path | None:
     """The folder of a split, where `root` holds splits and not classes; None where it does not."""
     if not root.is_dir():
         raise ImageError(f"no such folder: {root}", "expected --data DIR with DIR/CLASS/IMAGE")
-    folders = {path.name for path in _folders(root)}
+    folders = {path.name for path in folders_in(root)}
     held_out = {"val", "validation"} & folders
     if not held_out or not ("train" in folders or folders <= set(SPLITS)):
         return None
@@ -173,13 +175,14 @@ def _split(root: Path, wanted: str) -> Path | None:
 
 def _class_folders(root: Path) -> Listing:
     """Every image below each folder of `root`, at any depth; that folder's name is its class."""
+    folders = folders_in(root)
     listing = [
         (path.relative_to(root).as_posix(), folder.name)
-        for folder in _folders(root)
-        for path in _images_below(folder)
+        for folder, paths in zip(folders, images_below(folders), strict=True)
+        for path in paths
     ]
     if not listing:
-        loose = any(path.suffix.lower() in SUFFIXES for path in root.iterdir())
+        loose = any(path.suffix.lower() in suffixes() for path in root.iterdir())
         why = "its images lie in no class folder" if loose else "no images in class folders"
         raise ImageError(
             f"{root} holds no labelled images: {why}",
@@ -188,50 +191,18 @@ def _class_folders(root: Path) -> Listing:
     return sorted(listing)
 
 
-def _folders(root: Path) -> list[Path]:
-    try:
-        return sorted(path for path in root.iterdir() if path.is_dir() and not _hidden(path.name))
-    except OSError as error:
-        raise _unlisted(error) from error
-
-
-def _unlisted(error: OSError) -> ImageError:
-    return ImageError(f"cannot list the images in {error.filename}: {error.strerror or error}")
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Follows links, of which subsets of ImageNet are often made, but no link in a circle."""
-
-    def refuse(error: OSError) -> None:  # os.walk would pass over the folder without a word
-        raise _unlisted(error) from error
-
-    seen = set()
-    for base, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(base)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not _hidden(name)]
-        for name in names:
-            if not _hidden(name) and Path(name).suffix.lower() in SUFFIXES:
-                yield Path(base, name)
-
-
-def _hidden(name: str) -> bool:
-    """.cache, macOS's ._photo.jpg and the like."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def _read_table(table: Path, root: Path) -> Listing:
     """Rows of file and label, separated by a comma, a tab or blanks; a header line is skipped."""
     if not root.is_dir():
         raise ImageError(f"no such folder: {root}")
+    hint = "expected a text file with lines such as folder/photo.jpg,3"
     try:
+        size_of(table)
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = list(_rows(file, table))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ImageError(f"{table} cannot be read as a table of labels: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{table} cannot be read as a table of labels: {reason}", hint) from error
     if rows and rows[0][0].lower() in HEADERS and not (root / rows[0][0]).is_file():
         rows = rows[1:]
     if not rows:
@@ -240,7 +211,7 @@ def _read_table(table: Path, root: Path) -> Listing:
     for path, label in rows:
         if seen.setdefault(path, label) != label:
             raise ImageError(f"{table} gives {path} two labels: {seen[path]} and {label}")
-    missing = [path for path in seen if not (root / path).is_file()]
+    missing = [path for path in seen if not os.path.isfile(root / path)]  # noqa: PTH113
     if missing:
         raise ImageError(
             f"{len(missing)} of {len(seen)} files that {table} names are not in {root}: "
@@ -261,7 +232,7 @@ def _rows(file: Iterable[str], table: Path) -> Iterator[tuple[str, str]]:
         cells = [cell.strip() for cell in cells]
         if len(cells) < 2 or not cells[0] or not cells[1]:
             raise ImageError(
-                f"{table}, line {number}: {line.strip()!r} is not a file and a label",
+                f"{table}, line {number}: {line.strip()!r:.80} is not a file and a label",
                 "expected lines such as folder/photo.jpg,3",
             )
         yield Path(cells[0]).as_posix(), cells[1]
@@ -277,7 +248,7 @@ def _class_numbers(
     """
     if all(SYNSET.match(name) for name in names):
         return _synset_numbers(names, order), "ImageNet synsets"
-    if all(name.isascii() and name.isdigit() for name in names):
+    if all(name.isascii() and name.isdigit() and len(name) < 10 for name in names):
         strangers = [name for name in names if int(name) >= order.count]
         _refuse(strangers, order, "class numbers")
         return {name: int(name) for name in names}, "class numbers"

@@ -7,12 +7,11 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import interrupt
-from ..core.errors import ImageError, JmpDeployError
-from ..core.images import Preprocess, open_image, preprocess
+from ..core.errors import ImageError
+from ..core.images import Batch, Preprocess, load_readable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,43 +33,9 @@ _memory: SharedMemory | None = None
 """In a worker: where the pixels go."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The readable images of a batch.
-
-    Attributes:
-        images: [b, 3, H, W] float32.
-        kept: for each of them its position in what was asked for.
-        unreadable: (position, reason) of the others.
-    """
-
-    images: NDArray[Any]
-    kept: tuple[int, ...]
-    unreadable: tuple[tuple[int, str], ...]
-
-
 def default_workers() -> int:
     """One for each CPU that this process may use, at most eight."""
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-
-
-def load(paths: Sequence[Path], spec: Preprocess) -> Batch:
-    """Decodes and preprocesses one batch in this process. An unreadable image is no error."""
-    images, kept, unreadable = [], [], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow on odd EXIF data and large photos
-        for position, path in enumerate(paths):
-            try:
-                images.append(preprocess(open_image(path), spec))
-                kept.append(position)
-            except JmpDeployError as error:
-                unreadable.append((position, error.message))
-            except Exception as error:  # a decoder's own slip on a broken file (struct.error, ...)
-                reason = f"cannot read {path} as an image: {type(error).__name__}: {error}"
-                unreadable.append((position, reason))
-    shape = (0, 3, spec.height, spec.width)
-    stacked = np.stack(images) if images else np.zeros(shape, dtype=np.float32)
-    return Batch(stacked, tuple(kept), tuple(unreadable))
 
 
 def batches(
@@ -90,7 +55,7 @@ def batches(
     """
     if workers == 0 or not groups:
         for group in groups:
-            yield load(group, spec)
+            yield load_readable(group, spec)
         return
     workers = min(workers, len(groups))
     context = multiprocessing.get_context("spawn")  # fork is not safe beside CUDA or threads
@@ -138,7 +103,7 @@ def _submit(
 
 def _task(group: Sequence[Path], spec: Preprocess, place: tuple[int, int]) -> Batch:
     """What a worker does: the pixels into shared memory, the rest back through the pipe."""
-    batch = load(group, spec)
+    batch = load_readable(group, spec)
     if _memory is None:
         return batch
     _slot(_memory, *place, spec)[: len(batch.kept)] = batch.images

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from ..core.errors import ArtifactError
-from ..core.files import atomic_path
+from ..core.artifact import Count, Meta, Natural
+from ..core.errors import ArtifactError, CheckError
+from ..core.files import atomic_path, json_text, parse_json, read_arrays, read_json
 from ..core.images import UNREADABLE_LIMIT
-from .score import score
+from .score import COLUMNS, DENSE_COLUMNS, score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = 1
+NAMED = 5
+"""Missing shards that an error names."""
 SAVE_EVERY = 10.0
 """Seconds between saves, or twenty times as long as the last save took, if that is more."""
 
@@ -85,7 +89,7 @@ class State:
         self.resumed = 0
         self._saved = 0
         self._wait, self._last = SAVE_EVERY, time.monotonic()
-        if resume and path is not None and path.is_file():
+        if resume and path is not None and path.exists():
             self._read(path)
 
     def split(self, name: str) -> Answers:
@@ -117,7 +121,7 @@ class State:
                 for positions, _, unreadable in answers.done
             ]
         with atomic_path(self.path) as temporary, temporary.open("wb") as file:
-            np.savez(file, header=np.array(json.dumps(header)), **arrays)
+            np.savez(file, header=np.array(json_text(header)), **arrays)
         self._saved = self.batches()
         self._last = time.monotonic()
         self._wait = max(SAVE_EVERY, 20 * (self._last - started))
@@ -128,21 +132,14 @@ class State:
             self.path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
+        hint = "remove it, or leave out --resume to start anew"
+        arrays = read_arrays(path, what="state of `validate`", hint=hint)
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                header = json.loads(str(archive["header"]))
-                identity = header["identity"]
-                if header["format"] != FORMAT or not isinstance(identity, dict):
-                    raise ValueError(f"format {header['format']!r}, expected {FORMAT}")
-                splits = {
-                    name: _unpack(name, counts, archive)
-                    for name, counts in header["splits"].items()
-                }
-        except Exception as error:  # a cut archive raises anything from zipfile, zlib, json, numpy
-            raise ArtifactError(
-                f"{path} cannot be read as a state of `validate`: {error}",
-                "remove it, or leave out --resume to start anew",
-            ) from error
+            header = parse_json(str(arrays.get("header")), _Header)
+            identity = header.identity
+            splits = {name: _unpack(name, done, arrays) for name, done in header.splits.items()}
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not a state of `validate`: {error}", hint) from error
         if why := difference(identity, self.identity):
             raise ArtifactError(
                 f"{path} is the state of another run: {why}",
@@ -152,24 +149,41 @@ class State:
         self.resumed = self._saved = self.batches()
 
 
-def _unpack(name: str, counts: Sequence[dict[str, Any]], archive: Any) -> Answers:
-    index = archive[f"{name}/index"]
+def _unpack(name: str, done: Sequence[_Done], arrays: Mapping[str, Any]) -> Answers:
+    """Raises ValueError where the parts do not fit together."""
     prefix = f"{name}/outputs/"
     outputs = {
-        key.removeprefix(prefix): archive[key] for key in archive.files if key.startswith(prefix)
+        key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)
     }
+    index = arrays.get(f"{name}/index")
+    if index is None or index.ndim != 1 or index.dtype.kind != "i":
+        raise ValueError(f"its positions of {name} are no list of integers")
+    if any(a.ndim != 2 or a.dtype.kind not in "fi" or not a.size for a in outputs.values()):
+        raise ValueError(f"its arrays of {name} are no rows of numbers")
     if any(len(values) != len(index) for values in outputs.values()):
         raise ValueError(f"its arrays of {name} are of unequal length")
     answers, start = Answers(), 0
-    for entry in counts:
-        end = start + entry["images"]
+    for entry in done:
+        end = start + entry.images
         part = {model: values[start:end] for model, values in outputs.items()}
-        unreadable = tuple((int(position), str(why)) for position, why in entry["unreadable"])
-        answers.done.append((index[start:end], part if end > start else {}, unreadable))
+        answers.done.append((index[start:end], part if end > start else {}, entry.unreadable))
         start = end
     if start != len(index):
         raise ValueError(f"it holds {len(index)} answers of {name}, expected {start}")
     return answers
+
+
+@dataclass(frozen=True)
+class _Done:
+    images: Natural
+    unreadable: tuple[tuple[Natural, str], ...]
+
+
+@dataclass(frozen=True)
+class _Header:
+    format: Literal[1]
+    identity: dict[str, Any]
+    splits: dict[str, list[_Done]]
 
 
 def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
@@ -177,7 +191,8 @@ def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     for key, words in DIFFERENT.items():
         a, b = theirs.get(key), ours.get(key)
         if a != b:
-            short = all(isinstance(value, (int, str)) and len(str(value)) < 20 for value in (a, b))
+            short = all(isinstance(value, (int, str)) and len(f"{value!r:.20}") < 20
+                        for value in (a, b))  # fmt: skip
             return f"{words}: {a} there, {b} here" if short else words
     return None
 
@@ -223,10 +238,12 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
                 "name each shard once",
             )
         owners[shard["index"]] = path
-    missing = [f"{index}/{count}" for index in range(1, count + 1) if index not in owners]
-    if missing:
+    if lacking := count - len(owners):
+        first_missing = (index for index in range(1, count + 1) if index not in owners)
+        named = [f"{index}/{count}" for index in islice(first_missing, NAMED)]
+        more = f" and {lacking - NAMED} more" if lacking > NAMED else ""
         raise ArtifactError(
-            f"not all shards are there: {', '.join(missing)}", "name the results of all shards"
+            f"not all shards are there: {', '.join(named)}{more}", "name the results of all shards"
         )
     return _put_together([part for _, part in sorted(parts, key=lambda p: p[1]["shard"]["index"])])
 
@@ -243,12 +260,14 @@ def _put_together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows = {name: column[order] for name, column in rows.items()}
     skipped = [tuple(entry) for part in parts for entry in part["shard"]["unreadable"]]
     seen = sorted([*rows["index"].tolist(), *(position for position, _, _ in skipped)])
-    if seen != list(range(first["images"])):
+    if len(seen) != first["images"] or seen != list(range(len(seen))):
         raise ArtifactError(
             f"the shards hold {len(set(seen))} of {first['images']} images"
             + (", some of them twice" if len(set(seen)) != len(seen) else ""),
             "run the shards again",
         )
+    if not len(rows["index"]):
+        raise CheckError(f"none of the {len(skipped)} images can be read: {skipped[0][2]}")
     files = [{"image": image, "reason": why} for _, image, why in sorted(skipped)]
     record = unreadable_record(files, first["images"])
     timings = [part["throughput"] for part in parts]
@@ -271,24 +290,73 @@ def _put_together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
+@dataclass(frozen=True)
+class _Unreadable:
+    count: Natural
+    share: float
+    files: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Probe:
+    kind: Literal["logistic", "ridge"]
+    train_images: Natural
+    neighbours: Count
+    unreadable: _Unreadable
+
+
+@dataclass(frozen=True)
+class _Speed:
+    model: float | None
+    dense: float | None
+    end_to_end: float | None
+    waiting_share: float | None
+
+
+@dataclass(frozen=True)
+class _Shard:
+    index: Count
+    of: Count
+    identity: dict[str, Any]
+    rows: dict[str, list[Annotated[int, Meta(ge=-1, le=1 << 40)]]]
+    unreadable: list[tuple[Natural, str, str]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What `merge` and the tables read of a shard's result."""
+
+    shard: _Shard
+    n: Natural
+    images: Count
+    artifact: str
+    model: str
+    precision: str
+    against: str | None
+    data: str
+    labels: str
+    backend: str
+    device: str
+    train_ok: bool
+    throughput: _Speed
+    notes: list[str]
+    probe: _Probe | None
+    backend_reason: str = ""
+
+
 def _read_part(path: Path) -> dict[str, Any]:
-    try:
-        part = json.loads(path.read_text(encoding="utf-8"))
-        shard = part["shard"]
-        index, count, rows = shard["index"], shard["of"], shard["rows"]
-        for key in ("identity", "unreadable"):
-            shard[key]
-        for key in ("n", "images", "notes", "train_ok", "throughput", "device"):
-            part[key]
-        lengths = {len(column) for column in rows.values()}
-        whole = 1 <= index <= count and lengths == {part["n"]} and {"index", "label"} <= set(rows)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(
-            f"{path} is no partial result of `validate`",
-            "make one with `validate DIR --data DIR --shard i/n --json FILE`",
-        ) from error
+    read = partial(
+        read_json,
+        what="partial result of `validate`",
+        hint="make one with `validate DIR --data DIR --shard i/n --json FILE`",
+    )
+    part, found = read(path, dict[str, Any]), read(path, _Part)
+    shard, rows = found.shard, found.shard.rows
+    lengths = {len(column) for column in rows.values()}
+    columns = {*COLUMNS, *(DENSE_COLUMNS if found.against else ())}
+    whole = shard.index <= shard.of and lengths == {found.n} and columns <= {*rows}
+    if found.probe:
+        whole &= "knn" in rows
     if not whole:
         raise ArtifactError(f"{path} is damaged: its numbers do not fit together")
-    return dict(part)
+    return part

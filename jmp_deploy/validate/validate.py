@@ -26,8 +26,8 @@ from . import probe as validate_probe
 from .artifacts import DENSE, MODEL, Subject, device_name, load_subjects, notes_on
 from .data import ClassOrder, Dataset, for_classifier, for_features
 from .loader import batches, default_workers
-from .score import answers, score, top_classes
-from .state import State, unreadable_record
+from .score import TOP, answers, score, top_classes
+from .state import Answers, State, unreadable_record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -228,6 +228,7 @@ class _Run:
     ) -> None:
         """Answers what is not answered yet; keeps best classes, or features, of each image."""
         kept = self.state.split(name)
+        self._refuse_unlike(kept, groups, subjects)
         total = sum(map(len, groups))
         done = sum(map(len, groups[: len(kept.done)]))
         self.on_progress(name, done, total)
@@ -253,6 +254,26 @@ class _Run:
                 self.state.save_if_due()
                 done += len(group)
                 self.on_progress(name, done, total)
+
+    def _refuse_unlike(
+        self, kept: Answers, groups: Sequence[Array], subjects: Sequence[Subject]
+    ) -> None:
+        """Raises ArtifactError where a state holds answers to something else than these batches."""
+        names, widths = {subject.name for subject in subjects}, set()
+        fits = len(kept.done) <= len(groups)
+        for group, (positions, outputs, unreadable) in zip(groups, kept.done, strict=False):
+            here = sorted([*positions.tolist(), *(position for position, _ in unreadable)])
+            fits &= here == group.tolist() and ({*outputs} == names or not len(positions))
+            widths |= {values.shape[1:] for values in outputs.values()}
+        for subject in subjects if kept.done else ():
+            width = subject.artifact.reference().output.shape[1]
+            expected = min(TOP, width) if subject.output.classifies else width
+            fits &= widths <= {(expected,)}
+        if not fits:
+            raise ArtifactError(
+                f"{self.state.path} is damaged: its answers are not to the images of this run",
+                "remove it, or leave out --resume to start anew",
+            )
 
     def _answer(self, subject: Subject, images: Array, names: Sequence[str]) -> Array:
         started = time.perf_counter()

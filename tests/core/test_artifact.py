@@ -10,7 +10,7 @@ import pytest
 from jmp_deploy.core import artifact as files
 from jmp_deploy.core.artifact import Artifact, EngineOptions, Int8, Speed, Stage
 from jmp_deploy.core.errors import ArtifactError
-from tests.fakes.artifacts import ENGINE, JMP, make_artifact, write_artifact
+from tests.fakes.artifacts import CALIBRATED, ENGINE, JMP, make_artifact, write_artifact
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def whole(tmp_path):
         engine=ENGINE,
         engine_options=EngineOptions(("sm_86",), 256),
         no_engine=None,
-        int8=Int8("max", {"count": 8}, {"head": "why"}, speed=speed, engine_bytes={"int8": 1}),
+        int8=Int8("max", CALIBRATED, {"head": "why"}, speed=speed, engine_bytes={"int8": 1}),
         class_names=("Kätzchen", "犬"),
         stages=(Stage("fuse", 0.5),),
         tools={"torch": "2.14.1"},
@@ -125,5 +125,5 @@ def test_an_altered_file_is_noticed(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"\x93NUMPY cut", b"\x80\x04."])
 def test_a_reference_that_is_no_archive_of_arrays_is_refused(tmp_path, content):
     (tmp_path / files.REFERENCE).write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"reference\.npz cannot be read"):
+    with pytest.raises(ArtifactError, match=r"reference\.npz is not a reference"):
         write_artifact(tmp_path).reference()

@@ -19,7 +19,7 @@ from jmp_deploy.core.artifact import (
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.engine import builder, stage
-from tests.fakes.artifacts import JMP, make_artifact
+from tests.fakes.artifacts import CALIBRATED, JMP, make_artifact
 
 OPTIONS = EngineOptions(("sm_86",), workspace_mb=256)
 CHOICE = builder.Choice("rtx", "it is here")
@@ -45,7 +45,11 @@ def int8_artifact(folder):
     for name in (files.DEPLOYABLE, files.TWIN_DEPLOYABLE, files.PORTABLE):
         (folder / name).write_text(name)
     return make_artifact(
-        folder, precision="int8", int8=Int8("max", {}, {}), engine_options=OPTIONS, batch=(1, 2, 4)
+        folder,
+        precision="int8",
+        int8=Int8("max", CALIBRATED, {}),
+        engine_options=OPTIONS,
+        batch=(1, 2, 4),
     ).write()
 
 

@@ -22,6 +22,8 @@ FILE_WEIGHTS = Weights("file", path="w.safetensors", sha256="0" * 64)
 RANDOM_WEIGHTS = Weights("random", seed=0)
 JMP = Jmp("list", ((1, 2),), tau=0.7)
 PAIR = {"cosine": 1.0, "max_abs": 0.0, "top1_agreement": 1.0}
+CALIBRATED = {"count": 8, "source": "photos", "demonstration": False, "warnings": []}
+"""What an INT8 manifest has to say of its images."""
 ENGINE = EngineFacts("rtx", "1.7.1", ("sm_86",), "fp16")
 
 

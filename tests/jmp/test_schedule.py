@@ -118,11 +118,15 @@ def test_a_schedule_file_says_how(tmp_path):
     with pytest.raises(ScheduleError, match="reads patch tokens"):
         schedule.load(path, DEIT_S)
     path.write_text(json.dumps({"steps": [[3, 100]], "selection": "best"}))
-    with pytest.raises(ScheduleError, match="selection is one of"):
+    with pytest.raises(ScheduleError, match=r"not a schedule file: .*selection"):
         schedule.load(path, SAVING)
-    for odd in ({"tau": "high"}, {"tau": float("nan")}, {"merge_weight": 1.5}):
+    for odd, where in (
+        ({"tau": "high"}, "tau"),
+        ({"tau": float("nan")}, "invalid character"),
+        ({"merge_weight": 1.5}, "merge_weight"),
+    ):
         path.write_text(json.dumps({"steps": [[3, 100]], **odd}))
-        with pytest.raises(ScheduleError, match="tau is a number, merge_weight one from 0 to 1"):
+        with pytest.raises(ScheduleError, match=f"not a schedule file: .*{where}"):
             schedule.load(path, SAVING)
 
 
@@ -163,7 +167,7 @@ def test_schedule_file(tmp_path):
         ("r100@3-6", "keeps -4 tokens in block 4"),
         ("r10@5-12", "names block 12"),
         ("papers", "unknown schedule 'papers'"),
-        ("nowhere.json", "cannot read schedule file nowhere.json"),
+        ("nowhere.json", "no such schedule file: nowhere.json"),
     ],
 )
 def test_bad_schedules_say_what_is_wrong(spec, message):
@@ -177,8 +181,8 @@ def test_bad_schedules_say_what_is_wrong(spec, message):
         ("{", "is not a schedule file"),
         ("[]", "is not a schedule file"),
         ('{"steps": [[3]]}', "is not a schedule file"),
-        ('{"steps": [[3, "x"]]}', "whole numbers"),
-        ('{"steps": [[3, 100.5]]}', "whole numbers"),
+        ('{"steps": [[3, "x"]]}', r"Expected `int`.*steps\[0\]\[1\]"),
+        ('{"steps": [[3, 100.5]]}', r"Expected `int`.*steps\[0\]\[1\]"),
         ('{"steps": [[3, 100]], "model": "vit_tiny"}', "a schedule for vit_tiny"),
     ],
 )

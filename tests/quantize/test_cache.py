@@ -11,6 +11,7 @@ from jmp_deploy.quantize import cache, recipes
 from jmp_deploy.quantize.cache import Calibration
 from jmp_deploy.quantize.layers import Layer
 from jmp_deploy.quantize.ranges import Range
+from tests.fakes.artifacts import CALIBRATED
 from tests.fakes.models import tiny_vit
 
 LAYERS = [Layer("blocks.0.qkv", 0, "qkv", "n", "x", "w", 1, (48, 144), True)]
@@ -34,7 +35,7 @@ def made():
     return Calibration(
         identity=identity(),
         method="percentile:99.99",
-        images={"count": 3, "sha256": "b" * 64},
+        images={**CALIBRATED, "sha256": "b" * 64},
         ranges={"blocks.0.qkv": Range(1 / 3, 0.1 + 0.2, 0.0078125, 196.0, 48)},
         keep_fp16={"head": "recipe default"},
         equalization={"blocks.0.qkv": [0.25, 1.0, 8.0]},
@@ -89,7 +90,7 @@ def test_a_truncated_cache(made, tmp_path):
     whole = path.read_bytes()
     for length in (0, 1, len(whole) // 2, len(whole) - 3):
         path.write_bytes(whole[:length])
-        with pytest.raises(CalibrationError, match="truncated or not a calibration cache"):
+        with pytest.raises(CalibrationError, match="is not a calibration cache"):
             cache.read(path)
 
 
@@ -99,7 +100,7 @@ def test_a_truncated_cache(made, tmp_path):
         ("0.0078125", "0.015625", "changed after it was written"),
         ('"format": 1', '"format": 7', "has format 7"),
         ('"method"', '"methods"', "changed after it was written"),
-        ('"threshold"', '"treshold"', "incomplete"),
+        ('"threshold"', '"treshold"', "changed after it was written"),
     ],
 )
 def test_a_spoiled_cache(made, tmp_path, old, new, message):

@@ -107,8 +107,18 @@ def test_nothing_to_calibrate_with(tmp_path):
 
 def test_an_unreadable_image_is_named(folder):
     (folder / "broken.jpg").write_bytes((folder / "a" / "1.png").read_bytes()[:300])
-    with pytest.raises(ImageError, match=r"broken\.jpg"):
+    with pytest.raises(ImageError, match=r"1 of 13 images cannot be read: .*broken\.jpg"):
         images.gather(folder, SPEC)
+
+
+def test_one_in_a_hundred_may_be_unreadable(folder):
+    random = np.random.default_rng(1)
+    for index in range(100):
+        pixels = random.integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"n{index}.png")
+    (folder / "broken.jpg").write_bytes(b"junk")
+    found = images.gather(folder, SPEC)
+    assert len(found) == 112 and "1 that cannot be read left out" in " ".join(found.warnings)
 
 
 def test_the_sample_photos_are_a_demonstration():

@@ -236,7 +236,7 @@ INT8 = [*BASE, "--precision", "int8"]
         ([*BASE, "--calib", "sample"], "this is fp16", "--precision int8"),
         ([*INT8, "--calib", "sample", "--calib-cache", "c"], "exclude each other", "choose one"),
         ([*INT8, "--calib-cache", "c", "--max-drop", "1"], "measures on images", "--calib DIR"),
-        ([*INT8, "--calib", "sample", "--max-drop", "0"], "not a positive", ""),
+        ([*INT8, "--calib", "sample", "--max-drop", "0"], "must be above 0", ""),
         ([*INT8, "--calib", "sample", "--calib-method", "mean"], "unknown calibration", "entropy"),
         ([*INT8, "--calib-cache", "c", "--calib-method", "max"], "does nothing", "leave one"),
     ],

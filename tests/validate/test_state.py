@@ -115,11 +115,11 @@ def test_shards_of_another_artifact_are_refused(parts, tmp_path):
 def test_what_is_no_shard_is_refused(parts, tmp_path, capsys):
     for content in ("[]", "{}", "no JSON", '{"shard": null}'):
         (tmp_path / "x.json").write_text(content)
-        with pytest.raises(ArtifactError, match=r"x.json is no partial result"):
+        with pytest.raises(ArtifactError, match=r"x.json is not a partial result"):
             merge([tmp_path / "x.json"])
-    with pytest.raises(ArtifactError, match=r"whole.json is no partial result"):
+    with pytest.raises(ArtifactError, match=r"whole.json is not a partial result"):
         merge([parts / "whole.json"])
-    with pytest.raises(ArtifactError, match="cannot be read: No such file"):
+    with pytest.raises(ArtifactError, match="no such partial result"):
         merge([tmp_path / "nowhere.json"])
     assert main(["merge", str(tmp_path / "x.json")]) == 2
     assert "--shard i/n" in capsys.readouterr().err
