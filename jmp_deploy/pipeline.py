@@ -28,7 +28,7 @@ from .core.artifact import (
     Precision,
     Strategy,
 )
-from .core.errors import ArtifactError, EngineError, ScheduleError
+from .core.errors import ArtifactError, EngineError, GraphError, ScheduleError
 from .core.files import atomic_path, make_writable_dir
 from .core.images import find_images, load_batch, preprocess, sample_photos
 from .core.outputs import output_of
@@ -37,6 +37,8 @@ from .engine.stage import Clock, make_engines
 from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from .jmp.models import LoadedModel
     from .jmp.node import TokenReduce
     from .quantize.int8 import Int8Options
@@ -54,7 +56,9 @@ class BuildOptions:
         model: short or timm name.
         out: artifact folder.
         weights: "auto", "pretrained", "random" or a path.
-        precision: "fp16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
+        precision: "fp16", "bf16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
+        fp32: what computes in FP32 all the same: words such as "attention:0-3" (see
+            `export.numerics.asked_nodes`). What is too large for FP16 does by itself.
         int8: images or cache, method and so on, for INT8.
         schedule: spelling for `schedule.parse`.
         keep_rate, blocks: the other way to write a schedule; both or neither.
@@ -75,6 +79,7 @@ class BuildOptions:
     out: Path
     weights: str = "auto"
     precision: Precision = "fp16"
+    fp32: tuple[str, ...] = ()
     int8: Int8Options | None = None
     schedule: str = DEFAULT_SCHEDULE
     keep_rate: float | None = None
@@ -120,6 +125,7 @@ def build(
     engine_options = EngineOptions(builder.python_targets(options.targets), options.workspace_mb)
     choice = builder.choose(options.engine)
     refuse_early(options.int8, options.precision, options.rebuild)
+    _refuse_odd_words(options)
     _refuse_odd_target(options.out)
     is_new = not options.out.exists()
     make_writable_dir(options.out)
@@ -159,7 +165,7 @@ def _portable(
     Returns:
         The artifact so far, and the reductions that the ONNX must have.
     """
-    from .export import export, fp16
+    from .export import export, numerics, precision
     from .jmp.models import load_model
     from .quantize import int8
 
@@ -175,20 +181,26 @@ def _portable(
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
         export.export_onnx(loaded.model, fp32, image_size=size)
-    if options.precision == "fp16":
-        with clock("fp16"):
-            fp16.to_fp16(fp32, portable)
+    names, images = _photos(options, loaded)
+    kept = None
+    if options.precision != "fp32":
+        with clock("magnitudes"):
+            reach = options.precision != "bf16"
+            kept = numerics.keep_fp32(fp32, images, options.fp32, measure=reach)
+    if kept and options.precision != "int8":
+        with clock(options.precision):
+            precision.to_low(fp32, portable, options.precision, kept.nodes)
             fp32.unlink()
     macs = _macs(loaded, jmp)
     quantized = None
-    if options.precision == "int8":
-        fp16.to_fp16(fp32, staging / _TWIN)
+    if kept and options.precision == "int8":
+        precision.to_low(fp32, staging / _TWIN, "fp16", kept.nodes)
         asked = options.int8 or int8.Int8Options()
         quantized = int8.make(
-            asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress
+            asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress, kept.nodes
         )
     with clock("check"):
-        check = _check(options, loaded, portable, output)
+        check = _check(options, loaded, portable, output, names, images)
     patched = loaded.model.blocks.reductions if jmp else {}
     reductions = [patched[block].stored() for block in sorted(patched)]
     made = Artifact(
@@ -203,6 +215,7 @@ def _portable(
         macs=macs,
         precision=options.precision,
         int8=quantized,
+        fp32=kept,
         batch=options.batch,
         check=check,
         rebuild=options.rebuild,
@@ -252,26 +265,37 @@ def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
     return Macs(schedules.macs(shape, schedules.from_manifest(jmp)), dense)
 
 
-def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: str) -> Check:
-    """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
+def _photos(options: BuildOptions, loaded: LoadedModel) -> tuple[list[str], NDArray[np.float32]]:
+    """What the model is checked on: names, and images [B, 3, H, W]."""
+    if options.images:
+        paths = find_images(options.images)
+        return [path.name for path in paths], load_batch(paths, loaded.preprocess)
+    photos = sample_photos()
+    images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
+    return [name for name, _ in photos], images
+
+
+def _check(
+    options: BuildOptions,
+    loaded: LoadedModel,
+    portable: Path,
+    output: str,
+    names: list[str],
+    images: NDArray[np.float32],
+) -> Check:
+    """Portable ONNX, rounded as an engine rounds, against PyTorch; writes reference.npz beside."""
     from .backends.torch import torch_runner
     from .compare import compare
     from .core import ort
+    from .export.numerics import first_not_finite
+    from .export.precision import emulated
 
-    if options.images:
-        paths = find_images(options.images)
-        names = [path.name for path in paths]
-        images = load_batch(paths, loaded.preprocess)
-    else:
-        photos = sample_photos()
-        names = [name for name, _ in photos]
-        images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
     ort.quiet_polygraphy()
-    runners = [torch_runner(loaded.model, output), ort.session_runner(portable)]
+    runners = [torch_runner(loaded.model, output), ort.session_runner(emulated(portable))]
     precisions: dict[str, str] = {runners[0].name: "fp32", runners[1].name: options.precision}
     twin = portable.parent / _TWIN
     if twin.is_file():
-        runners.append(ort.session_runner(twin, "onnxruntime (FP16 twin)"))
+        runners.append(ort.session_runner(emulated(twin), "onnxruntime (FP16 twin)"))
         precisions[runners[2].name] = "fp16"
     pairs, times, outputs = compare.run_and_pair(
         runners, images, options.batch, precisions, near_ties=not options.dense
@@ -291,6 +315,9 @@ def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: s
         images=tuple(names),
         pairs=tuple(vars(pair) for pair in pairs),
         runtime_ms=times,
+        not_finite=first_not_finite(emulated(portable), images)
+        if any(pair.not_finite for pair in pairs)
+        else None,
     )
 
 
@@ -303,6 +330,18 @@ def _deployable(staging: Path, clock: Clock, reductions: list[TokenReduce]) -> N
             if (staging / portable).is_file():
                 to_deployable(staging / portable, staging / deployable, expected=reductions)
         (staging / _TWIN).unlink(missing_ok=True)
+
+
+def _refuse_odd_words(options: BuildOptions) -> None:
+    from .export.numerics import parse_asked
+
+    for word in options.fp32:
+        parse_asked(word)
+    if options.fp32 and options.precision == "fp32":
+        raise GraphError(
+            "--fp32 names what stays in FP32 in a coarser precision; all of this model does",
+            "leave out --fp32, or choose another --precision",
+        )
 
 
 def _refuse_odd_target(out: Path) -> None:

@@ -99,6 +99,7 @@ def _rebuild(folder: Path) -> None:
     from ..bench.int8 import settle
     from ..core.artifact import Artifact
     from ..engine.stage import rebuild, why_rebuild
+    from .build import known_faults
 
     found = Artifact.read(folder)
     reason = why_rebuild(found)
@@ -106,7 +107,9 @@ def _rebuild(folder: Path) -> None:
         return
     print(f"the engine is made anew: {reason}", file=sys.stderr)
     with show.Progress() as progress:
-        rebuild(found, settle, on_stage=progress.stage, on_progress=progress.steps)
+        made = rebuild(found, settle, on_stage=progress.stage, on_progress=progress.steps)
+    for text in known_faults(made):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _predictions(result: Predictions) -> Table:
