@@ -187,7 +187,9 @@ def block_tensors(proto: onnx.ModelProto) -> list[Block]:
         """The tensor itself, where what is read is a cast of it."""
         return uncast.get(name, name)
 
-    readers = Counter(name for n in proto.graph.node for name in {*map(stream, n.input)})
+    readers = Counter(
+        name for n in proto.graph.node if n.op_type != "Cast" for name in {*map(stream, n.input)}
+    )
     inputs = [stream(n.input[0]) for n in proto.graph.node if n.op_type == "LayerNormalization"]
     norms = [name for name in inputs if readers[name] > 1]
     entries, reduced = norms[0::2], norms[1::2]
