@@ -30,7 +30,14 @@ from .core.artifact import (
     Strategy,
     refuse_odd_strings,
 )
-from .core.errors import ArtifactError, EngineError, ImageError, ModelError, ScheduleError
+from .core.errors import (
+    ArtifactError,
+    EngineError,
+    GraphError,
+    ImageError,
+    ModelError,
+    ScheduleError,
+)
 from .core.files import atomic_path, make_writable_dir, staging_dir
 from .core.images import (
     MAX_SIDE,
@@ -49,6 +56,8 @@ from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
 from .jmp.schedule import check_spelling
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from .jmp.models import LoadedModel
     from .jmp.node import TokenReduce
     from .quantize.int8 import Int8Options
@@ -68,7 +77,9 @@ class BuildOptions:
         model: short or timm name.
         out: artifact folder.
         weights: "auto", "pretrained", "random" or a path.
-        precision: "fp16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
+        precision: "fp16", "bf16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
+        fp32: what computes in FP32 all the same: words such as "attention:0-3" (see
+            `export.numerics.asked_nodes`). What is too large for FP16 does by itself.
         int8: images or cache, method and so on, for INT8.
         schedule: spelling for `schedule.parse`.
         keep_rate, blocks: the other way to write a schedule; both or neither.
@@ -89,6 +100,7 @@ class BuildOptions:
     out: Path
     weights: str = "auto"
     precision: Precision = "fp16"
+    fp32: tuple[str, ...] = ()
     int8: Int8Options | None = None
     schedule: str = DEFAULT_SCHEDULE
     keep_rate: float | None = None
@@ -136,6 +148,7 @@ def build(
     choice = builder.choose(options.engine)
     builder.refuse_targets(choice, engine_options.targets)
     refuse_early(options.int8, options.precision, options.rebuild)
+    _refuse_odd_words(options)
     _refuse_odd_target(options.out)
     refuse_odd_strings([options.rebuild, str(options.out), options.weights], options.out / FILE)
     photos = _photos(options)
@@ -186,7 +199,7 @@ def _portable(
     Returns:
         The artifact so far, the reference, and the reductions that the ONNX must have.
     """
-    from .export import export, fp16
+    from .export import export, numerics, precision
     from .jmp.models import load_model
     from .quantize import int8
 
@@ -202,20 +215,26 @@ def _portable(
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
         export.export_onnx(loaded.model, fp32, image_size=size)
-    if options.precision == "fp16":
-        with clock("fp16"):
-            fp16.to_fp16(fp32, portable)
+    names, images = _load(photos, loaded)
+    kept = None
+    if options.precision != "fp32":
+        with clock("magnitudes"):
+            reach = options.precision != "bf16"
+            kept = numerics.keep_fp32(fp32, images, options.fp32, measure=reach)
+    if kept and options.precision != "int8":
+        with clock(options.precision):
+            precision.to_low(fp32, portable, options.precision, kept.nodes)
             fp32.unlink()
     macs = _macs(loaded, jmp)
     quantized = None
-    if options.precision == "int8":
-        fp16.to_fp16(fp32, staging / _TWIN)
+    if kept and options.precision == "int8":
+        precision.to_low(fp32, staging / _TWIN, "fp16", kept.nodes)
         asked = options.int8 or int8.Int8Options()
         quantized = int8.make(
-            asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress
+            asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress, kept.nodes
         )
     with clock("check"):
-        check, reference = _check(options, photos, loaded, portable, output)
+        check, reference = _check(options, loaded, portable, output, names, images)
     patched = loaded.model.blocks.reductions if jmp else {}
     reductions = [patched[block].stored() for block in sorted(patched)]
     made = Artifact(
@@ -230,6 +249,7 @@ def _portable(
         macs=macs,
         precision=options.precision,
         int8=quantized,
+        fp32=kept,
         batch=options.batch,
         check=check,
         rebuild=options.rebuild,
@@ -279,31 +299,36 @@ def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
     return Macs(schedules.macs(shape, schedules.from_manifest(jmp)), dense)
 
 
+def _load(photos: list[Path], loaded: LoadedModel) -> tuple[list[str], NDArray[np.float32]]:
+    """What the model is checked on: names, and images [B, 3, H, W]."""
+    if photos:
+        return [label(path) for path in photos], load_batch(photos, loaded.preprocess)
+    samples = sample_photos()
+    images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in samples])
+    return [name for name, _ in samples], images
+
+
 def _check(
     options: BuildOptions,
-    photos: list[Path],
     loaded: LoadedModel,
     portable: Path,
     output: str,
+    names: list[str],
+    images: NDArray[np.float32],
 ) -> tuple[Check, Reference]:
-    """Portable ONNX against PyTorch on photos; writes reference.npz beside the model."""
+    """Portable ONNX, rounded as an engine rounds, against PyTorch; writes reference.npz beside."""
     from .backends.torch import torch_runner
     from .compare import compare
     from .core import ort
+    from .export.numerics import first_not_finite
+    from .export.precision import emulated
 
-    if photos:
-        names = [label(path) for path in photos]
-        images = load_batch(photos, loaded.preprocess)
-    else:
-        samples = sample_photos()
-        names = [name for name, _ in samples]
-        images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in samples])
     ort.quiet_polygraphy()
-    runners = [torch_runner(loaded.model, output), ort.session_runner(portable)]
+    runners = [torch_runner(loaded.model, output), ort.session_runner(emulated(portable))]
     precisions: dict[str, str] = {runners[0].name: "fp32", runners[1].name: options.precision}
     twin = portable.parent / _TWIN
     if twin.is_file():
-        runners.append(ort.session_runner(twin, "onnxruntime (FP16 twin)"))
+        runners.append(ort.session_runner(emulated(twin), "onnxruntime (FP16 twin)"))
         precisions[runners[2].name] = "fp16"
     pairs, times, outputs = compare.run_and_pair(
         runners, images, options.batch, precisions, near_ties=not options.dense
@@ -320,6 +345,9 @@ def _check(
         images=tuple(names),
         pairs=tuple(vars(pair) for pair in pairs),
         runtime_ms=times,
+        not_finite=first_not_finite(emulated(portable), images)
+        if any(pair.not_finite for pair in pairs)
+        else None,
     )
     return check, reference
 
@@ -378,6 +406,18 @@ def _photos(options: BuildOptions) -> list[Path]:
             unreadable.append(error.message)
     require_readable(unreadable, len(found))
     return found
+
+
+def _refuse_odd_words(options: BuildOptions) -> None:
+    from .export.numerics import parse_asked
+
+    for word in options.fp32:
+        parse_asked(word)
+    if options.fp32 and options.precision == "fp32":
+        raise GraphError(
+            "--fp32 names what stays in FP32 in a coarser precision; all of this model does",
+            "leave out --fp32, or choose another --precision",
+        )
 
 
 def _refuse_odd_target(out: Path) -> None:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -310,22 +309,25 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
     twin = artifact.precision == "int8" and facts.precision == "fp16"
     proto = load_model(artifact.verified(TWIN_DEPLOYABLE if twin else DEPLOYABLE))
     places = block_tensors(proto)
-    names = [places[0].entry, *(place.out for place in places)]
+    names = [places[0].entry]
+    for place in places:
+        names += [place.attended, place.out]
     targets = facts.targets if facts.flavour == "rtx" else ()
     options = replace(artifact.engine_options, targets=targets)
     spec = builder.EngineSpec(artifact.batch, artifact.image_shape, options, facts.precision)
     with tempfile.TemporaryDirectory(prefix="jmp-debug-") as name:
         model, plan = Path(name) / DEPLOYABLE, Path(name) / ENGINE
-        save_model(mark(proto, names), model)
+        save_model(mark(proto, dict.fromkeys(names)), model)
         plugin = find_plugin() if artifact.jmp else (None, None)
         built = builder.build_engine(model, plan, facts.flavour, spec, plugin=plugin[0])
         built = replace(built, plugin=plugin[1])
         with engine_runner(EngineFile(plan, facts.flavour, built)) as runner:
             values = infer(runner, images, artifact.batch)
     wide = {name: values[name].astype("float32") for name in names}
+    blocks = zip(names[0:-1:2], names[1::2], names[2::2], strict=True)
     return Trace(
         backend=EngineBackend.name,
         choices=None,
-        blocks=[Block(wide[entry], None, None, wide[out]) for entry, out in pairwise(names)],
+        blocks=[Block(wide[entry], wide[mid], None, wide[out]) for entry, mid, out in blocks],
         num_prefix=prefix_tokens(proto),
     )

@@ -1,4 +1,9 @@
-"""ONNX Runtime: the portable model on the CPU."""
+"""ONNX Runtime: the portable model on the CPU.
+
+What is compared, traced and run is the model with the rounding that an engine of its precision has
+(`export.precision.emulate`), where onnx is installed. What is timed is the model itself, as ONNX
+Runtime runs it: it widens FP16 to FP32, and has no BF16.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +59,23 @@ class OnnxRuntimeBackend(Backend):
             proto = load_model(artifact.verified(self.file))
             return trace_onnx(proto, images, artifact.batch, blocks=blocks)
 
-        return Opened(self, ort.session_runner(artifact.verified(self.file), self.name), watch)
+        model: Any = artifact.verified(self.file)
+        try:
+            from ..export.precision import emulated
+
+            model = emulated(model)
+        except ModuleNotFoundError:  # a device without onnx: as ONNX Runtime runs it by itself
+            if artifact.precision == "bf16":
+                raise
+        return Opened(self, ort.session_runner(model, self.name), watch)
 
     def timed(self, artifact: Artifact, *, threads: int) -> TimedSession:
         """See `Backend`."""
+        if artifact.precision == "bf16":
+            raise EngineError(
+                "ONNX Runtime has no BF16 on a CPU, so there is nothing to time",
+                "time the engine where a GPU is, or build with --precision fp32 or fp16",
+            )
         return TimedSession(artifact.verified(self.file), artifact.image_shape, threads)
 
 
@@ -161,9 +179,12 @@ def run_session(
     profile: Sequence[int],
     name: str = "onnxruntime",
 ) -> dict[str, NDArray[Any]]:
-    """Runs a model on images, through Polygraphy: output name -> [B, ...]."""
+    """Runs a model on images with its precision's rounding, through Polygraphy: output name ->
+    [B, ...]. The model is used up."""
+    from ..export.precision import emulate
+
     least, best, most = profile
-    with ort.session_runner(proto, name) as runner:
+    with ort.session_runner(emulate(proto), name) as runner:
         return infer(runner, images, (least, best, max(least, min(most, TRACE_BATCH))))
 
 

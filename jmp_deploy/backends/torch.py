@@ -49,7 +49,8 @@ class TorchBackend(Backend):
 
     def timed_precision(self, artifact: Artifact) -> Precision:
         """FP16 for an FP16 artifact on a GPU: what one would deploy without TensorRT."""
-        return "fp16" if artifact.precision == "fp16" and self.gpu() else "fp32"
+        low = artifact.precision in ("fp16", "bf16") and self.gpu()
+        return artifact.precision if low else "fp32"
 
     def open(
         self, artifact: Artifact, *, weights: str | None = None, reference: Reference | None = None
@@ -127,7 +128,8 @@ class TimedModel:
         precision = TorchBackend().timed_precision(artifact)
         if self.on_gpu:
             self.model = self.model.to(
-                "cuda", torch.float16 if precision == "fp16" else torch.float32
+                "cuda",
+                {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32),
             )
         else:
             torch.set_num_threads(threads)

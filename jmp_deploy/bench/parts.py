@@ -78,11 +78,11 @@ def with_tokens(source: Path, tokens: int, target: Path) -> Path:
 
 
 def _at_precision(raw: Path, target: Path, precision: str) -> Path:
-    from ..export.fp16 import to_fp16
+    from ..export.precision import LOW, to_low
 
     if precision == "fp32":
         return raw.replace(target)
-    to_fp16(raw, target)
+    to_low(raw, target, precision if precision in LOW else "fp16")
     raw.unlink()
     return target
 

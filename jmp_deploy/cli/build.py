@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import JmpDeployError, fail
+from ..engine.known_faults import warnings
 from . import checked, flags, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..core.artifact import Artifact, EngineFacts, Int8, Jmp, Macs
+    from ..core.artifact import Artifact, EngineFacts, Fp32, Int8, Jmp, Large, Macs
 
 SHOWN_MORE = 5
 """Rows of the ranking behind the last layer that stays in FP16."""
+SHOWN_PLACES = 4
+"""Parts of a model of which it is said why they stay in FP32."""
 
 
 def add(commands: Any) -> None:
@@ -34,6 +37,7 @@ def add(commands: Any) -> None:
             "build deit_s --schedule paper --strategy merge",
             "build dinov2_s --weights dinov2_s.safetensors --batch 1,8,64",
             "build vit_base_patch16_224 --keep-rate 0.7 --blocks 3,6,9 --precision fp32",
+            "build deit_s --fp32 attention:0-3              # where an engine's attention is wrong",
             "build deit_s --precision int8 --calib photos/ --max-drop 0.3",
             "build deit_s --precision int8 --calib-cache artifacts/deit_s/calibration.json",
         ),
@@ -55,8 +59,17 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp16", "int8", "fp32"),
-        help="int8 quantizes the linear layers, keeps the rest in FP16 and needs --calib (fp16)",
+        choices=("fp16", "bf16", "int8", "fp32"),
+        help="int8 quantizes the linear layers, keeps the rest in FP16 and needs --calib; bf16 "
+        "reaches as far as FP32 and is coarser than FP16 (fp16)",
+    )
+    parser.add_argument(
+        "--fp32",
+        action="append",
+        metavar="KIND[:BLOCKS]",
+        help="what computes in FP32 all the same: attention (the scores, so that it is not one "
+        "fused kernel) or mlp, in all blocks or in some, as attention:0-3,11; may be repeated. "
+        "Tensors too large for FP16 do by themselves",
     )
     parser.add_argument(
         "--schedule",
@@ -233,6 +246,7 @@ def summary(made: Artifact) -> list[RenderableType]:
         ("model", f"{made.model.name} at {made.model.image_size} pixels"),
         ("weights", show.weights(made.weights)),
         ("precision", _precision(made)),
+        *fp32_rows(made.fp32),
         *(int8_rows(made.int8) if made.int8 else ()),
         ("batch", "min {}, opt {}, max {}".format(*made.batch)),
         ("GMACs", _gmacs(made.macs)),
@@ -245,6 +259,8 @@ def summary(made: Artifact) -> list[RenderableType]:
     verdict = "ok" if check.ok else "OUTSIDE TOLERANCE"
     words = f"{verdict}: ONNX Runtime against PyTorch on {len(check.images)} photos"
     sizes = ", ".join(f"{name} {entry.bytes / 1e6:.1f}" for name, entry in made.files.items())
+    if check.not_finite:
+        words += f": NaN or infinity first in {check.not_finite}"
     rows += [
         ("check", f"{words}: {_agreement(check.pairs[0])}"),
         ("engine", _engine(made.engine) if made.engine else f"none: {made.no_engine}"),
@@ -258,7 +274,38 @@ def summary(made: Artifact) -> list[RenderableType]:
         parts.append(show.styled(show.RANDOM_WARNING, "bold red"))
     for warning in made.int8.images["warnings"] if made.int8 else ():
         parts.append(show.styled(f"calibration: {warning}", "yellow"))
+    parts += [show.styled(text, "yellow") for text in known_faults(made)]
     return parts
+
+
+def known_faults(made: Artifact) -> list[str]:
+    """What is known against the TensorRT that built an artifact's engine."""
+    engine = made.engine
+    if engine is None or (made.fp32 and "attention" in made.fp32.asked):
+        return []
+    return warnings(engine.flavour, engine.version, engine.targets, engine.precision)
+
+
+def fp32_rows(found: Fp32 | None) -> list[tuple[str, str]]:
+    """The row of a summary that says what stays in FP32, if anything does."""
+    if found is None or not (found.asked or found.large or found.weights):
+        return []
+    lines = [f"--fp32 {word}" for word in found.asked]
+    by_place: dict[str, Large] = {}
+    for one in found.large:
+        if one.place not in by_place or one.largest > by_place[one.place].largest:
+            by_place[one.place] = one
+    lines += [
+        f"{place}: {one.tensor} reaches {one.largest:.3g} on the check's photos, and FP16 ends at "
+        "65504"
+        for place, one in list(by_place.items())[:SHOWN_PLACES]
+    ]
+    if left := len(by_place) - SHOWN_PLACES:
+        lines += [f"... and {left} more parts"] if left > 0 else []
+    if found.weights:
+        names = ", ".join(found.weights[:SHOWN_PLACES])
+        lines.append(f"weights beyond 65504: {names}")
+    return [("kept in FP32", "\n".join([*lines, f"{len(found.nodes)} operators in all"]))]
 
 
 def _precision(made: Artifact) -> str:

@@ -35,6 +35,7 @@ from ..core.packages import (
     try_imports,
     unmet,
 )
+from ..engine.known_faults import warnings
 
 Status = Literal["ok", "warn", "missing", "unfit"]
 
@@ -244,7 +245,10 @@ def _tensorrt() -> Iterator[Check]:
             found = f"{version}: before 10.0, without IPluginV3"
             yield Check(area, name, "unfit", found, None if jetson_linux() is not None else fix)
         else:
-            yield Check(area, name, "ok", version)
+            here = ["sm_{}{}".format(*gpu.compute_capability) for gpu in gpus()]
+            known = warnings("rtx" if rtx else "tensorrt", version, here)
+            notes = "; ".join([version, *(text.partition(": ")[2] for text in known)])
+            yield Check(area, name, "warn" if known else "ok", notes)
 
 
 def _sees_system() -> bool:

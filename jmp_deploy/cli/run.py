@@ -97,6 +97,7 @@ def _rebuild(folder: Path) -> None:
     from ..compare.check import check_engine
     from ..core.artifact import Artifact
     from ..engine.stage import rebuild, why_rebuild
+    from .build import known_faults
 
     found = Artifact.read(folder)
     reason = why_rebuild(found)
@@ -107,6 +108,8 @@ def _rebuild(folder: Path) -> None:
         made = rebuild(
             found, check_engine, settle, on_stage=progress.stage, on_progress=progress.steps
         )
+    for text in known_faults(made):
+        say(f"warning: {text}")
     checked.refuse(checked.verdict_on(made))
 
 

@@ -16,6 +16,7 @@ from ..core.errors import GraphError
 from ..core.images import INPUT
 from ..core.ort import session_runner
 from ..export.graph import SHOWN, as_planned, block_tensors, reductions, show_choices
+from ..export.precision import emulate, float_types
 from ..jmp.node import reduction_name
 from ..jmp.trace import Block, Trace, make_choice
 from .measures import TOLERANCES, relative
@@ -61,7 +62,7 @@ def by_itself(
         feeds = _feeds(proto, a, place, index)
         attention = extract(proto, producers, feeds, [*dict.fromkeys(place[1:3]), *shown])
         values = _run_part(attention, feeds, f"blocks.{index}")
-        feeds[place.reduced] = ours.reduced.astype(feeds[place.entry].dtype)
+        feeds[place.reduced] = ours.reduced
         mlp = extract(proto, producers, feeds, [place.out])
         values |= _run_part(mlp, feeds, f"blocks.{index}.mlp")
         kept = len(ours.attended[0])  # the last block may compute the prefix tokens alone
@@ -128,12 +129,9 @@ def extract(
         else:
             raise GraphError(f"a block reads {name!r}, which is not one of its inputs")
     nodes = [n for n in proto.graph.node if id(n) in needed]
+    types = float_types(proto)
     values = [
-        onnx.helper.make_tensor_value_info(
-            name,
-            onnx.helper.np_dtype_to_tensor_dtype(feeds[name].dtype),
-            [None] * feeds[name].ndim,
-        )
+        onnx.helper.make_tensor_value_info(name, types[name], [None] * feeds[name].ndim)
         for name in sorted(inputs)
     ]
     part = onnx.helper.make_model(
@@ -162,9 +160,8 @@ def limit_of(cosine: float) -> float:
 
 def _feeds(proto: onnx.ModelProto, a: Trace, place: Block, index: int) -> dict[str, NDArray[Any]]:
     """What a block may read: its entry, the token sizes so far, and the images for their number."""
-    kind = _float_type(proto)
     feeds = {
-        place.entry: a.blocks[index].entry.astype(kind),
+        place.entry: a.blocks[index].entry,
         INPUT: np.zeros((len(a.blocks[index].entry), 3, 1, 1), np.float32),
     }
     for graph_node in reductions(proto):
@@ -173,19 +170,10 @@ def _feeds(proto: onnx.ModelProto, a: Trace, place: Block, index: int) -> dict[s
         for block, sizes in a.sizes.items():
             if reduction_name(block) == graph_node.name and block < index:
                 feeds |= {
-                    name: value.astype(kind)
+                    name: value.astype(np.float32)
                     for name, value in zip(graph_node.output[1:3], sizes, strict=True)
                 }
     return feeds
-
-
-def _float_type(proto: onnx.ModelProto) -> type:
-    """float16 or float32: the type of the residual stream, read off a norm's weight."""
-    import onnx
-
-    scales = {n.input[1] for n in proto.graph.node if n.op_type == "LayerNormalization"}
-    kinds = {w.data_type for w in proto.graph.initializer if w.name in scales}
-    return np.float16 if onnx.TensorProto.FLOAT16 in kinds else np.float32
 
 
 def _precision(*parts: onnx.ModelProto) -> str:
@@ -193,7 +181,8 @@ def _precision(*parts: onnx.ModelProto) -> str:
     import onnx
 
     kinds = onnx.TensorProto
-    names = {kinds.FLOAT16: "fp16", kinds.FLOAT: "fp32", kinds.INT8: "int8"}
+    names = {kinds.FLOAT16: "fp16", kinds.BFLOAT16: "bf16", kinds.FLOAT: "fp32"}
+    names[kinds.INT8] = "int8"
     matrices = [w for part in parts for w in part.graph.initializer if len(w.dims) == 2]
     return "+".join(sorted({names[w.data_type] for w in matrices if w.data_type in names}))
 
@@ -201,7 +190,7 @@ def _precision(*parts: onnx.ModelProto) -> str:
 def _run_part(
     part: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]], name: str
 ) -> dict[str, NDArray[Any]]:
-    with session_runner(part, name) as runner:
+    with session_runner(emulate(part), name) as runner:
         values = runner.infer({i.name: feeds[i.name] for i in part.graph.input})
         return {key: np.array(value) for key, value in values.items()}
 

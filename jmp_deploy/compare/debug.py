@@ -85,19 +85,26 @@ def along_the_way(a: Trace, b: Trace, tolerance: float) -> list[dict[str, Any]]:
 
     Returns:
         Per stage {"stage", "prefix_cosine", "patch_cosine", "relative_error", "matched",
-        "not_finite", "ok"}. Cosines: the smallest of the prefix tokens (class token and registers),
-        for the median image; of the matched patch tokens, the mean over all images (a few tokens
-        beside one that changed places may be off for no fault of the block). The error is over the
-        norm of both kinds, the largest of all images. matched is the share of patch tokens that are
-        made of the same patches, None if unknown. not_finite names the backends with NaN or inf.
-        ok: both cosines are within tolerance; that of tokens held against their nearest only counts
-        where there are no prefix tokens.
+        "not_finite", "ok", "part"}. Cosines: the smallest of the prefix tokens (class token and
+        registers), for the median image; of the matched patch tokens, the mean over all images (a
+        few tokens beside one that changed places may be off for no fault of the block). The error
+        is over the norm of both kinds, the largest of all images. matched is the share of patch
+        tokens that are made of the same patches, None if unknown. not_finite names the backends
+        with NaN or inf. ok: both cosines are within tolerance; that of tokens held against their
+        nearest only counts where there are no prefix tokens. part: of a block that is not ok,
+        "attention" where the tokens are off before its MLP and reduction, "mlp" where they are
+        not; None where one of the backends does not show them there.
     """
     x, y = a.blocks[0].entry, b.blocks[0].entry
-    rows = [{"stage": "embedding", **_tokens(a, b, x, y, None, tolerance)}]
+    rows = [{"stage": "embedding", **_tokens(a, b, x, y, None, tolerance), "part": None}]
     for index, (ours, theirs) in enumerate(zip(a.blocks, b.blocks, strict=True)):
         row = _tokens(a, b, ours.out, theirs.out, index, tolerance)
-        rows.append({"stage": f"blocks.{index}", **row})
+        part = None
+        if not row["ok"] and ours.attended is not None and theirs.attended is not None:
+            before = index - 1 if index else None
+            attended = _tokens(a, b, ours.attended, theirs.attended, before, tolerance)
+            part = "mlp" if attended["ok"] else "attention"
+        rows.append({"stage": f"blocks.{index}", **row, "part": part})
     return rows
 
 
@@ -112,8 +119,9 @@ def conclusion(
     """Names the first block outside tolerance and the one that loses most.
 
     Returns:
-        {"a", "b", "tolerance", "first", "first_precision", "cause", "cause_part", "verdict",
-        "stages", "alone"}; first and cause are stages or None. A cause is a block whose error by
+        {"a", "b", "tolerance", "first", "first_precision", "cause", "cause_part", "proposal",
+        "verdict", "stages", "alone"}; first and cause are stages or None, proposal flags of `build`
+        where an attention in 16 bits is at fault. A cause is a block whose error by
         itself stands out from the others, or that gives values that are not finite.
     """
     precisions = {row["stage"]: row["precision"] for row in alone or ()}
@@ -145,6 +153,13 @@ def conclusion(
             f"no block stands out by itself (most: {stage}, {part}, {error:.2%} of what it adds); "
             "what there is adds up along the way"
         )
+    proposal = None
+    if cause and cause[1] == PARTS["attention"]:
+        proposal = _proposal(cause[0], precisions[cause[0]])
+    elif first and not cause and first.get("part") == "attention":
+        proposal = _proposal(first["stage"], where or precision)
+    if proposal:
+        words.append(f"to compute that block's attention in FP32, build with `{proposal}`")
     return {
         "a": a,
         "b": b,
@@ -153,10 +168,16 @@ def conclusion(
         "first_precision": where,
         "cause": cause[0] if cause else None,
         "cause_part": cause[1] if cause else None,
+        "proposal": proposal,
         "verdict": "; ".join(words),
         "stages": list(way),
         "alone": list(alone) if alone is not None else None,
     }
+
+
+def _proposal(stage: str, precision: str) -> str | None:
+    """The flags that compute a block's attention in FP32; None where it is."""
+    return None if precision == "fp32" else f"--fp32 attention:{stage.removeprefix('blocks.')}"
 
 
 def _tokens(

@@ -61,7 +61,7 @@ LISTED = (
 Granularity = Literal["token", "sample"]
 Selection = Literal["importance", "distinct"]
 Strategy = Literal["jmp", "merge", "prune"]
-Precision = Literal["fp16", "fp32", "int8"]
+Precision = Literal["fp16", "bf16", "fp32", "int8"]
 Flavour = Literal["tensorrt", "rtx"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -149,6 +149,34 @@ class Jmp:
 
 
 @dataclass(frozen=True)
+class Large:
+    """A tensor of the ONNX, where it stands, and its largest magnitude on the check's photos."""
+
+    tensor: str
+    place: str
+    largest: float
+
+
+@dataclass(frozen=True)
+class Fp32:
+    """What computes in FP32 in a model of a coarser precision, LayerNorms aside.
+
+    Attributes:
+        asked: words of `--fp32`, as "attention:0-3".
+        largest: of all tensors, where magnitudes were taken.
+        large: tensors that come too near the end of FP16.
+        weights: those beyond it.
+        nodes: all that compute in FP32 for these reasons, by their names in the portable ONNX.
+    """
+
+    asked: tuple[str, ...] = ()
+    largest: Large | None = None
+    large: tuple[Large, ...] = ()
+    weights: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Macs:
     """Multiply-accumulates per image, of the model and of the same model without JMP."""
 
@@ -212,6 +240,7 @@ class EngineFacts:
         targets: architectures that it runs on.
         layers, plugin_layers: of the network, and how many of them are our plugin.
         seconds: that the build took.
+        typing: of the network: "weak" where a TensorRT before 10.6 refused it strongly typed.
     """
 
     flavour: Flavour
@@ -227,6 +256,7 @@ class EngineFacts:
     plugin_layers: Natural = 0
     checks: tuple[EngineCheck, ...] = ()
     unchecked: str = ""
+    typing: Literal["strong", "weak"] = "strong"
 
     @property
     def is_off(self) -> bool:
@@ -307,12 +337,18 @@ class Int8:
 
 @dataclass(frozen=True)
 class Check:
-    """Portable ONNX against PyTorch: `pairs` as `compare.measures.Pair` has them."""
+    """Portable ONNX against PyTorch.
+
+    Attributes:
+        pairs: as `compare.measures.Pair` has them.
+        not_finite: where NaN or infinity first appears in the ONNX, in words; None if nowhere.
+    """
 
     ok: bool
     images: tuple[str, ...]
     pairs: tuple[dict[str, Any], ...]
     runtime_ms: dict[str, float]
+    not_finite: str | None = None
 
 
 @dataclass(frozen=True)
@@ -350,6 +386,7 @@ class Artifact:
         batch: (min, opt, max) images of the engine's profile.
         rebuild: the command that makes it anew.
         class_names, synsets: one per output, or None where unknown.
+        fp32: what computes in FP32 in a coarser precision; None in one of FP32.
         no_engine: why there is none.
         files: by name, with size and digest.
     """
@@ -365,6 +402,7 @@ class Artifact:
     rebuild: str
     jmp: Jmp | None = None
     int8: Int8 | None = None
+    fp32: Fp32 | None = None
     class_names: tuple[str, ...] | None = None
     synsets: tuple[str, ...] | None = None
     engine: EngineFacts | None = None
@@ -637,7 +675,6 @@ def tool_versions() -> dict[str, str]:
         "onnx",
         "onnxruntime",
         "onnx-graphsurgeon",
-        "onnxconverter-common",
         "polygraphy",
         "numpy",
         "pillow",

@@ -62,7 +62,6 @@ PACKAGES = (
     Package("onnx", "onnx", "export", ("onnx",)),
     Package("onnxscript", "onnxscript", "export", ("onnxscript",)),
     Package("onnx-graphsurgeon", "onnx_graphsurgeon", "export", ("onnx-graphsurgeon",)),
-    Package("onnxconverter-common", "onnxconverter_common", "export", ("onnxconverter-common",)),
     Package(
         "onnxruntime",
         "onnxruntime",

@@ -109,6 +109,45 @@ def strongly_typed(trt: Any) -> bool:
     return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
+def may_fall_back(trt: Any) -> bool:
+    """Whether a network that was refused strongly typed may be tried weakly typed: before 10.6."""
+    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    return trt.__name__ == MODULES["tensorrt"] and version < (10, 6)
+
+
+def weakly_typed_options(trt: Any, network: tensorrt.INetworkDefinition) -> dict[str, Any]:
+    """Builder options by which a weakly typed network computes what the ONNX says all the same,
+    and the network's layers bound to it.
+
+    Each layer is told the type of its outputs, and the builder that it has to obey. (Normalization
+    keeps the compute precision that the parser chose, FP32.)
+    """
+    for index in range(network.num_layers):
+        layer: tensorrt.ILayer = network.get_layer(index)
+        outputs = [layer.get_output(position) for position in range(layer.num_outputs)]
+        floats = (trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16)
+        kinds = [tensor.dtype for tensor in outputs if tensor is not None]
+        if not kinds or any(kind not in floats for kind in kinds):
+            continue
+        for position, kind in enumerate(kinds):
+            layer.set_output_type(position, kind)
+        if layer.type not in (trt.LayerType.CAST, trt.LayerType.CONSTANT, trt.LayerType.PLUGIN_V3):
+            layer.precision = kinds[0]
+    return {"fp16": True, "bf16": True, "int8": True, "precision_constraints": "obey"}
+
+
+def multiplies_in_half_only(trt: Any, network: tensorrt.INetworkDefinition) -> bool:
+    """Whether every matrix product and convolution of a network gives FP16."""
+    products = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION)
+    for index in range(network.num_layers):
+        layer: tensorrt.ILayer = network.get_layer(index)
+        if layer.type in products:
+            tensor: tensorrt.ITensor = layer.get_output(0)
+            if tensor.dtype != trt.DataType.HALF:
+                return False
+    return True
+
+
 def workspace_limit(trt: Any, mebibytes: int) -> dict[Any, int]:
     """The limit of the builder's scratch memory, as `memory_pool_limits`."""
     return {trt.MemoryPoolType.WORKSPACE: mebibytes << 20}

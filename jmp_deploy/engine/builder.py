@@ -54,7 +54,7 @@ class EngineSpec:
         batch: (min, opt, max) images; the three of the optimization profile.
         image: shape of one input: (channels, height, width).
         options: targets and limits.
-        precision: of the model; FP32 leaves Turing out of the default targets.
+        precision: of the model.
     """
 
     batch: tuple[int, int, int]
@@ -140,7 +140,6 @@ def build_engine(
                 "batch": spec.batch,
                 "image": spec.image,
                 "targets": [_capability(name) for name in options.targets],
-                "precision": spec.precision,
                 "use_gpu": flavour == "rtx" and not options.targets and bool(gpus()),
                 "workspace_mb": options.workspace_mb,
                 # Without a GPU nothing is timed; a cache would only fill the log with errors.

@@ -45,11 +45,23 @@ def _emit(event: str, **fields: Any) -> None:
 
 
 def _build(request: dict[str, Any]) -> dict[str, Any]:
+    trt = api.load(request["flavour"])
+    try:
+        return _built(trt, request, strongly_typed=True)
+    except EngineError as error:
+        # Parsers of 10.0 to 10.2 set a compute precision on LayerNormalization, which the headers
+        # forbid in a strongly typed network; that of 10.3 is not known.
+        if not api.may_fall_back(trt):
+            raise
+        print(f"strongly typed: {error.message}; trying a weakly typed network", flush=True)
+        return _built(trt, request, strongly_typed=False)
+
+
+def _built(trt: Any, request: dict[str, Any], *, strongly_typed: bool) -> dict[str, Any]:
     from polygraphy.backend.trt import Profile, engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
 
-    trt = api.load(request["flavour"])
-    builder, network, parser = _parse(trt, request)
+    builder, network, parser = _parse(trt, request, strongly_typed=strongly_typed)
     image = tuple(request["image"])
     profile = Profile()
     for name in api.input_names(network):
@@ -61,12 +73,14 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
     }
     if request["workspace_mb"]:
         options["memory_pool_limits"] = api.workspace_limit(trt, request["workspace_mb"])
+    if not strongly_typed:
+        options |= api.weakly_typed_options(trt, network)
     cache = request["timing_cache"]
     if cache and Path(cache).is_file():
         options["load_timing_cache"] = cache
     started = time.monotonic()
     try:
-        config = _config(trt, request)(**options)(builder, network)
+        config = _config(trt, request, network)(**options)(builder, network)
         plan = engine_bytes_from_network(
             (builder, network, parser), config=lambda *_: config, save_timing_cache=cache
         )
@@ -84,7 +98,8 @@ def _build(request: dict[str, Any]) -> dict[str, Any]:
         "bytes": data.nbytes,
         "layers": network.num_layers,
         "plugin_layers": api.count_plugins(trt, network),
-        "targets": _built_for(trt, request),
+        "targets": _built_for(trt, request, network),
+        "typing": "strong" if strongly_typed else "weak",
     }
 
 
@@ -118,14 +133,20 @@ def _inspect(request: dict[str, Any]) -> dict[str, Any]:
     return {"builder": MODULES[request["flavour"]], "version": trt.__version__, **described}
 
 
-def _parse(trt: Any, request: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Parses the model as a strongly typed network: precision is what the ONNX says."""
+def _parse(
+    trt: Any, request: dict[str, Any], *, strongly_typed: bool = True
+) -> tuple[Any, Any, Any]:
+    """Parses the model as a strongly typed network: precision is what the ONNX says.
+
+    Args:
+        strongly_typed: False for the fallback (see `api.weakly_typed_options`).
+    """
     from polygraphy.backend.trt import network_from_onnx_path
     from polygraphy.exception import PolygraphyException
 
     _load_plugin(trt, request)
     try:
-        typed = api.strongly_typed(trt)
+        typed = strongly_typed and api.strongly_typed(trt)
         return network_from_onnx_path(request["model"], strongly_typed=typed)
     except PolygraphyException as error:
         raise EngineError(
@@ -141,7 +162,7 @@ def _load_plugin(trt: Any, request: dict[str, Any]) -> None:
         load_plugin(trt, Path(request["plugin"]))
 
 
-def _config(trt: Any, request: dict[str, Any]) -> Any:
+def _config(trt: Any, request: dict[str, Any], network: Any) -> Any:
     """The class of builder configuration with what only this flavour has, bound to it."""
     from functools import partial
 
@@ -153,14 +174,14 @@ def _config(trt: Any, request: dict[str, Any]) -> Any:
 
     if request["use_gpu"]:
         return partial(CreateConfigRTX, use_gpu=True)
-    return partial(CreateConfigRTX, compute_capabilities=_targets(trt, request))
+    return partial(CreateConfigRTX, compute_capabilities=_targets(trt, request, network))
 
 
-def _targets(trt: Any, request: dict[str, Any]) -> list[tuple[int, int]]:
+def _targets(trt: Any, request: dict[str, Any], network: Any) -> list[tuple[int, int]]:
     """Architectures of an ahead-of-time build: those asked for, or all that there are."""
     known = api.compute_capabilities(trt)
-    # TensorRT-RTX has no FP32 matrix products for Turing.
-    usual = [pair for pair in known if request["precision"] != "fp32" or pair != (7, 5)]
+    # TensorRT-RTX has no matrix products for Turing but those of FP16 and INT8.
+    usual = [pair for pair in known if pair != (7, 5) or api.multiplies_in_half_only(trt, network)]
     wanted = [(major, minor) for major, minor in request["targets"]] or usual
     for major, minor in wanted:
         if (major, minor) not in known:
@@ -172,9 +193,9 @@ def _targets(trt: Any, request: dict[str, Any]) -> list[tuple[int, int]]:
     return sorted(wanted)
 
 
-def _built_for(trt: Any, request: dict[str, Any]) -> list[str]:
+def _built_for(trt: Any, request: dict[str, Any], network: Any) -> list[str]:
     if request["flavour"] == "rtx" and not request["use_gpu"]:
-        return [f"sm_{major}{minor}" for major, minor in _targets(trt, request)]
+        return [f"sm_{major}{minor}" for major, minor in _targets(trt, request, network)]
     return ["sm_{}{}".format(*gpu.compute_capability) for gpu in gpus()[:1]]
 
 

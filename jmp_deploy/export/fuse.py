@@ -130,7 +130,10 @@ def _check_wiring(
             raise GraphError(f"{label}: the first reduction needs constant sizes of shape [1, N]")
         patches = size.shape[1] - attributes.num_prefix
     else:
-        if not size.inputs or not is_reduction(size.inputs[0]):
+        maker = size.inputs[0] if size.inputs else None
+        if maker is not None and maker.op == "Cast":  # where one of the two computes in FP32
+            maker = maker.i()
+        if maker is None or not is_reduction(maker):
             raise GraphError(f"{label}: its sizes do not come from the reduction before it")
         patches = before.num_keep
     if attributes.num_keep >= patches:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,11 +129,20 @@ def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
 # --- Inner tensors ---
 
 
-def mark(proto: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """The model with these tensors, and no others, as outputs."""
+def mark(proto: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """The model with these tensors, and no others, as outputs.
+
+    Those in BF16 come out in FP32 (under their names): numpy has no BF16.
+    """
+    from onnx import TensorProto
     from polygraphy.backend.onnx import modify_outputs
 
-    return modify_outputs(proto, outputs=list(names))
+    from .precision import float_types, widen
+
+    types = float_types(proto)
+    wanted = list(names)
+    widen(proto, [name for name in wanted if types.get(name) == TensorProto.BFLOAT16])
+    return modify_outputs(proto, outputs=wanted)
 
 
 def show_choices(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -173,13 +182,23 @@ def block_tensors(proto: onnx.ModelProto) -> list[Block]:
     Raises:
         GraphError: the blocks are not to be found.
     """
-    readers = Counter(name for n in proto.graph.node for name in set(n.input))
-    inputs = [n.input[0] for n in proto.graph.node if n.op_type == "LayerNormalization"]
+    uncast = {n.output[0]: n.input[0] for n in proto.graph.node if n.op_type == "Cast"}
+
+    def stream(name: str) -> str:
+        """The tensor itself, where what is read is a cast of it."""
+        return uncast.get(name, name)
+
+    readers = Counter(
+        name for n in proto.graph.node if n.op_type != "Cast" for name in {*map(stream, n.input)}
+    )
+    inputs = [stream(n.input[0]) for n in proto.graph.node if n.op_type == "LayerNormalization"]
     norms = [name for name in inputs if readers[name] > 1]
     entries, reduced = norms[0::2], norms[1::2]
     # The last block's output is the residual sum over what its MLP reads.
     sums = [
-        n.output[0] for n in proto.graph.node if n.op_type == "Add" and norms[-1:] == [*n.input][:1]
+        n.output[0]
+        for n in proto.graph.node
+        if n.op_type == "Add" and norms[-1:] == [*map(stream, n.input)][:1]
     ]
     left = {n.name: n for n in reductions(proto)}
     places = []
@@ -187,7 +206,7 @@ def block_tensors(proto: onnx.ModelProto) -> list[Block]:
         node = left.pop(reduction_name(index), None)
         if node is not None and node.output[0] != after:
             break
-        attended = node.input[0] if node is not None else after
+        attended = stream(node.input[0]) if node is not None else after
         out = [*entries, *sums][index + 1 :][:1]
         places += [Block(entry, attended, after, *out)] if out else []
     if not places or len(entries) != len(reduced) or len(places) != len(entries) or left:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -137,6 +137,7 @@ def make(
     seed: int,
     clock: Clock,
     on_progress: OnProgress | None,
+    kept: Collection[str] = (),
 ) -> Int8:
     """Portable FP32 -> portable INT8 and calibration cache, beside it; `fp32` is used up.
 
@@ -145,6 +146,7 @@ def make(
         macs: of the whole model per image.
         seed: of the draw of images.
         clock: announces stages.
+        kept: names of nodes whose floating-point numbers are FP32, not FP16.
 
     Returns:
         The manifest's "int8".
@@ -153,7 +155,7 @@ def make(
         report = on_progress or (lambda phase, done, total: None)
         result = calibrate(options, loaded, fp32, jmp, seed=seed, on_progress=report)
     with clock("int8"):
-        quantize(result, fp32, fp32.parent / artifact.PORTABLE, macs=macs)
+        quantize(result, fp32, fp32.parent / artifact.PORTABLE, macs=macs, kept=kept)
         calibration_cache.write(fp32.parent / artifact.CALIBRATION, result.calibration)
         fp32.unlink()
     return replace(result.to_manifest(), force=options.force)
@@ -216,16 +218,19 @@ def calibrate(
     return result
 
 
-def quantize(result: Quantized, fp32: Path, target: Path, *, macs: int) -> None:
+def quantize(
+    result: Quantized, fp32: Path, target: Path, *, macs: int, kept: Collection[str] = ()
+) -> None:
     """Writes the INT8 model and completes the facts about it.
 
     Args:
         fp32: what `calibrate` left.
         target: portable INT8 model.
         macs: of the whole model per image, to say what share is in INT8.
+        kept: as for `make`.
     """
     made = result.calibration
-    done = qdq.quantize(fp32, target, made.scales, keep_float=set(made.keep_fp16))
+    done = qdq.quantize(fp32, target, made.scales, keep_float=set(made.keep_fp16), fp32=kept)
     names = {layer.name for layer in done}
     products = inputs = narrow = 0.0
     for layer in result.layers:

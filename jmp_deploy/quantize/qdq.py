@@ -69,6 +69,7 @@ def quantize(
     *,
     keep_float: Collection[str] = (),
     half: bool = True,
+    fp32: Collection[str] = (),
 ) -> list[Layer]:
     """Portable FP32 model -> portable INT8 model.
 
@@ -81,6 +82,7 @@ def quantize(
         half: FP16 for all that is not INT8; False leaves that in FP32: the same integers and
             scales, four times as fast on a CPU, and right on ONNX Runtime before 1.30, whose FP16
             QuantizeLinear truncates.
+        fp32: names of nodes that `half` leaves in FP32.
 
     Returns:
         The layers that were quantized.
@@ -89,11 +91,11 @@ def quantize(
         GraphError: not a portable FP32 ViT.
         CalibrationError: a word of keep_float that means nothing, or a weight that is not finite.
     """
-    from ..export.fp16 import half_proto
+    from ..export.precision import lower
 
     proto = load_model(source)
     done = insert(proto, scales, keep_float=keep_float)
-    save_model(half_proto(proto) if half else proto, target)
+    save_model(lower(proto, "fp16", fp32) if half else proto, target)
     return done
 
 

@@ -330,7 +330,7 @@ def test_offline_hub_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 BARE = """
 import sys, importlib.util
 HEAVY = {"torch", "timm", "torchvision", "onnx", "onnxruntime", "onnxscript", "polygraphy",
-         "onnx_graphsurgeon", "onnxconverter_common", "safetensors", "tensorrt", "tensorrt_rtx",
+         "onnx_graphsurgeon", "safetensors", "tensorrt", "tensorrt_rtx",
          "huggingface_hub", "skimage", "sklearn", "scipy", "cuda"}
 find = importlib.util.find_spec
 class Absent:

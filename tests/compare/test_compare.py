@@ -45,6 +45,18 @@ def run(folder, tmp_path, *options):
     return code, json.loads(out.read_text()) if out.exists() else None
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_an_output_that_is_all_but_zero_is_judged_by_the_difference_not_its_direction(precision):
+    floor = compare.TABLE[precision].floor
+    tiny = np.full((2, 4), floor / 3)
+    turned = np.array([[1, -1, 1, -1], [1, 1, -1, -1]]) * tiny
+    within = compare.measure("a", "b", "logits", tiny, turned, precision)
+    assert within.ok and within.cosine == 0
+    assert not compare.measure("a", "b", "logits", tiny, 4 * turned, precision).ok
+    asked = compare.measure("a", "b", "logits", tiny, turned, precision, min_cosine=0.9)
+    assert not asked.ok
+
+
 def test_measures_against_pytorch_in_float64():
     random = np.random.default_rng(0)
     a = random.normal(size=(7, 20)).astype(np.float32) * 3

@@ -251,3 +251,17 @@ def test_runner_of_a_model_that_does_not_open(half):
         session_runner(proto),
     ):
         pass
+
+
+@pytest.mark.parametrize(("layer", "proposal"), [("proj", "--fp32 attention:3"), ("fc2", None)])
+def test_an_attention_at_fault_brings_the_flag_that_computes_it_in_fp32(
+    half, tmp_path, layer, proposal
+):
+    folder = broken_copy(half[0], tmp_path / "a", 3, layer, lambda weight: -weight)
+    a = trace_torch(half[1], IMAGES, blocks=True)
+    b = trace_onnx(portable(folder), IMAGES, PROFILE, blocks=True)
+    way = debug.along_the_way(a, b, 0.999)
+    found = debug.conclusion("torch", "engine", 0.999, "fp16", way, None)
+    assert found["first"] == "blocks.3" and found["proposal"] == proposal
+    assert (proposal or "--fp32") in found["verdict"] or proposal is None
+    assert debug.conclusion("a", "b", 0.999, "fp32", way, None)["proposal"] is None

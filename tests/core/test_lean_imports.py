@@ -28,7 +28,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 """
 TOOLS = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnx_graphsurgeon", "safetensors")
-BUILDERS = ("polygraphy", "tensorrt", "tensorrt_rtx", "onnxruntime", "onnxconverter_common")
+BUILDERS = ("polygraphy", "tensorrt", "tensorrt_rtx", "onnxruntime")
 
 
 def python(code, names, *arguments):

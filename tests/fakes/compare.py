@@ -13,8 +13,8 @@ import torch
 from jmp_deploy.core import artifact
 from jmp_deploy.core.artifact import Artifact, Jmp
 from jmp_deploy.export.export import export_onnx
-from jmp_deploy.export.fp16 import to_fp16
 from jmp_deploy.export.fuse import to_deployable
+from jmp_deploy.export.precision import LOW, to_low
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
 from tests.fakes.artifacts import write_artifact
@@ -42,8 +42,8 @@ def artifact_of(
     portable = folder / artifact.PORTABLE
     full = portable if precision == "fp32" else folder / "fp32.onnx"
     export_onnx(model, full, image_size=(32, 32))
-    if precision == "fp16":
-        to_fp16(full, portable)
+    if precision in LOW:
+        to_low(full, portable, precision)
         full.unlink()
     to_deployable(portable, folder / artifact.DEPLOYABLE)
     output = "logits" if model.num_classes else "features"

@@ -23,6 +23,7 @@ FAMILIES = [
     "deit3_small_patch16_224",  # LayerScale, class token without position
     "vit_small_patch14_reg4_dinov2",  # registers, LayerScale
     "vit_little_patch16_reg4_gap_256",  # no class token
+    "vit_tiny_r_s16_p8_224",  # a hybrid: its patch embedding is a ResNet's first layers
 ]
 
 

@@ -1,67 +1,18 @@
 """What TensorRT-RTX puts around the plugin: nothing. Read off the builder's log; no GPU needed.
 
-A plugin can slow an engine down by the copies that its formats force (NVIDIA/TensorRT #4029). With
-detailed profiling verbosity the builder prints every layer of the engine that it made, with inputs,
-outputs, types and the ONNX nodes that it comes from.
+A plugin can slow an engine down by the copies that its formats force (NVIDIA/TensorRT #4029).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
-import sys
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jmp_deploy.core.errors import ToolchainError
-from jmp_deploy.plugin import library as plugin
+from tests.fakes.rtx import Layer, layers_of
 
-REPO = Path(__file__).resolve().parents[2]
 TOKENS, CHANNELS, KEEP = 197, 96, 138
-
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import tensorrt_rtx as trt
-from jmp_deploy.plugin.library import load_plugin
-
-class Log(trt.ILogger):
-    def __init__(self):
-        trt.ILogger.__init__(self)
-        self.lines = []
-    def log(self, severity, message):
-        self.lines += message.splitlines()
-
-log = Log()
-load_plugin(trt, Path(sys.argv[1]))
-results = []
-for model in sys.argv[2:]:
-    log.lines.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse(Path(model).read_bytes()), log.lines
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    for bounds in ((1, 1, 1), (1, 8, 64)):
-        profile = builder.create_optimization_profile()
-        tail = tuple(network.get_input(0).shape)[1:]
-        profile.set_shape("x", *((n, *tail) for n in bounds))
-        config.add_optimization_profile(profile)
-    built = builder.build_serialized_network(network, config) is not None
-    ours = [line for line in log.lines if "JMPTokenReduce: " in line]
-    layers = [line for line in log.lines if line.startswith("Name: ")]
-    results.append({"built": built, "log": ours, "layers": layers})
-print("RESULT" + json.dumps(results))
-"""
 
 
 def block(path: Path, kind: str) -> Path:
@@ -144,60 +95,13 @@ def block(path: Path, kind: str) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer of the built engine."""
-
-    name: str
-    kind: str
-    inputs: dict[str, tuple[str, str]]  # tensor -> type, format
-    outputs: dict[str, tuple[str, str]]
-    nodes: set[str]  # of the ONNX graph
-
-    @classmethod
-    def parse(cls, line: str) -> Layer:
-        def tensors(part: str) -> dict[str, tuple[str, str]]:
-            found = re.search(rf"{part}: \[((?: ?\{{[^{{}}]*\}},?)*)\]", line)
-            each = r"\{ Name: (.*?), Dimensions: .*?Datatype: (\w+)(?:, Format: (.*?))? \}"
-            return {n: (t, f) for n, t, f in re.findall(each, found[1] if found else "")}
-
-        match = re.match(r"Name: (.*?), LayerType: (\w+)", line)
-        assert match is not None, line
-        nodes = set(re.findall(r"\[ONNX Layer: (.*?)\]", line))
-        return cls(match[1], match[2], tensors("Inputs"), tensors("Outputs"), nodes)
-
-
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Layer]]:
     """Layers of the engine of each kind of network, over both of its profiles."""
-    spec = find_spec("tensorrt_rtx_libs")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("tensorrt_rtx is not installed")
-    try:
-        library = plugin.plugin_library()
-    except ToolchainError as error:
-        pytest.skip(f"no toolchain for the plugin: {error.message}")
     folder = tmp_path_factory.mktemp("formats")
-    # The parser opens the unversioned name, which the wheel lacks.
-    real = next(Path(spec.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*"))
-    (folder / "libtensorrt_rtx.so").symlink_to(real)
-    models = [str(block(folder / f"{kind}.onnx", kind)) for kind in KINDS]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(library), *models],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        cwd=REPO,
-        env=os.environ | {"LD_LIBRARY_PATH": str(folder)},
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
-    results = json.loads(done.stdout.split("RESULT")[-1])
-    for result in results:
-        assert result["built"] and not result["log"], result["log"]
-    return {
-        kind: [Layer.parse(line) for line in result["layers"]]
-        for kind, result in zip(KINDS, results, strict=True)
-    }
+    models = [block(folder / f"{kind}.onnx", kind) for kind in KINDS]
+    found = layers_of(folder, models, profiles=((1, 1, 1), (1, 8, 64)))
+    return dict(zip(KINDS, found, strict=True))
 
 
 KINDS = {"f": "Float", "h": "Half", "b": "BFloat16", "q": "Half"}

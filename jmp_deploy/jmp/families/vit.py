@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..schedule import ModelShape
 
@@ -72,7 +74,7 @@ class ViT:
             head_dim=block.attn.head_dim,
             attn_weights=_linear_weights(block.attn),
             mlp_weights=_linear_weights(block.mlp),
-            stem_macs=patches * model.patch_embed.proj.weight.numel(),
+            stem_macs=_stem_macs(model.patch_embed),
             head_macs=sum(_linear_weights(head) for head in heads if head is not None),
             has_class_token=model.cls_token is not None,
             qkv_weights=block.attn.qkv.weight.numel(),
@@ -157,6 +159,17 @@ def attention(
             [part.transpose(1, 2).reshape(batch, tokens, -1) for part in (q, k)], dim=-1
         )
     return out, packed
+
+
+def _stem_macs(stem: Any) -> int:
+    """MACs per image of a patch embedding; that of a hybrid holds a whole network, which is run
+    without numbers in it and counted by PyTorch."""
+    if isinstance(stem, PatchEmbed):
+        return int(stem.num_patches * stem.proj.weight.numel())
+    empty = deepcopy(stem).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        empty(torch.empty(1, 3, *stem.img_size, device="meta"))
+    return int(counter.get_total_flops()) // 2
 
 
 def _linear_weights(module: nn.Module) -> int:
