@@ -234,7 +234,7 @@ BUILD = ["build", "deit_t", "--weights", "random", "--engine", "none", "-o", "OU
         ([*BUILD, "--weights", "nowhere.safetensors"], "no such weights file"),
         ([*BUILD, "--weights", "pretrained"], "no pretrained weights"),
         ([*BUILD, "--images", "nowhere"], "no such image or folder"),
-        ([*BUILD, "--tau", "nan"], "tau=nan"),
+        ([*BUILD, "--tau", "nan"], "--tau: must be"),
         ([*BUILD, "-o", "/dev/null/x"], "cannot write"),
         ([*BUILD, "-o", "/dev/null"], "is a file"),
         ([*BUILD, "--targets", "ampere"], "unknown target 'ampere'"),

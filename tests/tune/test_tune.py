@@ -308,7 +308,7 @@ def test_state_of_another_run_is_refused_and_kept(folder, tmp_path):
     state = tmp_path / "tuned.json.state"
     for text, words in (
         (json.dumps({"key": "another", "known": {}}), "another model, weights, images, seed"),
-        ("{", "cannot be read"),
+        ("{", "is not a state of `tune`"),
     ):
         state.write_text(text)
         with pytest.raises(ScheduleError, match=words):
