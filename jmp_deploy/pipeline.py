@@ -320,6 +320,7 @@ def _check(
     from .backends.torch import torch_runner
     from .compare import compare
     from .core import ort
+    from .export.graph import load_model
     from .export.numerics import first_not_finite
     from .export.precision import emulated
 
@@ -345,7 +346,7 @@ def _check(
         images=tuple(names),
         pairs=tuple(vars(pair) for pair in pairs),
         runtime_ms=times,
-        not_finite=first_not_finite(emulated(portable), images)
+        not_finite=first_not_finite(load_model(portable), images)
         if any(pair.not_finite for pair in pairs)
         else None,
     )

@@ -18,7 +18,7 @@ from ..core.artifact import Fp32, Large
 from ..core.errors import GraphError
 from ..core.images import INPUT
 from .graph import block_tensors, is_reduction, load_model, temporary_file
-from .precision import FP16_MAX, VIEWS, float_types, large_weights, readers_of
+from .precision import FP16_MAX, VIEWS, emulate, float_types, large_weights, readers_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,13 +133,14 @@ def first_not_finite(proto: onnx.ModelProto, images: NDArray[np.float32]) -> str
     """Where NaN or infinity first appears on these images, in words; None if nowhere.
 
     Args:
-        proto: as for `magnitudes`.
+        proto: portable; run with its precision's rounding, and used up.
     """
     where = places(proto)
     makers = {name: n.name for n in proto.graph.node for name in n.output}
-    for name, value in magnitudes(proto, images).items():
+    for name, value in magnitudes(emulate(proto), images).items():
         if not value.is_finite:
-            return f"{where[makers[name]]}: tensor {name.removesuffix('.exact')!r}"
+            tensor = name.removesuffix(".exact")  # before it is rounded
+            return f"{where[makers[tensor]]}: tensor {tensor!r}"
     return None
 
 

@@ -186,6 +186,13 @@ def test_the_first_tensor_that_is_not_finite_is_named(planted, value):
     assert numerics.first_not_finite(proto, IMAGES) == f"blocks.3 MLP: tensor {last.output[0]!r}"
 
 
+def test_the_first_tensor_that_overflows_in_fp16_is_named(planted):
+    _, path = planted("activation", "dense")
+    assert numerics.first_not_finite(load_model(path), IMAGES) is None
+    found = numerics.first_not_finite(halved(path), IMAGES)
+    assert found is not None and found.startswith("blocks.2 MLP: tensor")
+
+
 @pytest.mark.parametrize("kind", precision.LOW)
 def test_a_lowered_model_has_its_types_and_its_blocks(planted, kind):
     _, path = planted(None, "jmp")
