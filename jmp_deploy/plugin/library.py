@@ -52,11 +52,15 @@ NAME = "JMPTokenReduce"
 VERSION = "1"
 NAMESPACES = ("", "jmp_deploy")
 LIBRARY = "libjmp_deploy_plugin.so"
-SOURCES = ("token_reduce_kernel.cu", "token_reduce_plugin.cpp", "tensorrt_log.cpp")
+SOURCES = (
+    *("token_reduce_kernel.cu", "token_reduce_plugin.cpp"),
+    *("tensorrt_log.cpp", "tensorrt_registry.cpp"),
+)
 OTHER_SOURCES = (  # what these include; part of the hash
     *(f"token_reduce_{part}.cuh" for part in ("common", "warp", "measure", "tiles", "rate")),
     *(f"token_reduce_{part}.cuh" for part in ("select", "match", "merge", "reference")),
-    *("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "exports.map"),
+    *("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "tensorrt_layout.h"),
+    "exports.map",
 )
 WITHOUT_GPU = {"x86_64": ("75", "80"), "aarch64": ("87",)}
 """What is compiled where no GPU is: little, since nothing here runs it. An ahead-of-time builder

@@ -284,7 +284,7 @@ def _find_headers() -> tuple[Path, str]:
     if root := os.environ.get("TENSORRT_ROOT"):
         for folder in (Path(root) / "include", Path(root)):
             if (folder / "NvInfer.h").is_file():
-                return folder, _headers_version(folder)
+                return folder, headers_version(folder)
         raise ToolchainError(
             f"TENSORRT_ROOT is {root}, but {Path(root) / 'include' / 'NvInfer.h'} does not exist",
             "set TENSORRT_ROOT to the folder that holds include/NvInfer.h, or unset it",
@@ -293,7 +293,7 @@ def _find_headers() -> tuple[Path, str]:
     for folder in _header_candidates():
         if (folder / "NvInfer.h").is_file():
             try:
-                return folder, _headers_version(folder)
+                return folder, headers_version(folder)
             except ToolchainError as error:
                 too_old = too_old or error
     raise too_old or ToolchainError("no TensorRT headers: NvInfer.h not found", INSTALL_HEADERS)
@@ -307,7 +307,7 @@ def _header_candidates() -> Iterator[Path]:
         yield package / "include" / "tensorrt"
 
 
-def _headers_version(folder: Path) -> str:
+def headers_version(folder: Path) -> str:
     """Version of the headers in `folder`, "10.14.1"; raises for one too old or unreadable."""
     file = folder / "NvInferVersion.h"
     try:
