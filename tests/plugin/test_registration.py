@@ -2,7 +2,8 @@
 dlopen alone, which is all that Triton, DeepStream and others do.
 
 TensorRT itself is a stand-in here (tests/fakes/tensorrt_registry.cpp), compiled with real headers,
-so that the vtable is TensorRT's own: those at hand (10.x), and those of JMP_TENSORRT_HEADERS/*/include. What was tried stands in plugins/README.md. TensorRT-RTX is real.
+so that the vtable is TensorRT's own: those at hand (10.14), and those of
+JMP_TENSORRT_HEADERS/*/include. What was tried stands in plugins/README.md. TensorRT-RTX is real.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,10 +29,8 @@ BOTH = "JMPTokenReduce/1/ JMPTokenReduce/1/jmp_deploy "
 def header_sets() -> list[Path]:
     """Folders of NvInfer.h: the toolchain's, and those of JMP_TENSORRT_HEADERS/*/include."""
     found = []
-    try:
+    with suppress(ToolchainError):
         found.append(plugin.find_toolchain().headers)
-    except ToolchainError:
-        pass
     if more := os.environ.get("JMP_TENSORRT_HEADERS"):
         found += sorted(Path(more).glob("*/include"))
     return found
