@@ -347,7 +347,7 @@ class Artifact:
                     f"{again} with this version",
                 )
             _refuse_odd_strings(data, path)
-            return msgspec.convert({**data, "folder": folder}, Artifact)
+            return Artifact.from_json(data, folder)
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{folder} has no {FILE}: it is not an artifact, or its build did not end",
@@ -356,6 +356,17 @@ class Artifact:
         except (OSError, msgspec.MsgspecError, RecursionError, UnicodeError) as error:
             reason = str(error) or type(error).__name__
             raise ArtifactError(f"{path} cannot be read: {reason}", again) from error
+
+    @staticmethod
+    def from_json(data: dict[str, Any], folder: Path) -> Artifact:
+        """What `to_json` gave, for an artifact that lies in `folder`.
+
+        Raises:
+            msgspec.MsgspecError: it is not that.
+        """
+        import msgspec
+
+        return msgspec.convert({**data, "folder": folder}, Artifact)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -191,6 +191,17 @@ def plugin_library(*, build: bool = True) -> Path:
     )
 
 
+def prebuilt_for(machine: str) -> Path | None:
+    """A cached library of these sources for a kind of machine ("aarch64"), that for the most
+    architectures; None where none was built."""
+    found = [
+        library
+        for library, info in _cached()
+        if (info.get("sources"), info.get("machine")) == (_hash(), machine)
+    ]
+    return found[-1] if found else None
+
+
 def plugin_info(path: Path) -> dict[str, Any]:
     """What is known of a library: path, sha256, bytes; for one that we built also sources (a
     hash), architectures, cuda, tensorrt_headers, machine, recipe (a hash of all that goes into it
