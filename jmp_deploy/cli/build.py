@@ -115,6 +115,12 @@ def add(commands: Any) -> None:
         metavar="MIB",
         help="limit of the builder's scratch memory",
     )
+    parser.add_argument(
+        "--fold-normalization",
+        action="store_true",
+        help="put mean, standard deviation and 1/255 into the patch embedding, so that raw 0-255 "
+        "RGB goes in: for DeepStream, which knows one scale",
+    )
     flags.add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
     parser.add_argument(
         "--seed", type=int, help="of random weights and of the calibration sample (0)"
