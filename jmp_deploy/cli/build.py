@@ -207,8 +207,8 @@ def _build(given: argparse.Namespace) -> int:
     )
 
 
-def summary(made: Artifact) -> list[RenderableType]:
-    """What ends `build` and opens `inspect` and `report`."""
+def rows_of(made: Artifact) -> list[tuple[str, str]]:
+    """What an artifact is: names and words."""
     jmp, check = made.jmp, made.check
     rows = [
         ("artifact", str(made.folder)),
@@ -232,7 +232,12 @@ def summary(made: Artifact) -> list[RenderableType]:
         ("engine", _engine(made.engine) if made.engine else f"none: {made.no_engine}"),
         ("sizes (MB)", sizes),
     ]
-    parts: list[RenderableType] = [show.facts(rows)]
+    return rows
+
+
+def summary(made: Artifact) -> list[RenderableType]:
+    """What ends `build` and opens `inspect` and `report`."""
+    parts: list[RenderableType] = [show.facts(rows_of(made))]
     if made.int8 and made.int8.sensitivity:
         parts += ranking(made.int8.sensitivity)
     if made.is_random:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import JmpDeployError
+from ..core.files import write_bytes
 from . import build, compare, flags, show
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ def add(commands: Any) -> None:
         _report,
         "report",
         "summarise an artifact: FLOPs, sizes, times, agreement, what this machine could not do",
-        ("report artifacts/deit_s", "report artifacts/deit_s --compare compare.json"),
+        (
+            "report artifacts/deit_s",
+            "report artifacts/deit_s --compare compare.json",
+            "report artifacts/deit_s --html deit_s.html --pictures pictures/*.png",
+        ),
     )
     flags.add_artifact(parser)
     parser.add_argument(
@@ -33,6 +38,24 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="a result of `compare --json FILE` to include",
     )
+    parser.add_argument(
+        "--html", type=Path, default=None, metavar="FILE", help="write one self-contained page too"
+    )
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a result of `bench --json FILE` for the page",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="pictures for the page, such as `visualize` draws",
+    )
 
 
 def _report(given: argparse.Namespace) -> int:
@@ -40,18 +63,41 @@ def _report(given: argparse.Namespace) -> int:
 
     found = Artifact.read(given.folder)
     found.verify()
-    compared = _compared(given.compare) if given.compare else None
+    compared = _result(given.compare, "compare", _COMPARED) if given.compare else None
+    if given.html:
+        from .report_page import page
+
+        benched = _result(given.bench, "bench", _BENCHED) if given.bench else None
+        text = page(
+            found,
+            build.rows_of(found),
+            compared=compared,
+            benched=benched,
+            pictures=given.pictures,
+        )
+        write_bytes(given.html, text.encode())
+    elif given.bench or given.pictures:
+        raise JmpDeployError("--bench and --pictures are for the page", "add --html FILE")
     value = {"manifest": found.to_json(), "compare": compared}
     show.show(given, _summary(found, compared), value)
     return 0
 
 
-def _compared(path: Path) -> dict[str, Any]:
+_COMPARED: dict[str, type] = {"pairs": list, "skipped": dict, "tolerance": object}
+_BENCHED: dict[str, type] = {"device": str, "rows": list}
+"""Keys of the results of other commands that are read here, and their types."""
+
+
+def _result(path: Path, command: str, keys: dict[str, type]) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        result["pairs"], result["skipped"], result["tolerance"]
+        for key, kind in keys.items():
+            if not isinstance(result[key], kind):
+                raise ValueError(f"{key!r} is not what it writes there")
+        for row in result["rows"] if command == "bench" else ():
+            float(row["latency_ms"]["p50"]), row["backend"], row["batch"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JmpDeployError(f"{path} is not a result of `compare --json`: {error}") from error
+        raise JmpDeployError(f"{path} is not a result of `{command} --json`: {error}") from error
     return result
 
 

@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import numpy as np
-
 from .. import __version__
 from ..core import artifact as parts
 from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, CheckError, EngineError
 from ..core.files import sha256, write_bytes
+from ..core.images import as_picture
 from ..plugin.library import OTHER_SOURCES, SOURCES, prebuilt_for, sources_dir
 from .targets import TARGETS, engine_command, plugin_command
 from .wheel import write_wheel
@@ -206,7 +205,7 @@ def _fill(
     if options.with_wheel:
         (folder / "wheel").mkdir()
         write_wheel(folder / "wheel")
-    _photo(artifact, folder / "photo.png")
+    as_picture(artifact.reference().images[0], artifact.preprocess).save(folder / "photo.png")
     described = artifact if with_engine else portable
     texts = target.texts(portable, name)
     texts["README.md"] = _readme(described, options, name, with_engine)
@@ -242,16 +241,6 @@ float32, output `{artifact.model.output}`, batch {artifact.batch[0]} to {artifac
 In this folder:
 
 {steps}"""
-
-
-def _photo(artifact: Artifact, path: Path) -> None:
-    """The first reference image as a picture."""
-    from PIL import Image
-
-    given = artifact.preprocess
-    pixels = artifact.reference().images[0].astype(np.float64).transpose(1, 2, 0)
-    pixels = (pixels * np.array(given.std) + np.array(given.mean)) * 255
-    Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).save(path)
 
 
 def _without_paths(value: Any) -> Any:
