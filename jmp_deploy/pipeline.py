@@ -92,6 +92,7 @@ class BuildOptions:
         engine: "auto", "tensorrt", "rtx" or "none".
         targets: architectures for TensorRT-RTX.
         workspace_mb: builder memory in MiB.
+        fold_normalization: the model takes 0-255 RGB and normalises it itself.
         images: photos for the check; empty takes sample photos.
         seed: of random weights, and of the draw of calibration images.
     """
@@ -115,6 +116,7 @@ class BuildOptions:
     engine: str = "auto"
     targets: tuple[str, ...] = ()
     workspace_mb: int | None = None
+    fold_normalization: bool = False
     images: tuple[Path, ...] = ()
     seed: int = 0
     rebuild: str = field(default="python -m jmp_deploy build", compare=False)
@@ -200,6 +202,7 @@ def _portable(
         The artifact so far, the reference, and the reductions that the ONNX must have.
     """
     from .export import export, numerics, precision
+    from .jmp import fold
     from .jmp.models import load_model
     from .quantize import int8
 
@@ -207,6 +210,8 @@ def _portable(
         loaded = load_model(
             options.model, options.weights, img_size=options.img_size, seed=options.seed
         )
+        if options.fold_normalization:
+            loaded.preprocess = fold.fold_normalization(loaded.model, loaded.preprocess)
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)

@@ -1,7 +1,5 @@
-// TensorRT 11 put IVersionedInterface under ILogger and ILoggerFinder, which moved their methods in
-// the vtable: a plugin compiled with the headers of 10 that calls findLogger() in 11, or the other
-// way round, calls something else. All other interfaces of the plugin are the same in both. So the
-// layout is chosen here, when the library that owns the finder is known, not by the headers.
+// See tensorrt_layout.h: a plugin compiled with the headers of TensorRT 10 that calls findLogger() in
+// 11, or the other way round, calls something else.
 #include "tensorrt_log.h"
 
 #include <NvInferRuntime.h>
@@ -10,6 +8,8 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+
+#include "tensorrt_layout.h"
 
 namespace jmp_deploy {
 
@@ -42,8 +42,6 @@ namespace {
 
 using Severity = nvinfer1::ILogger::Severity;
 
-enum class Layout { kUnknown, kTensorRT10, kTensorRT11 };
-
 // By the version of the library that the finder's vtable lies in.
 Layout layout_of(void* finder) noexcept {
   void* vtable = nullptr;
@@ -52,21 +50,9 @@ Layout layout_of(void* finder) noexcept {
   if (dladdr(vtable, &info) == 0) return Layout::kUnknown;
   void* library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
   if (library == nullptr) return Layout::kUnknown;
-  auto const version = [library](char const* symbol) {
-    using Getter = int32_t (*)();
-    auto const getter = reinterpret_cast<Getter>(dlsym(library, symbol));
-    return getter == nullptr ? -1 : getter();
-  };
-  int32_t const major = version("getInferLibMajorVersion");
-  int32_t const minor = version("getInferLibMinorVersion");
+  Layout const found = layout_of_library(library);
   dlclose(library);  // only gives back what RTLD_NOLOAD counted
-  if (major == 10) return Layout::kTensorRT10;
-  if (major >= 11) return Layout::kTensorRT11;
-  // TensorRT-RTX: 1.0 has the old layout by its documentation, 1.7 the new one by trial; nobody
-  // told us where between them it changed.
-  if (major == 1 && minor >= 7) return Layout::kTensorRT11;
-  if (major == 1 && minor == 0) return Layout::kTensorRT10;
-  return Layout::kUnknown;
+  return found;
 }
 
 std::atomic<void*> logger_finder{nullptr};

@@ -499,25 +499,3 @@ nvinfer1::AsciiChar const* TokenReduceCreator::getPluginNamespace() const noexce
 }
 
 }  // namespace jmp_deploy
-
-// --- What TensorRT looks for in the library ----------------------------------------------------------
-
-#define JMP_EXPORT extern "C" __attribute__((visibility("default")))
-
-JMP_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
-JMP_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators);
-
-void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
-  jmp_deploy::set_logger_finder(finder);
-}
-
-// Two creators for one plugin: an ONNX importer looks it up by the node's attribute
-// `plugin_namespace`, which is "" if absent, or, in newer versions, by the node's domain.
-nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators) {
-  static jmp_deploy::TokenReduceCreator without_namespace("");
-  static jmp_deploy::TokenReduceCreator in_our_namespace("jmp_deploy");
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&without_namespace,
-                                                                &in_our_namespace};
-  nb_creators = 2;
-  return creators;
-}

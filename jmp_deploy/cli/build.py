@@ -132,6 +132,12 @@ def add(commands: Any) -> None:
         metavar="MIB",
         help="limit of the builder's scratch memory",
     )
+    parser.add_argument(
+        "--fold-normalization",
+        action="store_true",
+        help="put mean, standard deviation and 1/255 into the patch embedding, so that raw 0-255 "
+        "RGB goes in: for DeepStream, which knows one scale",
+    )
     flags.add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
     parser.add_argument(
         "--seed", type=flags.seed, help="of random weights and of the calibration sample (0)"
@@ -238,8 +244,8 @@ def _from_anywhere(given: argparse.Namespace, out: Path) -> str:
     return f"cd {shlex.quote(str(Path.cwd()))} && {command}"
 
 
-def summary(made: Artifact) -> list[RenderableType]:
-    """What ends `build` and opens `inspect` and `report`."""
+def rows_of(made: Artifact) -> list[tuple[str, str]]:
+    """What an artifact is: names and words."""
     jmp, check = made.jmp, made.check
     rows = [
         ("artifact", str(made.folder)),
@@ -267,7 +273,12 @@ def summary(made: Artifact) -> list[RenderableType]:
         *([("engine check", _engine_checks(made.engine))] if made.engine else []),
         ("sizes (MB)", sizes),
     ]
-    parts: list[RenderableType] = [show.facts(rows)]
+    return rows
+
+
+def summary(made: Artifact) -> list[RenderableType]:
+    """What ends `build` and opens `inspect` and `report`."""
+    parts: list[RenderableType] = [show.facts(rows_of(made))]
     if made.int8 and made.int8.sensitivity:
         parts += ranking(made.int8.sensitivity)
     if made.is_random:

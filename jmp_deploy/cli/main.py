@@ -24,6 +24,7 @@ from . import (
     compare,
     doctor,
     inspect,
+    package,
     plugin,
     report,
     run,
@@ -33,7 +34,7 @@ from . import (
 )
 
 COMMANDS = (
-    *(build, run, compare, inspect, report, doctor, plugin),
+    *(build, run, compare, inspect, report, doctor, plugin, package),
     *(tune, visualize, bench, validate),
 )
 """One module each: its flags (`add`), its handler, its tables. In the order of `--help`."""

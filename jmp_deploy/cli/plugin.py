@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..plugin.toolchain import DEVICES
 from . import flags, show
 
 
@@ -15,7 +16,12 @@ def add(commands: Any) -> None:
         _plugin,
         "plugin",
         "build the TensorRT plugin (`build` does it by itself), or say where it is",
-        ("plugin build", "plugin build --arch sm_87,sm_110 --force", "plugin path"),
+        (
+            "plugin build",
+            "plugin build --arch sm_87,sm_110 --force",
+            "plugin build --for thor                       # on a workstation, for a Jetson",
+            "plugin path",
+        ),
     )
     parser.add_argument("action", choices=("build", "path"))
     parser.add_argument(
@@ -25,6 +31,14 @@ def add(commands: Any) -> None:
         metavar="sm_87,..",
         help="GPU architectures, or all for those of a release (those of the GPUs here; without a "
         "GPU sm_75 and sm_80, on aarch64 sm_87)",
+    )
+    parser.add_argument(
+        "--for",
+        dest="device",
+        choices=tuple(DEVICES),
+        help="compile for a Jetson: "
+        + "; ".join(f"{name}, {device.title}" for name, device in DEVICES.items())
+        + ". Needs g++-aarch64-linux-gnu and the CUDA runtime of aarch64 (JMP_AARCH64_CUDA)",
     )
     parser.add_argument("--force", action="store_true", help="build even if it is there")
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import JmpDeployError
+from ..core.files import read_json, write_bytes
 from . import build, compare, flags, show
 
 if TYPE_CHECKING:
@@ -21,7 +25,11 @@ def add(commands: Any) -> None:
         _report,
         "report",
         "summarise an artifact: FLOPs, sizes, times, agreement, what this machine could not do",
-        ("report artifacts/deit_s", "report artifacts/deit_s --compare compare.json"),
+        (
+            "report artifacts/deit_s",
+            "report artifacts/deit_s --compare compare.json",
+            "report artifacts/deit_s --html deit_s.html --pictures pictures/*.png",
+        ),
     )
     flags.add_artifact(parser)
     parser.add_argument(
@@ -30,6 +38,24 @@ def add(commands: Any) -> None:
         default=None,
         metavar="FILE",
         help="a result of `compare --json FILE` to include",
+    )
+    parser.add_argument(
+        "--html", type=Path, default=None, metavar="FILE", help="write one self-contained page too"
+    )
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a result of `bench --json FILE` for the page",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="pictures for the page, such as `visualize` draws",
     )
 
 
@@ -40,9 +66,54 @@ def _report(given: argparse.Namespace) -> int:
     found = Artifact.read(given.folder)
     found.verify()
     compared = read(given.compare) if given.compare else None
+    if given.html:
+        from .report_page import page
+
+        text = page(
+            found,
+            build.rows_of(found),
+            compared=compared,
+            benched=_read_bench(given.bench) if given.bench else None,
+            pictures=given.pictures,
+        )
+        write_bytes(given.html, text.encode())
+    elif given.bench or given.pictures:
+        raise JmpDeployError("--bench and --pictures are for the page", "add --html FILE")
     value = {"manifest": found.to_json(), "compare": compared}
     show.show(given, _summary(found, compared), value)
     return 0
+
+
+@dataclass(frozen=True)
+class _Latency:
+    p50: float
+
+
+@dataclass(frozen=True)
+class _Row:
+    backend: str
+    batch: int
+    latency_ms: _Latency
+
+
+@dataclass(frozen=True)
+class _Benched:
+    device: str
+    rows: list[_Row]
+
+
+def _read_bench(path: Path) -> dict[str, Any]:
+    """A result of `bench --json`, checked as far as the page shows it."""
+    checked = partial(
+        read_json,
+        path,
+        what="result of `bench`",
+        hint="make one with `bench DIR --json FILE`",
+        error=JmpDeployError,
+    )
+    checked(_Benched)
+    result: dict[str, Any] = checked(dict[str, Any])
+    return result
 
 
 def _summary(found: Artifact, compared: dict[str, Any] | None) -> list[RenderableType]:

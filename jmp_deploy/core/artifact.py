@@ -449,9 +449,20 @@ class Artifact:
         refuse_odd_strings(data, path)
         try:
             msgspec.convert(data, _Loose)
-            return msgspec.convert({**data, "folder": folder}, Artifact)
+            return Artifact.from_json(data, folder)
         except msgspec.ValidationError as error:
             raise ArtifactError(f"{path} is not a manifest: {one_line(error)}", again) from error
+
+    @staticmethod
+    def from_json(data: dict[str, Any], folder: Path) -> Artifact:
+        """What `to_json` gave, for an artifact that lies in `folder`.
+
+        Raises:
+            msgspec.MsgspecError: it is not that.
+        """
+        import msgspec
+
+        return msgspec.convert({**data, "folder": folder}, Artifact)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

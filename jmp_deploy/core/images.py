@@ -111,6 +111,14 @@ class Preprocess:
         )
 
 
+def as_picture(image: NDArray[Any], given: Preprocess) -> Image.Image:
+    """A model's input [3, H, W] as a picture again."""
+    from PIL import Image
+
+    pixels = np.asarray(image, np.float64).transpose(1, 2, 0) * given.std + given.mean
+    return Image.fromarray(np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8))
+
+
 def open_image(path: Path | str) -> Image.Image:
     """Decodes a file to 8-bit RGB, upright (EXIF orientation applied), first frame only.
 

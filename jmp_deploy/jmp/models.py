@@ -103,6 +103,7 @@ def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
     Raises:
         WeightsError: the weights are not to be had here, or are others than those of the build.
     """
+    from .fold import fold_normalization, is_folded
     from .patch import patch
     from .schedule import from_manifest
 
@@ -117,6 +118,8 @@ def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
             f"(sha256 {str(loaded.origin.sha256)[:12]}..., expected {str(origin.sha256)[:12]}...)",
             "name the right one with --weights",
         )
+    if is_folded(artifact.preprocess) and not is_folded(loaded.preprocess):
+        fold_normalization(loaded.model, loaded.preprocess)
     if jmp:
         patch(
             loaded.model,

@@ -25,12 +25,14 @@ from ..core.errors import EngineError, ToolchainError
 from ..core.paths import cache_dir, data_dir
 from .toolchain import (
     ARCHITECTURES,
+    DEVICES,
     Toolchain,
     announce,
     check_architectures,
     compilable,
     compile_time,
     cuda_architectures,
+    find_cross_toolchain,
     find_toolchain,
     known_architectures,
     newer_than_driver,
@@ -53,11 +55,15 @@ NAME = "JMPTokenReduce"
 VERSION = "1"
 NAMESPACES = ("", "jmp_deploy")
 LIBRARY = "libjmp_deploy_plugin.so"
-SOURCES = ("token_reduce_kernel.cu", "token_reduce_plugin.cpp", "tensorrt_log.cpp")
+SOURCES = (
+    *("token_reduce_kernel.cu", "token_reduce_plugin.cpp"),
+    *("tensorrt_log.cpp", "tensorrt_registry.cpp"),
+)
 OTHER_SOURCES = (  # what these include; part of the hash
     *(f"token_reduce_{part}.cuh" for part in ("common", "warp", "measure", "tiles", "rate")),
     *(f"token_reduce_{part}.cuh" for part in ("select", "match", "merge", "reference")),
-    *("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "exports.map"),
+    *("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "tensorrt_layout.h"),
+    "exports.map",
 )
 WITHOUT_GPU = {"x86_64": ("75", "80"), "aarch64": ("87",)}
 """What is compiled where no GPU is: little, since nothing here runs it. An ahead-of-time builder
@@ -95,6 +101,7 @@ def sources_dir() -> Path:
 def build_plugin(
     archs: Sequence[str] | None = None,
     *,
+    device: str | None = None,
     force: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Path:
@@ -104,6 +111,8 @@ def build_plugin(
         archs: GPU architectures such as "86" or "sm_86", or ("all",) for all that the compiler
             knows of ARCHITECTURES; None for what this machine needs: its GPUs, or WITHOUT_GPU.
             PTX of the highest is always added.
+        device: one of DEVICES, for which is compiled instead of for this machine; its GPUs are
+            then what `archs` None stands for.
         force: compile again.
         on_progress: called with one line of text before and after the compilation, with how long
             it takes; without it the line goes to stderr.
@@ -114,16 +123,20 @@ def build_plugin(
     Raises:
         ToolchainError: no toolchain, an unknown architecture, a compile error or no writable cache.
     """
-    toolchain = find_toolchain()
-    if archs is None and not force and (fitting := _find_fitting(toolchain)):
-        return fitting
+    if device is not None:
+        toolchain = find_cross_toolchain(DEVICES[device])
+        archs = DEVICES[device].archs if archs is None else archs
+    else:
+        toolchain = find_toolchain()
+        if archs is None and not force and (fitting := _find_fitting(toolchain)):
+            return fitting
     chosen = check_architectures(toolchain.nvcc, _needed(toolchain) if archs is None else archs)
     library = _cached_library(toolchain, chosen)
     if library.is_file() and not force:
         return library
     say = on_progress or announce
     say(
-        f"compiling the TensorRT plugin once, for sm_{', sm_'.join(chosen)} "
+        f"compiling the TensorRT plugin once, for {toolchain.machine}, sm_{', sm_'.join(chosen)} "
         f"(CUDA {toolchain.cuda_version}, TensorRT headers {toolchain.tensorrt_version}): "
         f"{compile_time(len(chosen))}"
     )
@@ -177,6 +190,17 @@ def plugin_library(*, build: bool = True) -> Path:
         f"the TensorRT plugin is not built{here and f' for {here}'}",
         "python -m jmp_deploy plugin build",
     )
+
+
+def prebuilt_for(machine: str) -> Path | None:
+    """A cached library of these sources for a kind of machine ("aarch64"), that for the most
+    architectures; None where none was built."""
+    found = [
+        library
+        for library, info in _cached()
+        if (info.get("sources"), info.get("machine")) == (_hash(), machine)
+    ]
+    return found[-1] if found else None
 
 
 def plugin_info(path: Path) -> dict[str, Any]:
@@ -321,7 +345,8 @@ def _gencodes(archs: Sequence[str]) -> list[str]:
 
 def _compile(toolchain: Toolchain, archs: Sequence[str], output: Path, log: Path) -> None:
     options = [*FLAGS, *_gencodes(archs), "-isystem", str(toolchain.headers), *SOURCES]
-    run_nvcc(toolchain.nvcc, [*options, "-o", str(output)], sources_dir(), log, "the plugin")
+    options += ["-o", str(output)]
+    run_nvcc(toolchain.nvcc, options, sources_dir(), log, "the plugin", toolchain.options)
 
 
 def _cached_library(toolchain: Toolchain, archs: Sequence[str]) -> Path:
@@ -331,7 +356,7 @@ def _cached_library(toolchain: Toolchain, archs: Sequence[str]) -> Path:
 def _recipe(toolchain: Toolchain) -> str:
     """Hash of all that goes into a library but the architectures."""
     versions = (toolchain.cuda_version, toolchain.tensorrt_version, str(toolchain.cxx))
-    return _key(_hash(), *FLAGS, platform.machine(), *versions)
+    return _key(_hash(), *FLAGS, toolchain.machine, *versions)
 
 
 def _key(*parts: str) -> str:
@@ -353,7 +378,7 @@ def _describe(toolchain: Toolchain, archs: Sequence[str]) -> dict[str, Any]:
         "architectures": list(archs),
         "cuda": toolchain.cuda_version,
         "tensorrt_headers": toolchain.tensorrt_version,
-        "machine": platform.machine(),
+        "machine": toolchain.machine,
         "recipe": _recipe(toolchain),
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -1,6 +1,7 @@
 """Find what compiles the plugin: nvcc, the host compiler, the TensorRT headers.
 
-Environment: JMP_NVCC (which nvcc), CUDA_HOME, CUDA_PATH, CXX (host compiler), TENSORRT_ROOT (root
+Environment: JMP_NVCC (which nvcc), CUDA_HOME, CUDA_PATH, CXX (host compiler), JMP_AARCH64_CUDA (a
+folder with the CUDA runtime of aarch64, to compile for a Jetson), TENSORRT_ROOT (root
 of a TensorRT installation). A value that names the tool itself (JMP_NVCC, TENSORRT_ROOT) must be
 right; the others are places to look in.
 """
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,9 @@ COMPILE_SECONDS = 900  # two desktop cores take seconds; past this the compiler 
 HOST_WORK, ARCHITECTURE_WORK = 4.0, 7.5
 OLDEST_CUDA = (12, 2)
 OLDEST_TENSORRT = (10, 0)
+
+CROSS_CXX, CROSS_APT = "aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu"
+AARCH64_TARGETS = ("aarch64-linux", "sbsa-linux")
 
 INSTALL_HEADERS = (
     "pip install kernel-lens (its wheel has them), or apt install libnvinfer-headers-dev, "
@@ -47,6 +51,8 @@ class Toolchain:
         cxx: the host compiler that nvcc calls.
         headers: the folder of NvInfer.h.
         tensorrt_version: of those headers, "10.14.1".
+        machine: that the library is for, as `platform.machine` calls it.
+        options: that nvcc needs to compile for another machine than this.
     """
 
     nvcc: Path
@@ -54,6 +60,30 @@ class Toolchain:
     cxx: Path
     headers: Path
     tensorrt_version: str
+    machine: str = platform.machine()
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Device:
+    """A Jetson that a library can be compiled for on a workstation.
+
+    Attributes:
+        title: what it runs.
+        archs: its GPUs.
+        cuda: major version of the CUDA that its driver takes.
+    """
+
+    title: str
+    archs: tuple[str, ...]
+    cuda: int
+
+
+DEVICES = {
+    "thor": Device("JetPack 7 (Thor; Orin from 7.2 on)", ("87", "110"), 13),
+    # the runtime of CUDA 13, which the library carries, does not start on JetPack 6's driver
+    "orin": Device("JetPack 6 (Orin)", ("87",), 12),
+}
 
 
 def find_toolchain() -> Toolchain:
@@ -65,6 +95,48 @@ def find_toolchain() -> Toolchain:
     nvcc, cuda_version = find_nvcc()
     headers, tensorrt_version = _find_headers()
     return Toolchain(nvcc, cuda_version, find_cxx(), headers, tensorrt_version)
+
+
+def find_cross_toolchain(device: Device) -> Toolchain:
+    """What compiles for a Jetson here: on aarch64 the usual, elsewhere a cross compiler and the
+    CUDA runtime of aarch64, looked for in JMP_AARCH64_CUDA and beside nvcc.
+
+    Raises:
+        ToolchainError: something is missing, or nvcc is of a CUDA that the device does not run.
+    """
+    found = find_toolchain()
+    if _numbers(found.cuda_version)[0] != device.cuda:
+        raise ToolchainError(
+            f"{device.title} needs the compiler of CUDA {device.cuda}, "
+            f"{found.nvcc} is of {found.cuda_version}",
+            f"set JMP_NVCC to an nvcc of CUDA {device.cuda}",
+        )
+    if platform.machine() == "aarch64":
+        return found
+    cxx = shutil.which(CROSS_CXX)
+    if cxx is None:
+        raise ToolchainError(f"no {CROSS_CXX}: it links for the device", f"apt install {CROSS_APT}")
+    root = _cuda_root(found.nvcc)
+    given = os.environ.get("JMP_AARCH64_CUDA")
+    folders = [Path(given)] if given else [root / "targets" / name for name in AARCH64_TARGETS]
+    libraries = [
+        library.parent
+        for folder in folders
+        for library in sorted(folder.glob("**/libcudart_static.a"))
+        if _is_aarch64(library)
+    ]
+    if not libraries:
+        where = " or ".join(map(str, folders))
+        raise ToolchainError(
+            f"no CUDA runtime of aarch64: no libcudart_static.a for it below {where}",
+            "python -m pip download --no-deps --only-binary=:all: --platform manylinux2014_aarch64 "
+            f"'nvidia-cuda-runtime=={'.'.join(found.cuda_version.split('.')[:2])}.*', unzip the "
+            "wheel, and set JMP_AARCH64_CUDA to that folder",
+        )
+    # A toolkit of one target has its headers there alone; those of both are the same.
+    includes = f"-I{root / 'include'}"
+    options = ("-ccbin", cxx, includes, f"-L{libraries[0]}")
+    return replace(found, cxx=Path(cxx), machine="aarch64", options=options)
 
 
 def find_nvcc() -> tuple[Path, str]:
@@ -225,6 +297,30 @@ def compile_time(architectures: int) -> str:
     return f"about {5 * round(seconds / 5)} s on {cores} {noun} free, more on a small board"
 
 
+def _cuda_root(nvcc: Path) -> Path:
+    """The folder of a CUDA, by its compiler: nvcc on PATH may be a script."""
+    try:
+        done = subprocess.run(
+            [str(nvcc), "--dryrun", "-x", "cu", os.devnull, "-c"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ToolchainError(f"{nvcc} does not run ({_reason(error)})", _nvcc_hint()) from error
+    here = re.search(r"^#\$ _HERE_=(.+)$", done.stderr, re.MULTILINE)
+    return (Path(here[1]) if here else nvcc.resolve().parent).parent
+
+
+def _is_aarch64(archive: Path) -> bool:
+    """Whether the first object of a static library is of that machine."""
+    with archive.open("rb") as file:
+        head = file.read(1 << 20)
+    at = head.find(b"\x7fELF")
+    return at >= 0 and head[at + 18 : at + 20] == b"\xb7\0"
+
+
 def nvcc_command(nvcc: Path) -> list[str]:
     """nvcc with what every call needs: the folder of its own CUDA runtime, and CXX.
 
@@ -237,7 +333,14 @@ def nvcc_command(nvcc: Path) -> list[str]:
     return [str(nvcc), *libraries, *host]
 
 
-def run_nvcc(nvcc: Path, options: Sequence[str], folder: Path, log: Path, what: str) -> None:
+def run_nvcc(
+    nvcc: Path,
+    options: Sequence[str],
+    folder: Path,
+    log: Path,
+    what: str,
+    cross: Sequence[str] = (),
+) -> None:
     """Compiles; everything that nvcc says goes to `log`.
 
     Args:
@@ -245,11 +348,13 @@ def run_nvcc(nvcc: Path, options: Sequence[str], folder: Path, log: Path, what: 
         options: sources and options; `nvcc_command`'s come first.
         folder: to run it in.
         what: is compiled, for the message: "the plugin".
+        cross: options of a toolchain for another machine, in place of this machine's.
 
     Raises:
         ToolchainError: with its first errors; or it does not end.
     """
-    command = [*nvcc_command(nvcc), f"--threads={cpu_count()}", *options]
+    first = [str(nvcc), *cross] if cross else nvcc_command(nvcc)
+    command = [*first, f"--threads={cpu_count()}", *options]
     try:
         done = subprocess.run(
             command,
@@ -295,7 +400,7 @@ def _find_headers() -> tuple[Path, str]:
     if root := os.environ.get("TENSORRT_ROOT"):
         for folder in (Path(root) / "include", Path(root)):
             if (folder / "NvInfer.h").is_file():
-                return folder, _headers_version(folder)
+                return folder, headers_version(folder)
         raise ToolchainError(
             f"TENSORRT_ROOT is {root}, but {Path(root) / 'include' / 'NvInfer.h'} does not exist",
             "set TENSORRT_ROOT to the folder that holds include/NvInfer.h, or unset it",
@@ -304,7 +409,7 @@ def _find_headers() -> tuple[Path, str]:
     for folder in _header_candidates():
         if (folder / "NvInfer.h").is_file():
             try:
-                return folder, _headers_version(folder)
+                return folder, headers_version(folder)
             except ToolchainError as error:
                 too_old = too_old or error
     raise too_old or ToolchainError("no TensorRT headers: NvInfer.h not found", INSTALL_HEADERS)
@@ -318,7 +423,7 @@ def _header_candidates() -> Iterator[Path]:
         yield package / "include" / "tensorrt"
 
 
-def _headers_version(folder: Path) -> str:
+def headers_version(folder: Path) -> str:
     """Version of the headers in `folder`, "10.14.1"; raises for one too old or unreadable."""
     file = folder / "NvInferVersion.h"
     try:

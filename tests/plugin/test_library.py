@@ -902,3 +902,38 @@ def test_cmake_builds_it_without_a_warning(library: Path, tmp_path: Path) -> Non
     assert "warning" not in (done.stdout + done.stderr).lower()
     assert (tmp_path / "libjmp_deploy_plugin.so").is_file()
     assert (tmp_path / "jmp_host_driver").is_file()
+
+
+# --- For a Jetson --------------------------------------------------------------------------------
+
+
+def test_a_library_for_a_jetson_needs_its_cuda_compiler_and_runtime(
+    fake_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toolchain.platform, "machine", lambda: "x86_64")
+    with pytest.raises(ToolchainError, match="needs the compiler of CUDA 13"):
+        plugin.build_plugin(device="thor")
+    tools = tmp_path / "tools"
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setattr(toolchain, "CROSS_CXX", "some-aarch64-g++")
+    with pytest.raises(ToolchainError, match=r"no some-aarch64-g\+\+") as caught:
+        plugin.build_plugin(device="orin")
+    assert "apt install" in (caught.value.hint or "")
+    tools.mkdir()
+    (tools / "some-aarch64-g++").touch(mode=0o755)
+    runtime = tmp_path / "runtime" / "nvidia" / "lib"
+    runtime.mkdir(parents=True)
+    monkeypatch.setenv("JMP_AARCH64_CUDA", str(tmp_path / "runtime"))
+    archive = runtime / "libcudart_static.a"
+    for machine in (b"\x3e\0", b"\xb7\0"):  # of x86-64, which is the wheel that pip takes here
+        with pytest.raises(ToolchainError, match="no CUDA runtime of aarch64") as caught:
+            plugin.build_plugin(device="orin")
+        assert "JMP_AARCH64_CUDA" in (caught.value.hint or "")
+        archive.write_bytes(b"!<arch>\n\x7fELF" + bytes(14) + machine)
+    library = plugin.build_plugin(["86"], device="orin")
+    assert plugin.plugin_info(library)["machine"] == "aarch64"
+    assert f"-L{runtime}" in fake_tools.with_name("count").read_text().split()
+    # Neither is what this machine loads, even where nothing else is there.
+    assert plugin.build_plugin() != library
+    monkeypatch.setenv("JMP_NVCC", "/no/such/nvcc")
+    assert plugin.plugin_library() != library

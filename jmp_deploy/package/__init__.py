@@ -1,0 +1,1 @@
+"""Bundles: all that a target needs of an artifact, and nothing of the machine that made it."""

@@ -1,0 +1,369 @@
+"""What each serving stack reads: its files as text, from an artifact.
+
+Sources of the keys: Triton's model_config.proto (the tests parse what stands here with it);
+DeepStream's gstnvinfer_property_parser.h (the list of keys in the tests); Isaac ROS's
+tensor_rt_node.cpp and dnn_image_encoder_node.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+
+from .. import __version__
+from ..core.artifact import Artifact
+from ..core.images import INPUT
+from ..core.outputs import output_named
+
+TRITON_IMAGES = {
+    "10.0": "24.06-trtllm-python-py3",
+    "10.1": "24.07-trtllm-python-py3",
+    "10.3": "24.08-trtllm-python-py3",
+    "10.4": "24.10-trtllm-python-py3",
+    "10.6": "24.11-trtllm-python-py3",
+    "10.7": "24.12-trtllm-python-py3",
+    "10.8": "25.02-trtllm-python-py3",
+    "10.9": "25.05-trtllm-python-py3",
+    "10.10": "25.07-trtllm-python-py3",
+    "10.11": "25.10-trtllm-python-py3",
+    "10.13": "26.02-trtllm-python-py3",
+    "10.14": "26.07-trtllm-python-py3",
+}
+"""TensorRT -> tag of NVIDIA's tritonserver image that has it. Source: docs/introduction/
+compatibility.md of triton-inference-server/server at 26.07, the rows that name a TensorRT."""
+
+PLUGIN = "plugin/libjmp_deploy_plugin.so"
+"""Where a bundle's configurations expect the compiled plugin: of the machine that serves."""
+ENGINE = "model.plan"
+DELAY_US = 2000
+"""How long Triton waits for a fuller batch, in microseconds: to be tuned against the latency that
+is allowed."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A serving stack.
+
+    Attributes:
+        title: its name.
+        texts: file of the bundle -> its content.
+        engine: where the bundle's engine lies; None for one that is built on the device.
+        commands: of the README: what each does, and the command.
+    """
+
+    title: str
+    texts: Callable[[Artifact, str], dict[str, str]]
+    commands: Callable[[Artifact, str], list[tuple[str, str]]]
+    engine: Callable[[str], str] | None = None
+
+
+def template(name: str) -> str:
+    """A file of templates/."""
+    return (files(__package__) / "templates" / name).read_text(encoding="utf-8")
+
+
+def engine_command(artifact: Artifact, engine: str) -> str:
+    """trtexec's command that builds a bundle's engine on the target."""
+    shapes = [
+        f"--{name}Shapes={INPUT}:{batch}x{'x'.join(map(str, artifact.image_shape))}"
+        for name, batch in zip(("min", "opt", "max"), artifact.batch, strict=True)
+    ]
+    # "--stronglyTyped" is the default from TensorRT 11 on, and still known there.
+    words = ["trtexec", "--onnx=artifact/model.trt.onnx", "--stronglyTyped", *shapes]
+    plugin = [f"--dynamicPlugins={PLUGIN}"] if artifact.jmp else []
+    return " ".join([*words, *plugin, f"--saveEngine={engine}"])
+
+
+def plugin_command(artifact: Artifact) -> list[tuple[str, str]]:
+    """Of the README of a stack that loads the plugin from a fixed place."""
+    if artifact.jmp is None:
+        return []
+    build = (
+        "nvcc -shared -std=c++17 -O3 -cudart=static -arch=native -Xcompiler=-fPIC,"
+        "-fvisibility=hidden -Xlinker=--version-script=exports.map *.cu *.cpp "
+        "-o ../libjmp_deploy_plugin.so"
+    )
+    say = "the plugin for the GPU that is here (unless plugin/ has one for this machine)"
+    return [(say, f"(cd plugin/src && {build})")]
+
+
+def labels(artifact: Artifact) -> list[str] | None:
+    """One line per class, without what would end a line; None for features."""
+    if not output_named(artifact.model.output).classifies or artifact.class_names is None:
+        return None
+    return [re.sub(r"[;\r\n]", ",", name) for name in artifact.class_names]
+
+
+# --- Triton --------------------------------------------------------------------------------------
+
+
+def triton_config(artifact: Artifact, name: str, width: int) -> str:
+    """config.pbtxt: batching, CUDA graphs, warm-up, labels.
+
+    Args:
+        name: of the model in the repository.
+        width: values per image of its output.
+    """
+    least, best, most = artifact.batch
+    shape = ", ".join(map(str, artifact.image_shape))
+    label = '\n    label_filename: "labels.txt"' if labels(artifact) else ""
+    # Without a batch of one in the profile Triton must not be asked for it.
+    preferred = sorted({size for size in (best, most) if size > least}) or [most]
+    return f"""# Made by jmp_deploy {__version__} for {artifact.model.name}.
+name: {json.dumps(name)}
+platform: "tensorrt_plan"
+max_batch_size: {most}
+default_model_filename: "{ENGINE}"
+input [
+  {{
+    name: "{INPUT}"
+    data_type: TYPE_FP32
+    dims: [ {shape} ]
+  }}
+]
+output [
+  {{
+    name: {json.dumps(artifact.model.output)}
+    data_type: TYPE_FP32
+    dims: [ {width} ]{label}
+  }}
+]
+instance_group [
+  {{
+    count: 1
+    kind: KIND_GPU
+    profile: [ "0" ]
+  }}
+]
+dynamic_batching {{
+  preferred_batch_size: [ {", ".join(map(str, preferred))} ]
+  max_queue_delay_microseconds: {DELAY_US}
+}}
+optimization {{
+  cuda {{
+    graphs: true
+  }}
+}}
+model_warmup [
+  {{
+    name: "zeros"
+    batch_size: {best}
+    inputs {{
+      key: "{INPUT}"
+      value {{
+        data_type: TYPE_FP32
+        dims: [ {shape} ]
+        zero_data: true
+      }}
+    }}
+  }}
+]
+"""
+
+
+def triton_image(version: str) -> str | None:
+    """The tag whose TensorRT is of this version ("10.3.0" asks for 10.3), or None."""
+    return TRITON_IMAGES.get(".".join(version.split(".")[:2]))
+
+
+def _triton(artifact: Artifact, name: str) -> dict[str, str]:
+    width = int(artifact.reference().output.shape[1])
+    return {
+        f"models/{name}/config.pbtxt": triton_config(artifact, name, width),
+        **_label_file(artifact, f"models/{name}/labels.txt"),
+        "client.py": template("client.py.txt"),
+    }
+
+
+def _triton_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
+    version = artifact.engine.version if artifact.engine else ""
+    tag = triton_image(version) or "TAG"
+    how = (
+        "The tag has the engine's TensorRT."
+        if tag != "TAG"
+        else "TAG: one with a TensorRT of 10.0 or newer; the engine is built in it."
+    )
+    plugins = f" --backend-config=tensorrt,plugins=/bundle/{PLUGIN}" if artifact.jmp else ""
+    start = (
+        f'docker run --rm --gpus all --network host -v "$PWD":/bundle -w /bundle '
+        f"$REGISTRY/nvidia/tritonserver:{tag} "
+    )
+    return [
+        (
+            f"the server. $REGISTRY: NVIDIA's (NGC). {how}",
+            f"{start}tritonserver --model-repository=/bundle/models{plugins}",
+        ),
+        (
+            "a photo, elsewhere",
+            f'pip install "tritonclient[http]" wheel/*.whl && python client.py {name} photo.png',
+        ),
+    ]
+
+
+# --- DeepStream ----------------------------------------------------------------------------------
+
+
+def deepstream_scale(artifact: Artifact) -> tuple[float, tuple[float, ...], float]:
+    """nvinfer's one scale and its offsets for x -> (x / 255 - mean) / std, and how far that is off:
+    the largest error of an input, in units of the normalised one; 0 where all std are one."""
+    given = artifact.preprocess
+    std = sum(given.std) / 3
+    errors = [
+        max(mean, 1 - mean) * abs(1 / std - 1 / own)
+        for mean, own in zip(given.mean, given.std, strict=True)
+    ]
+    return 1 / (255 * std), tuple(255 * mean for mean in given.mean), max(errors)
+
+
+def deepstream_config(artifact: Artifact) -> str:
+    """nvinfer's configuration of a model on whole frames."""
+    scale, offsets, error = deepstream_scale(artifact)
+    logits = labels(artifact)
+    values: dict[str, str] = {
+        "gpu-id": "0",
+        "gie-unique-id": "1",
+        "process-mode": "1",
+        "onnx-file": "artifact/model.trt.onnx",
+        "model-engine-file": ENGINE,
+        "batch-size": str(artifact.batch[1]),
+        # the types are in the ONNX: this only names them
+        "network-mode": {"fp32": "0", "int8": "1", "fp16": "2"}[artifact.precision],
+        "infer-dims": ";".join(map(str, artifact.image_shape)),
+        "model-color-format": "0",
+        "net-scale-factor": f"{scale:.10g}",
+        "offsets": ";".join(f"{value:.10g}" for value in offsets),
+        "maintain-aspect-ratio": "0",
+        "scaling-filter": "1",
+        "output-blob-names": artifact.model.output,
+        # Its classifier takes what comes for probabilities, which logits are not: the application
+        # gets the tensor.
+        "network-type": "100",
+        "output-tensor-meta": "1",
+        **({"labelfile-path": "labels.txt"} if logits else {}),
+        **({"custom-lib-path": PLUGIN} if artifact.jmp else {}),
+    }
+    lines = [f"# Made by jmp_deploy {__version__} for {artifact.model.name}."]
+    if error > 1e-6:
+        lines += [
+            "# nvinfer knows one scale for all channels, this model has three: with their mean an",
+            f"# input is off by up to {error:.2g} (they reach from -2.1 to 2.6). Exact:",
+            "# build --fold-normalization.",
+        ]
+    lines += ["[property]", *(f"{key}={value}" for key, value in values.items())]
+    return "\n".join([*lines, ""])
+
+
+def _deepstream(artifact: Artifact, name: str) -> dict[str, str]:
+    del name
+    return {
+        "config_infer.txt": deepstream_config(artifact),
+        **_label_file(artifact, "labels.txt", ";"),
+    }
+
+
+def _deepstream_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
+    del name
+    run = (
+        "gst-launch-1.0 filesrc location=video.mp4 ! qtdemux ! h264parse ! nvv4l2decoder ! "
+        "m.sink_0 nvstreammux name=m batch-size=1 width=1280 height=720 ! "
+        "nvinfer config-file-path=config_infer.txt ! fakesink"
+    )
+    return [(f"a video; {artifact.model.output} are NvDsInferTensorMeta of each frame", run)]
+
+
+# --- Isaac ROS -----------------------------------------------------------------------------------
+
+
+def isaac_parameters(artifact: Artifact) -> dict[str, object]:
+    """Of the launch file: the encoder's and the engine's."""
+    given = artifact.preprocess
+    return {
+        "network_image_width": given.width,
+        "network_image_height": given.height,
+        "image_mean": list(given.mean),
+        "image_stddev": list(given.std),
+        "input_binding_names": [INPUT],
+        "output_binding_names": [artifact.model.output],
+        "engine_file": ENGINE,
+        "plugin": PLUGIN if artifact.jmp else "",
+        "max_batch_size": artifact.batch[2],
+    }
+
+
+def _isaac(artifact: Artifact, name: str) -> dict[str, str]:
+    del name
+    return {
+        "jmp.launch.py": template("isaac.launch.py.txt"),
+        "parameters.json": json.dumps(isaac_parameters(artifact), indent=2) + "\n",
+        **_label_file(artifact, "labels.txt"),
+    }
+
+
+def _isaac_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
+    del artifact, name
+    return [("the nodes: images in on /image, a TensorList out", "ros2 launch ./jmp.launch.py")]
+
+
+# --- C++ and Jetson ------------------------------------------------------------------------------
+
+
+def _cpp(artifact: Artifact, name: str) -> dict[str, str]:
+    del name
+    given = artifact.preprocess
+    numbers = [given.height, given.width, given.resize, int(given.crop_mode == "squash")]
+    lines = [
+        " ".join(map(str, numbers)),
+        given.interpolation,
+        " ".join(f"{value:.9g}" for value in (*given.mean, *given.std)),
+    ]
+    return {
+        "runner.cpp": template("runner.cpp"),
+        "CMakeLists.txt": template("CMakeLists.txt"),
+        "preprocess.txt": "\n".join([*lines, ""]),
+        **_label_file(artifact, "labels.txt"),
+    }
+
+
+def _cpp_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
+    del name
+    plugin = PLUGIN if artifact.jmp else "-"
+    return [
+        ("the runner", "cmake -S . -B build && cmake --build build"),
+        (
+            "a photo (a binary PPM: `convert photo.jpg photo.ppm`)",
+            f"build/runner {ENGINE} {plugin} photo.ppm",
+        ),
+    ]
+
+
+def _jetson(artifact: Artifact, name: str) -> dict[str, str]:
+    del artifact, name
+    return {"install.sh": template("install.sh")}
+
+
+def _jetson_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
+    del artifact, name
+    python = ".venv/bin/python -m jmp_deploy"
+    return [
+        ("an environment, the plugin, the engine, its check, its speed", "bash install.sh"),
+        ("a photo", f"{python} run artifact photo.png"),
+        ("the fastest clocks, until the next start", "sudo nvpmodel -m 0 && sudo jetson_clocks"),
+        ("latency, throughput and power", f"{python} bench artifact -b 1"),
+    ]
+
+
+def _label_file(artifact: Artifact, path: str, end: str = "\n") -> dict[str, str]:
+    names = labels(artifact)
+    return {path: end.join(names) + "\n"} if names else {}
+
+
+TARGETS = {
+    "jetson": Target("Jetson", _jetson, _jetson_commands),
+    "triton": Target("Triton", _triton, _triton_commands, lambda name: f"models/{name}/1/{ENGINE}"),
+    "deepstream": Target("DeepStream", _deepstream, _deepstream_commands, lambda _: ENGINE),
+    "isaac-ros": Target("Isaac ROS", _isaac, _isaac_commands, lambda _: ENGINE),
+    "cpp": Target("C++", _cpp, _cpp_commands, lambda _: ENGINE),
+}

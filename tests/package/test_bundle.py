@@ -1,0 +1,348 @@
+"""Bundles: made, carried elsewhere, checked; and what the serving stacks read in them.
+
+Triton's own proto judges its configuration where `tritonclient` is installed. Nothing here starts a
+server, a device or an engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+from jmp_deploy.cli import package as cli
+from jmp_deploy.cli.main import main
+from jmp_deploy.core.artifact import Artifact
+from jmp_deploy.core.errors import ArtifactError, CheckError, EngineError, ToolchainError
+from jmp_deploy.package import bundle, targets
+from jmp_deploy.package.bundle import BundleOptions, make_bundle, verify_bundle
+from jmp_deploy.plugin import toolchain
+from tests.fakes.artifacts import ENGINE, JMP, RANDOM_WEIGHTS, make_artifact
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def artifact_at(folder: Path, **changes) -> Artifact:
+    """A JMP classifier of three classes, whose files are there; its engine is no engine."""
+    import numpy as np
+
+    folder.mkdir(parents=True)
+    for name in ("model.onnx", "model.trt.onnx", "model.engine"):
+        (folder / name).write_bytes(name.encode())
+    images = np.zeros((2, 3, 8, 8), np.float32)
+    output = np.zeros((2, 3), np.float32)
+    names = np.array(["a", "b"])
+    np.savez_compressed(folder / "reference.npz", images=images, output=output, names=names)
+    given = {"jmp": JMP, "class_names": ("tench", "a; b", "c"), "engine": TENSORRT, **changes}
+    return make_artifact(folder, **given).write()
+
+
+TENSORRT = dataclasses.replace(ENGINE, flavour="tensorrt", version="10.3.0")
+
+
+def test_the_command_line_knows_the_targets() -> None:
+    assert tuple(targets.TARGETS) == cli.NAMES
+
+
+@pytest.mark.parametrize("target", targets.TARGETS)
+def test_a_bundle_is_whole_elsewhere_and_tells_nothing_of_here(
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a folder with spaces, by the command line; checked by it, and by sha256sum alone."""
+    made_in = tmp_path / "made here"
+    weights = dataclasses.replace(
+        make_artifact(tmp_path).weights, path=str(made_in / "secret" / "w.safetensors")
+    )
+    rebuild = f"python -m jmp_deploy build deit_s --weights '{made_in}/secret/w.safetensors'"
+    folder = made_in / "my model"
+    artifact_at(folder, weights=weights, rebuild=f"{rebuild} -o='{folder}'")
+    out = tmp_path / "out of here" / "bundle"
+    assert main(["package", str(folder), "--for", target, "-o", str(out)]) == 0
+    shutil.rmtree(made_in)
+    moved = tmp_path / "elsewhere.tar"
+    out.with_name("bundle.tar").rename(moved)
+    shutil.rmtree(out)
+    assert main(["package", str(moved), "--verify", "-o", str(out)]) == 0
+    check = ["sha256sum", "--quiet", "-c", "SHA256SUMS"]
+    subprocess.run(check, cwd=out, check=True)
+    assert main(["package", str(out), "--verify"]) == 0
+    for path in (p for p in out.rglob("*") if p.is_file()):
+        assert (
+            b"secret" not in path.read_bytes() and tmp_path.name.encode() not in path.read_bytes()
+        )
+    found = Artifact.read(out / "artifact")
+    found.verify()
+    assert found.engine is None and found.weights.path == "w.safetensors"
+    assert (
+        found.rebuild == "python -m jmp_deploy build deit_s --weights w.safetensors '-o=my model'"
+    )
+    plans = [path.read_bytes() for path in out.rglob("model.plan")]
+    assert plans == ([] if target == "jetson" else [b"model.engine"])
+    readme = (out / "README.md").read_text()
+    assert readme.count("```\n   ") <= 10 and "sha256sum" in readme
+    capsys.readouterr()
+
+
+def test_the_wheel_of_a_bundle_installs_and_runs(tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    make_bundle(artifact_at(tmp_path / "a"), BundleOptions("jetson", out))
+    (wheel,) = (out / "wheel").glob("*.whl")
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(site), str(wheel)], check=True)
+    code = (
+        "import jmp_deploy; from jmp_deploy.plugin.library import sources_dir; "
+        "from jmp_deploy.core.artifact import Artifact; import sys; "
+        "print(jmp_deploy.__file__, sources_dir()); Artifact.read(sys.argv[1]).verify()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out / "artifact")],
+        env=os.environ | {"PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(site / "jmp_deploy" / "__init__.py"),
+        str(site / "jmp_deploy" / "_plugin_src"),
+    ]
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if "__pycache__" in name]
+
+
+REFUSED = {
+    "no engine": ({"engine": None}, {}, EngineError, "no engine: none was asked for"),
+    "rtx": ({"engine": ENGINE}, {}, EngineError, "TensorRT-RTX, Triton runs those of TensorRT"),
+    "version": ({}, {"tensorrt": "10.13"}, EngineError, "TensorRT 10.3.0, the target has 10.13"),
+    "random": ({"weights": RANDOM_WEIGHTS}, {}, ArtifactError, "random weights"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_not_run_there_is_refused(case: str, tmp_path: Path) -> None:
+    changes, options, kind, words = REFUSED[case]
+    artifact = artifact_at(tmp_path / "a", **changes)
+    out = tmp_path / "out" / "b"
+    with pytest.raises(kind, match=words) as caught:
+        make_bundle(artifact, BundleOptions("triton", out, **options))
+    way_out = {"allow_random": True} if case == "random" else {"with_engine": False}
+    assert "--" + "-".join(["no", "engine"] if case != "random" else ["allow", "random"]) in (
+        caught.value.hint or ""
+    )
+    assert not out.parent.exists()
+    made = make_bundle(
+        artifact, BundleOptions("triton", out, with_wheel=False, **options | way_out)
+    )
+    readme = (made.folder / "README.md").read_text()
+    assert ("trtexec" in readme) == (case != "random")
+    assert ("Random weights" in readme) == (case == "random")
+
+
+def test_nothing_is_overwritten_and_nothing_half_made(tmp_path: Path) -> None:
+    artifact = artifact_at(tmp_path / "a")
+    for name in ("b", "b.tar"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ArtifactError, match="exists already"):
+            make_bundle(artifact, BundleOptions("cpp", tmp_path / "b"))
+        (tmp_path / name).rmdir()
+    (tmp_path / "a" / "model.onnx").write_text("altered")
+    with pytest.raises(ArtifactError, match=r"model\.onnx"):
+        make_bundle(artifact, BundleOptions("cpp", tmp_path / "b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bundle.Bundle:
+    options = BundleOptions("cpp", tmp_path / "b", with_wheel=False)
+    return make_bundle(artifact_at(tmp_path / "a"), options)
+
+
+def test_an_altered_or_missing_file_fails_the_check(whole: bundle.Bundle) -> None:
+    file = whole.folder / "runner.cpp"
+    text = file.read_text()
+    file.write_text(text + " ")
+    with pytest.raises(CheckError, match=r"1 files altered, first runner\.cpp"):
+        verify_bundle(whole.folder)
+    assert main(["package", str(whole.folder), "--verify"]) == 1
+    file.unlink()
+    file.symlink_to("/etc/hostname")
+    with pytest.raises(CheckError, match=r"1 files missing, first runner\.cpp"):
+        verify_bundle(whole.folder)
+    file.unlink()
+    file.write_text(text)
+    (whole.folder / ".venv").mkdir()  # what install.sh leaves there is no fault
+    assert verify_bundle(whole.folder).files == whole.files
+
+
+def repacked(source: Path, target: Path, change) -> Path:
+    """A bundle's archive with its members changed; `change` returns (member, content) or None."""
+    with tarfile.open(source) as before, tarfile.open(target, "w") as after:
+        for member in before:
+            content = before.extractfile(member).read()
+            for changed, data in change(member, content):
+                changed.size = len(data)
+                after.addfile(changed, io.BytesIO(data))
+    return target
+
+
+def extra(name: str, **fields):
+    def change(member, content):
+        yield member, content
+        if member.name.endswith("README.md"):
+            added = tarfile.TarInfo(name)
+            for field, value in fields.items():
+                setattr(added, field, value)
+            yield added, b""
+
+    return change
+
+
+HOSTILE = {
+    "foreign": (extra("b/x"), CheckError),
+    "above": (extra("b/../../x"), ArtifactError),
+    "absolute": (extra("/tmp/x"), ArtifactError),
+    "another root": (extra("c/x"), ArtifactError),
+    "link": (extra("b/x", type=tarfile.SYMTYPE, linkname="/etc/passwd"), ArtifactError),
+    "device": (extra("b/x", type=tarfile.CHRTYPE), ArtifactError),
+    "twice": (extra("b/runner.cpp"), ArtifactError),
+    "control character": (extra("b/\x1b[2J"), ArtifactError),
+    "altered": (lambda m, c: [(m, c + b" " if m.name == "b/runner.cpp" else c)], CheckError),
+    "no sums": (lambda m, c: [] if m.name == "b/SHA256SUMS" else [(m, c)], ArtifactError),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_nothing_of_a_hostile_archive_is_unpacked(
+    case: str, whole: bundle.Bundle, tmp_path: Path
+) -> None:
+    change, kind = HOSTILE[case]
+    archive = repacked(whole.tar, tmp_path / "c.tar", change)
+    with pytest.raises(kind) as caught:
+        verify_bundle(archive, tmp_path / "unpacked")
+    assert caught.value.message.isprintable()
+    assert not (tmp_path / "unpacked").exists() and not list(tmp_path.glob(".bundle-*"))
+
+
+def test_what_is_no_bundle_is_one_message(tmp_path: Path, whole: bundle.Bundle) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.tar.read_bytes()[:3000])
+    noise = tmp_path / "noise.tar"
+    noise.write_bytes(os.urandom(4096))
+    for path in (cut, noise, tmp_path / "none.tar", tmp_path):
+        assert main(["package", str(path), "--verify"]) in (1, 2)
+    assert main(["package", str(tmp_path / "a")]) == 2  # neither --for nor --verify
+
+
+# --- What the stacks read ------------------------------------------------------------------------
+
+
+def test_triton_parses_its_configuration(tmp_path: Path) -> None:
+    from google.protobuf import text_format
+
+    spec = find_spec("tritonclient")
+    if spec is None:
+        pytest.skip("tritonclient is not installed")
+    # By its path: the package around it asks for grpcio, which the proto does not need.
+    path = Path(spec.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    spec = spec_from_file_location("model_config_pb2", path)
+    proto = module_from_spec(spec)
+    spec.loader.exec_module(proto)
+
+    for changes in ({}, {"batch": (1, 1, 1)}, {"output": "features", "class_names": None}):
+        artifact = artifact_at(tmp_path / str(len(changes)) / "a", **changes)
+        files = targets.TARGETS["triton"].texts(artifact, "deit")
+        config = text_format.Parse(files["models/deit/config.pbtxt"], proto.ModelConfig())
+        assert config.name == "deit" and config.platform == "tensorrt_plan"
+        assert config.max_batch_size == artifact.batch[2]
+        assert list(config.input[0].dims) == [3, 8, 8] and list(config.output[0].dims) == [3]
+        assert max(config.dynamic_batching.preferred_batch_size) <= config.max_batch_size
+        assert config.optimization.cuda.graphs and config.model_warmup[0].batch_size <= 8
+        assert bool(config.output[0].label_filename) == ("models/deit/labels.txt" in files)
+        shutil.rmtree(tmp_path / str(len(changes)))
+
+
+def test_triton_images_are_looked_up_by_the_engines_tensorrt() -> None:
+    assert targets.triton_image("10.3.0") == "24.08-trtllm-python-py3"
+    assert targets.triton_image("10.13.3.9") == "26.02-trtllm-python-py3"
+    assert targets.triton_image("10.1.0") != targets.triton_image("10.10.0")
+    assert targets.triton_image("11.1.0") is None
+
+
+NVINFER_KEYS = {
+    *("gie-unique-id", "process-mode", "labelfile-path", "gpu-id", "output-tensor-meta"),
+    *("batch-size", "network-mode", "model-engine-file", "output-blob-names", "network-type"),
+    *("infer-dims", "model-color-format", "net-scale-factor", "offsets", "maintain-aspect-ratio"),
+    *("scaling-filter", "custom-lib-path", "onnx-file", "classifier-threshold", "interval"),
+}
+"""Of gstnvinfer_property_parser.h: those that a classifier or a feature extractor may use."""
+
+
+def test_deepstream_gets_keys_that_its_parser_knows(tmp_path: Path) -> None:
+    base = make_artifact(tmp_path).preprocess
+    artifact = make_artifact(tmp_path, jmp=JMP, preprocess=dataclasses.replace(base, **IMAGENET))
+    text = targets.deepstream_config(artifact)
+    rows = dict(re.findall(r"^([a-z-]+)=(.*)$", text, re.MULTILINE))
+    assert rows.keys() <= NVINFER_KEYS and "--fold-normalization" in text
+    # nvinfer computes y = scale * (x - offset): what that is off by, on every 8-bit value
+    scale, offsets, error = targets.deepstream_scale(artifact)
+    worst = 0.0
+    for mean, std, offset in zip(*IMAGENET.values(), offsets, strict=True):
+        differences = [scale * (x - offset) - (x / 255 - mean) / std for x in range(256)]
+        worst = max(worst, *map(abs, differences))
+    assert worst == pytest.approx(error) and 0.01 < error < 0.2
+    folded = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+    raw = dataclasses.replace(artifact, preprocess=dataclasses.replace(base, **folded))
+    text = targets.deepstream_config(raw)
+    assert "net-scale-factor=1\n" in text and "offsets=0;0;0" in text and "fold" not in text
+
+
+def test_isaac_ros_keeps_the_engine_that_it_is_given(tmp_path: Path) -> None:
+    files = targets.TARGETS["isaac-ros"].texts(artifact_at(tmp_path / "a"), "m")
+    given = json.loads(files["parameters.json"])
+    launch = files["jmp.launch.py"]
+    compile(launch, "jmp.launch.py", "exec")
+    assert '"force_engine_update": False' in launch
+    assert all(f'"{name}"' in launch for name in given)
+    assert set(re.findall(r'GIVEN\["(\w+)"\]', launch)) <= given.keys()
+
+
+def test_the_clients_and_scripts_are_well_formed() -> None:
+    compile(targets.template("client.py.txt"), "client.py", "exec")
+    subprocess.run(["bash", "-n"], input=targets.template("install.sh"), text=True, check=True)
+
+
+def header_sets() -> list[Path]:
+    more = os.environ.get("JMP_TENSORRT_HEADERS")
+    return sorted(Path(more).glob("*/include")) if more else []
+
+
+@pytest.mark.parametrize("headers", [None, *header_sets()], ids=lambda p: p and p.parent.name)
+def test_the_cpp_runner_compiles_without_a_warning(headers: Path | None, tmp_path: Path) -> None:
+    """Against TensorRT's headers at hand (10.14), and those of JMP_TENSORRT_HEADERS/*/include."""
+    try:
+        tools = toolchain.find_toolchain()
+    except ToolchainError as error:
+        pytest.skip(error.message)
+    source = tmp_path / "runner.cpp"
+    source.write_text(targets.template("runner.cpp"))
+    command = [*toolchain.nvcc_command(tools.nvcc), "-std=c++17", "-c", str(source)]
+    warnings = "-Xcompiler=-Wall,-Wextra,-Werror"
+    include = ["-isystem", str(headers or tools.headers)]
+    done = subprocess.run(
+        [*command, warnings, *include, "-o", str(tmp_path / "runner.o")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
