@@ -301,6 +301,7 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
     from ..engine.fit import EngineFile
     from ..engine.stage import find_plugin
     from ..export.graph import block_tensors, load_model, mark, prefix_tokens, save_model
+    from ..export.precision import widen
     from ..jmp.trace import Block, Trace
 
     facts = artifact.engine
@@ -317,6 +318,7 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
     spec = builder.EngineSpec(artifact.batch, artifact.image_shape, options, facts.precision)
     with tempfile.TemporaryDirectory(prefix="jmp-debug-") as name:
         model, plan = Path(name) / DEPLOYABLE, Path(name) / ENGINE
+        widen(proto, {*names})
         save_model(mark(proto, dict.fromkeys(names)), model)
         plugin = find_plugin() if artifact.jmp else (None, None)
         built = builder.build_engine(model, plan, facts.flavour, spec, plugin=plugin[0])

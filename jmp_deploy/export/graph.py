@@ -130,19 +130,10 @@ def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
 
 
 def mark(proto: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
-    """The model with these tensors, and no others, as outputs.
-
-    Those in BF16 come out in FP32 (under their names): numpy has no BF16.
-    """
-    from onnx import TensorProto
+    """The model with these tensors, and no others, as outputs."""
     from polygraphy.backend.onnx import modify_outputs
 
-    from .precision import float_types, widen
-
-    types = float_types(proto)
-    wanted = list(names)
-    widen(proto, [name for name in wanted if types.get(name) == TensorProto.BFLOAT16])
-    return modify_outputs(proto, outputs=wanted)
+    return modify_outputs(proto, outputs=list(names))
 
 
 def show_choices(proto: onnx.ModelProto) -> list[onnx.NodeProto]:

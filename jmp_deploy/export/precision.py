@@ -228,8 +228,12 @@ def float_types(proto: onnx.ModelProto) -> dict[str, int]:
 
 
 def widen(proto: onnx.ModelProto, names: Collection[str]) -> None:
-    """Gives tensors of 16 bits their name in FP32, in place; who read them reads the original."""
+    """Gives those of some tensors that are in BF16, which numpy lacks, their names in FP32; who
+    read them reads the original. In place, so that they can be outputs."""
+    types = float_types(proto)
     for name in names:
+        if types.get(name) != TensorProto.BFLOAT16:
+            continue
         _rename(proto.graph.node, name, f"{name}.narrow")
         proto.graph.node.append(_cast(f"{name}.narrow", name, TensorProto.FLOAT, "widen"))
         for value in proto.graph.value_info:

@@ -120,7 +120,8 @@ def make_module(folder: Path, name: str, code: str) -> None:
         ),
         ("import os; os.abort()", "unfit", "ended with code -6"),
         ("class Logger: ...\n__version__ = '8.6.2'", "unfit", "IPluginV3"),
-        ("class Logger: ...\n__version__ = '10.3.0'", "ok", "10.3.0"),
+        ("class Logger: ...\n__version__ = '10.3.0'", "warn", "NVIDIA/TensorRT#4723"),
+        ("class Logger: ...\n__version__ = '11.1.0'", "ok", "11.1.0"),
     ],
 )
 def test_tensorrt_in_every_condition(
