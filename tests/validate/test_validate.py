@@ -426,7 +426,7 @@ def test_resume_without_a_state_starts_from_the_beginning(world, tmp_path, capsy
     assert run(*command, "--json", tmp_path / "v.json")["n"] == 120
     for content in (b"", b"PK\x03\x04 cut", b"no archive"):
         (tmp_path / "v.state.npz").write_bytes(content)
-        fails(capsys, *command, "--json", tmp_path / "v.json", message="is not a state of `validate`")
+        fails(capsys, *command, "--json", tmp_path / "v.json", message="is not a state")
 
 
 def test_ctrl_c_in_the_whole_process_group_is_one_line(world, tmp_path):
