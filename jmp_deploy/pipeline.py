@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,13 +30,16 @@ from .core.artifact import (
 )
 from .core.errors import ArtifactError, EngineError, ScheduleError
 from .core.files import atomic_path, make_writable_dir
-from .core.images import find_images, load_batch, preprocess, sample_photos
+from .core.images import find_images, in_channels, load_batch, preprocess, sample_photos
 from .core.outputs import output_of
 from .engine import builder
 from .engine.stage import Clock, make_engines
+from .jmp.models import OwnModel
 from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .jmp.models import LoadedModel
     from .jmp.node import TokenReduce
     from .quantize.int8 import Int8Options
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 REFERENCE_IMAGES = 4
 
 OnStage = Callable[[str], None]
+OnModel = Callable[["LoadedModel"], None]
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ class BuildOptions:
     """What `build` is asked for; the command line's flags of the same names.
 
     Attributes:
-        model: short or timm name.
+        model: as for `models.load_model`: a name, or a module in hand.
         out: artifact folder.
         weights: "auto", "pretrained", "random" or a path.
+        own: what else is to be said of a model of one's own.
         precision: "fp16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
         int8: images or cache, method and so on, for INT8.
         schedule: spelling for `schedule.parse`.
@@ -62,7 +67,7 @@ class BuildOptions:
         strategy: "jmp" uses tau; "merge" and "prune" are tau = -1 and tau = 2.
         proportional: proportional attention.
         dense: no JMP: the baseline.
-        img_size: pixels, or None for the model's own.
+        img_size: pixels of a square or (height, width), or None for the model's own.
         batch: (min, opt, max) of the engine's profile.
         engine: "auto", "tensorrt", "rtx" or "none".
         targets: architectures for TensorRT-RTX.
@@ -71,9 +76,10 @@ class BuildOptions:
         seed: of random weights, and of the draw of calibration images.
     """
 
-    model: str
+    model: str | nn.Module
     out: Path
     weights: str = "auto"
+    own: OwnModel = field(default_factory=OwnModel)
     precision: Precision = "fp16"
     int8: Int8Options | None = None
     schedule: str = DEFAULT_SCHEDULE
@@ -84,7 +90,7 @@ class BuildOptions:
     strategy: Strategy = "jmp"
     proportional: bool = True
     dense: bool = False
-    img_size: int | None = None
+    img_size: int | tuple[int, int] | None = None
     batch: tuple[int, int, int] = (1, 8, 32)
     engine: str = "auto"
     targets: tuple[str, ...] = ()
@@ -95,12 +101,24 @@ class BuildOptions:
 
 
 def build(
-    options: BuildOptions,
+    options: BuildOptions | nn.Module,
+    out: Path | str | None = None,
     *,
     on_stage: OnStage = lambda name: None,
     on_progress: builder.Progress | None = None,
+    on_model: OnModel = lambda loaded: None,
+    **fields: Any,
 ) -> Artifact:
     """Builds an artifact.
+
+        build(BuildOptions("deit_s", Path("artifacts/deit_s")))
+        build(model, "artifacts/mine", precision="fp32")  # a module in hand; it stays as it is
+
+    Args:
+        options: what is asked for, or a module.
+        out, fields: with a module, the other fields of `BuildOptions`.
+        on_stage, on_progress: told how far it is.
+        on_model: told what was loaded, before the long work starts.
 
     Raises:
         JmpDeployError: with what went wrong; the target folder is as it was before. A check
@@ -109,6 +127,11 @@ def build(
     from .bench.int8 import settle
     from .quantize.int8 import refuse_early
 
+    if not isinstance(options, BuildOptions):
+        name = type(options).__name__
+        options = BuildOptions(options, Path(out or Path("artifacts") / name), **fields)
+    elif out is not None or fields:
+        raise TypeError("out and fields go with a module; BuildOptions has its own")
     least, best, most = options.batch
     if not 1 <= least <= best <= most:
         raise EngineError(
@@ -126,7 +149,7 @@ def build(
     clock = Clock(on_stage)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=options.out))
     try:
-        made, reductions = _portable(options, staging, clock, on_progress)
+        made, reductions = _portable(options, staging, clock, on_progress, on_model)
         # PyTorch's copy of the model is out of reach here; what it held goes back before a builder
         # on a device with little memory starts.
         gc.collect()
@@ -153,6 +176,7 @@ def _portable(
     staging: Path,
     clock: Clock,
     on_progress: builder.Progress | None,
+    on_model: OnModel,
 ) -> tuple[Artifact, list[TokenReduce]]:
     """Model to checked portable ONNX and reference.
 
@@ -165,8 +189,13 @@ def _portable(
 
     with clock("weights"):
         loaded = load_model(
-            options.model, options.weights, img_size=options.img_size, seed=options.seed
+            options.model,
+            options.weights,
+            img_size=options.img_size,
+            seed=options.seed,
+            own=options.own,
         )
+    on_model(loaded)
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
@@ -194,11 +223,19 @@ def _portable(
     made = Artifact(
         folder=staging,
         tools=artifact.tool_versions(),
-        model=Model(loaded.name, size[0], output, asked_for=options.model),
+        model=Model(
+            loaded.name,
+            size[0],
+            output,
+            asked_for=_asked_for(options, loaded),
+            settings=loaded.settings,
+            function=loaded.function,
+        ),
         weights=loaded.origin,
         preprocess=loaded.preprocess,
         class_names=loaded.class_names,
         synsets=loaded.synsets,
+        multi_label=loaded.multi_label,
         jmp=jmp,
         macs=macs,
         precision=options.precision,
@@ -208,6 +245,11 @@ def _portable(
         rebuild=options.rebuild,
     )
     return made, reductions
+
+
+def _asked_for(options: BuildOptions, loaded: LoadedModel) -> str:
+    by_name = isinstance(options.model, str) and not loaded.function
+    return str(options.model if by_name else loaded.origin.source)
 
 
 def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
@@ -265,7 +307,9 @@ def _check(options: BuildOptions, loaded: LoadedModel, portable: Path, output: s
     else:
         photos = sample_photos()
         names = [name for name, _ in photos]
-        images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in photos])
+        spec = loaded.preprocess
+        fitting = [in_channels(photo, spec.channels) for _, photo in photos]
+        images = np.stack([preprocess(photo, spec) for photo in fitting])
     ort.quiet_polygraphy()
     runners = [torch_runner(loaded.model, output), ort.session_runner(portable)]
     precisions: dict[str, str] = {runners[0].name: "fp32", runners[1].name: options.precision}

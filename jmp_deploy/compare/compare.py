@@ -189,7 +189,7 @@ def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
     for path in spread:
         interrupt.check()
         try:
-            images.append(preprocess(open_image(path), spec))
+            images.append(preprocess(open_image(path, spec.channels), spec))
         except ImageError as error:
             unreadable.append((str(path), error.message))
         else:

@@ -61,14 +61,14 @@ def load(paths: Sequence[Path], spec: Preprocess) -> Batch:
         warnings.simplefilter("ignore")  # Pillow on odd EXIF data and large photos
         for position, path in enumerate(paths):
             try:
-                images.append(preprocess(open_image(path), spec))
+                images.append(preprocess(open_image(path, spec.channels), spec))
                 kept.append(position)
             except JmpDeployError as error:
                 unreadable.append((position, error.message))
             except Exception as error:  # a decoder's own slip on a broken file (struct.error, ...)
                 reason = f"cannot read {path} as an image: {type(error).__name__}: {error}"
                 unreadable.append((position, reason))
-    shape = (0, 3, spec.height, spec.width)
+    shape = (0, spec.channels, spec.height, spec.width)
     stacked = np.stack(images) if images else np.zeros(shape, dtype=np.float32)
     return Batch(stacked, tuple(kept), tuple(unreadable))
 
@@ -168,13 +168,13 @@ def _shared(slots: int, size: int, spec: Preprocess) -> Iterator[SharedMemory | 
 
 
 def _slot(memory: SharedMemory, slot: int, size: int, spec: Preprocess) -> NDArray[Any]:
-    shape = (size, 3, spec.height, spec.width)
+    shape = (size, spec.channels, spec.height, spec.width)
     offset = slot * size * _image_bytes(spec)
     return np.ndarray(shape, dtype=np.float32, buffer=memory.buf, offset=offset)
 
 
 def _image_bytes(spec: Preprocess) -> int:
-    return 3 * spec.height * spec.width * np.dtype(np.float32).itemsize
+    return spec.channels * spec.height * spec.width * np.dtype(np.float32).itemsize
 
 
 @contextlib.contextmanager
