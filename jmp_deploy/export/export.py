@@ -34,7 +34,7 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     """Exports a timm ViT, patched or dense, to portable FP32 ONNX with a dynamic batch.
 
     Args:
-        model: in eval mode, float32, on the CPU. Input `images` [B, C, H, W]; output `logits`
+        model: float32, on the CPU; exported in eval mode, whatever its own. Input `images` [B, C, H, W]; output `logits`
             [B, classes], or `features` [B, C] where the model has no classifier.
         path: file to write.
         image_size: (H, W) in pixels.
@@ -48,7 +48,7 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     """
     # A batch of 2: torch.export takes sizes 0 and 1 for constants.
     example = torch.zeros(2, family_of(model).channels(model), *image_size)
-    with _symbolic_reductions(model):
+    with _symbolic_reductions(model), _evaluating(model):
         proto = to_proto(model, example, {0: BATCH}, output_of(model).name)
     add_bodies(proto)
     _name_reductions(proto, model.blocks)
@@ -115,6 +115,18 @@ def _strip_debug_info(proto: onnx.ModelProto) -> None:
         graph_node.doc_string = ""
     for value in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]:
         del value.metadata_props[:]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and stochastic depth are off; each module's mode is as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

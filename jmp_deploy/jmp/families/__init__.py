@@ -74,6 +74,12 @@ class Family(Protocol):
     def head(self, model: Any, x: Tensor, *, pre_logits: bool = False) -> Tensor:
         """What leaves the last block to the model's output, or to what its classifier reads."""
 
+    def reads_prefix_only(self, model: Any) -> bool:
+        """Whether the head looks at no patch token."""
+
+    def passed_over(self, block: Any) -> list[tuple[str, nn.Module]]:
+        """(name, module) of what `attend` and `feed` do not call, but only its layers."""
+
     def heads(self, block: Any) -> tuple[int, int, float]:
         """(number, width of one, scale of the attention logits)."""
 

@@ -16,6 +16,9 @@ from ..schedule import ModelShape
 from . import naming
 from .naming import STEM
 
+PARTS = ("blocks", "patch_embed", "embed_dim", "num_prefix_tokens", "global_pool", "norm", "head")
+"""What a subclass may have taken away."""
+
 SHORT_NAMES: dict[str, tuple[str, int | None]] = {
     "deit_t": ("deit_tiny_patch16_224", None),
     "deit_s": ("deit_small_patch16_224", None),
@@ -49,6 +52,9 @@ class ViT:
     short_names = SHORT_NAMES
 
     def refusal(self, model: Any) -> str | None:
+        missing = [name for name in PARTS if not hasattr(model, name)]
+        if missing:
+            return f"it has no {' and no '.join(missing)}"
         if not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d):
             return f"its patch embedding is {type(model.patch_embed).__name__}, not PatchEmbed"
         if getattr(model, "attn_pool", None) is not None:
@@ -58,6 +64,9 @@ class ViT:
                 return f"block {index} is a {type(block).__name__}, not a plain pre-norm Block"
             if type(block.attn) is not Attention:
                 return f"block {index} has {type(block.attn).__name__}, not plain Attention"
+            for name, module in block.named_modules():
+                if (odd := _odd(module)) is not None:
+                    return f"block {index} has {odd} at {name}"
         return None
 
     def shape(self, model: Any) -> ModelShape:
@@ -79,7 +88,7 @@ class ViT:
             head_macs=sum(_linear_weights(head) for head in heads if head is not None),
             has_class_token=model.cls_token is not None,
             qkv_weights=block.attn.qkv.weight.numel(),
-            head_reads_prefix_only=model.global_pool == "token" and model.cls_token is not None,
+            head_reads_prefix_only=self.reads_prefix_only(model),
         )
 
     def patch_embed(self, model: Any) -> Any:
@@ -174,6 +183,12 @@ class ViT:
     def head(self, model: Any, x: Tensor, *, pre_logits: bool = False) -> Tensor:
         return model.forward_head(model.norm(x), pre_logits=pre_logits)
 
+    def reads_prefix_only(self, model: Any) -> bool:
+        return model.global_pool == "token" and model.cls_token is not None
+
+    def passed_over(self, block: Any) -> list[tuple[str, nn.Module]]:
+        return [("", block), (".attn", block.attn)]
+
     def heads(self, block: Any) -> tuple[int, int, float]:
         return block.attn.num_heads, block.attn.head_dim, block.attn.scale
 
@@ -240,6 +255,21 @@ def attention(
 def _linear_weights(module: nn.Module) -> int:
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     return sum(layer.weight.numel() for layer in layers)
+
+
+def _odd(module: nn.Module) -> str | None:
+    """What a part of a block is, if it is neither PyTorch's nor timm's or holds no plain floats."""
+    kind = type(module)
+    if not kind.__module__.startswith(("torch.nn.", "timm.")):
+        return (
+            f"a {kind.__name__} of {kind.__module__} (merge LoRA weights first, with peft: "
+            "model.merge_and_unload())"
+        )
+    for value in module.parameters(recurse=False):
+        plain = type(value.data) is Tensor and value.is_floating_point()
+        if not plain:
+            return f"quantized weights in a {kind.__name__} (take those from before)"
+    return None
 
 
 def _block(name: str) -> int:
