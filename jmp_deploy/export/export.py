@@ -34,8 +34,8 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     """Exports a timm ViT, patched or dense, to portable FP32 ONNX with a dynamic batch.
 
     Args:
-        model: float32, on the CPU; exported in eval mode, whatever its own. Input `images` [B, C, H, W]; output `logits`
-            [B, classes], or `features` [B, C] where the model has no classifier.
+        model: float32, on the CPU; exported in eval mode, whatever its own. Input `images`
+            [B, C, H, W]; output `logits` [B, classes], or `features` [B, C] where the model has no classifier.
         path: file to write.
         image_size: (H, W) in pixels.
 

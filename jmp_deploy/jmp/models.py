@@ -285,7 +285,7 @@ def _of_folder(folder: Path) -> _Source:
             )
         if "model_type" in config:
             return _of_transformers(folder, config, file)
-        from timm.models import load_model_config_from_path
+        from timm.models._hub import load_model_config_from_path
 
         settings, architecture, kwargs = load_model_config_from_path(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

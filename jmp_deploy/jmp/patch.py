@@ -99,9 +99,7 @@ class JMPBlocks(nn.Module):
                 "take JMP out with jmp_deploy.unpatch(model), give the model its image size "
                 "(timm: model.set_input_size(img_size=...)), and patch it again",
             )
-        # torch.compile need not look into the exporter's flags.
-        exporting = not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export()
-        if exporting and self.reduce in REDUCES.values():
+        if torch.onnx.is_in_onnx_export() and self.reduce in REDUCES.values():
             raise ModelError(
                 "a patched model does not go to ONNX by torch.onnx.export alone",
                 "jmp_deploy.build(model, DIR) with the model before it is patched, or "
