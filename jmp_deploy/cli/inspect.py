@@ -25,8 +25,8 @@ def add(commands: Any) -> None:
         commands,
         _inspect,
         "inspect",
-        "show what is in an artifact, an ONNX model (as the TensorRT parser sees it), an engine or a "
-        "checkpoint",
+        "show what is in an artifact, an ONNX model (as the TensorRT parser sees it), an engine or "
+        "a checkpoint",
         (
             "inspect artifacts/deit_s",
             "inspect model_best.pth.tar",

@@ -35,7 +35,8 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
 
     Args:
         model: float32, on the CPU; exported in eval mode, whatever its own. Input `images`
-            [B, C, H, W]; output `logits` [B, classes], or `features` [B, C] where the model has no classifier.
+            [B, C, H, W]; output `logits` [B, classes], or `features` [B, C] where the model has no
+            classifier.
         path: file to write.
         image_size: (H, W) in pixels.
 

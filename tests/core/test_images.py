@@ -131,9 +131,9 @@ def test_grey_16_bit_and_many_channels(tmp_path):
     many = Preprocess(4, 4, 4, "bicubic", "center", (0.5,) * 5, (0.25,) * 5)
     np.save(tmp_path / "m.npy", np.full((8, 8, 5), 0.75, np.float32))
     np.testing.assert_allclose(images.load_batch([tmp_path / "m.npy"], many), 1, atol=1e-5)
-    for name, spec in (("m.npy", spec), ("g.png", many)):
+    for name, wrong in (("m.npy", spec), ("g.png", many)):
         with pytest.raises(ImageError, match="the model takes"):
-            images.load_batch([tmp_path / name], spec)
+            images.load_batch([tmp_path / name], wrong)
     np.save(tmp_path / "o.npy", np.array([object()], dtype=object))
     with pytest.raises(ImageError, match="cannot read"):
         images.load_batch([tmp_path / "o.npy"], many)

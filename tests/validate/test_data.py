@@ -283,9 +283,9 @@ def test_the_order_of_classes_is_timms(tmp_path):
     assert natural(names) == sorted(numbers, key=numbers.get)
     assert differing(names) and not differing(["a", "b", "c"])
     with pytest.raises(ImageError, match="ambiguous: class 0 is 'B10'"):
-        data.for_classifier(tmp_path, None, data.ClassOrder(5))
-    known = data.ClassOrder(5, tuple(natural(names)))
-    found = data.for_classifier(tmp_path, None, known)
+        for_classifier(tmp_path, None, ClassOrder(5))
+    known = ClassOrder(5, tuple(natural(names)))
+    found = for_classifier(tmp_path, None, known)
     assert [s.label for s in found.samples] == [
         numbers[s.path.split("/")[0]] for s in found.samples
     ]
@@ -297,7 +297,7 @@ def test_class_names_that_are_numbers_are_names(tmp_path):
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").touch()
-    found = data.for_classifier(tmp_path, None, data.ClassOrder(10, names))
+    found = for_classifier(tmp_path, None, ClassOrder(10, names))
     assert {s.path.split("/")[0]: s.label for s in found.samples}["10"] == 1
 
 
@@ -305,6 +305,6 @@ def test_kaggles_table_without_endings(tmp_path):
     (tmp_path / "v1.JPEG").touch()
     table = tmp_path / "LOC_val_solution.csv"
     table.write_text("ImageId,PredictionString\nv1,n03995372 85 1 499 272 n03995372 1 2 3 4\n")
-    order = data.ClassOrder(2, None, ("n01440764", "n03995372"))
-    (sample,) = data.for_classifier(tmp_path, table, order).samples
+    order = ClassOrder(2, None, ("n01440764", "n03995372"))
+    (sample,) = for_classifier(tmp_path, table, order).samples
     assert (sample.path, sample.label) == ("v1.JPEG", 1)
