@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from .core.files import atomic_path, make_writable_dir, staging_dir
 from .core.images import (
     MAX_SIDE,
     find_images,
+    in_channels,
     label,
     load_batch,
     open_image,
@@ -52,11 +53,13 @@ from .core.images import (
 from .core.outputs import output_of
 from .engine import builder
 from .engine.stage import Clock, make_engines
+from .jmp.models import OwnModel
 from .jmp.schedule import DEFAULT as DEFAULT_SCHEDULE
 from .jmp.schedule import check_spelling
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import nn
 
     from .jmp.models import LoadedModel
     from .jmp.node import TokenReduce
@@ -67,6 +70,7 @@ CHECK_IMAGES = 64
 """Photos of the check at most, spread evenly over those that are named."""
 
 OnStage = Callable[[str], None]
+OnModel = Callable[["LoadedModel"], None]
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,10 @@ class BuildOptions:
     """What `build` is asked for; the command line's flags of the same names.
 
     Attributes:
-        model: short or timm name.
+        model: as for `models.load_model`: a name, or a module in hand.
         out: artifact folder.
         weights: "auto", "pretrained", "random" or a path.
+        own: what else is to be said of a model of one's own.
         precision: "fp16", "bf16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
         fp32: what computes in FP32 all the same: words such as "attention:0-3" (see
             `export.numerics.asked_nodes`). What is too large for FP16 does by itself.
@@ -87,7 +92,7 @@ class BuildOptions:
         strategy: "jmp" uses tau; "merge" and "prune" are tau = -1 and tau = 2.
         proportional: proportional attention.
         dense: no JMP: the baseline.
-        img_size: pixels, or None for the model's own.
+        img_size: pixels of a square or (height, width), or None for the model's own.
         batch: (min, opt, max) of the engine's profile.
         engine: "auto", "tensorrt", "rtx" or "none".
         targets: architectures for TensorRT-RTX.
@@ -97,9 +102,10 @@ class BuildOptions:
         seed: of random weights, and of the draw of calibration images.
     """
 
-    model: str
+    model: str | nn.Module
     out: Path
     weights: str = "auto"
+    own: OwnModel = field(default_factory=OwnModel)
     precision: Precision = "fp16"
     fp32: tuple[str, ...] = ()
     int8: Int8Options | None = None
@@ -111,7 +117,7 @@ class BuildOptions:
     strategy: Strategy = "jmp"
     proportional: bool = True
     dense: bool = False
-    img_size: int | None = None
+    img_size: int | tuple[int, int] | None = None
     batch: tuple[int, int, int] = (1, 8, 32)
     engine: str = "auto"
     targets: tuple[str, ...] = ()
@@ -123,12 +129,24 @@ class BuildOptions:
 
 
 def build(
-    options: BuildOptions,
+    options: BuildOptions | nn.Module,
+    out: Path | str | None = None,
     *,
     on_stage: OnStage = lambda name: None,
     on_progress: builder.Progress | None = None,
+    on_model: OnModel = lambda loaded: None,
+    **fields: Any,
 ) -> Artifact:
     """Builds an artifact.
+
+        build(BuildOptions("deit_s", Path("artifacts/deit_s")))
+        build(model, "artifacts/mine", precision="fp32")  # a module in hand; it stays as it is
+
+    Args:
+        options: what is asked for, or a module.
+        out, fields: with a module, the other fields of `BuildOptions`.
+        on_stage, on_progress: told how far it is.
+        on_model: told what was loaded, before the long work starts.
 
     Raises:
         JmpDeployError: with what went wrong; the target folder is as it was before. A check
@@ -139,6 +157,11 @@ def build(
     from .compare.check import check_engine
     from .quantize.int8 import refuse_early
 
+    if not isinstance(options, BuildOptions):
+        name = type(options).__name__
+        options = BuildOptions(options, Path(out or Path("artifacts") / name), **fields)
+    elif out is not None or fields:
+        raise TypeError("out and fields go with a module; BuildOptions has its own")
     least, best, most = options.batch
     if not 1 <= least <= best <= most:
         raise EngineError(
@@ -159,7 +182,9 @@ def build(
     clock = Clock(on_stage)
     try:
         with staging_dir(options.out) as staging:
-            made, reference, reductions = _portable(options, photos, staging, clock, on_progress)
+            made, reference, reductions = _portable(
+                options, photos, staging, clock, on_progress, on_model
+            )
             # PyTorch's copy of the model is out of reach here; what it held goes back before a
             # builder on a device with little memory starts.
             gc.collect()
@@ -195,6 +220,7 @@ def _portable(
     staging: Path,
     clock: Clock,
     on_progress: builder.Progress | None,
+    on_model: OnModel,
 ) -> tuple[Artifact, Reference, list[TokenReduce]]:
     """Model to checked portable ONNX and reference.
 
@@ -208,10 +234,15 @@ def _portable(
 
     with clock("weights"):
         loaded = load_model(
-            options.model, options.weights, img_size=options.img_size, seed=options.seed
+            options.model,
+            options.weights,
+            img_size=options.img_size,
+            seed=options.seed,
+            own=options.own,
         )
         if options.fold_normalization:
             loaded.preprocess = fold.fold_normalization(loaded.model, loaded.preprocess)
+    on_model(loaded)
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
@@ -245,11 +276,19 @@ def _portable(
     made = Artifact(
         folder=staging,
         tools=artifact.tool_versions(),
-        model=Model(loaded.name, size[0], output, asked_for=options.model),
+        model=Model(
+            loaded.name,
+            size[0],
+            output,
+            asked_for=_asked_for(options, loaded),
+            settings=loaded.settings,
+            function=loaded.function,
+        ),
         weights=loaded.origin,
         preprocess=loaded.preprocess,
         class_names=loaded.class_names,
         synsets=loaded.synsets,
+        multi_label=loaded.multi_label,
         jmp=jmp,
         macs=macs,
         precision=options.precision,
@@ -260,6 +299,11 @@ def _portable(
         rebuild=options.rebuild,
     )
     return made, reference, reductions
+
+
+def _asked_for(options: BuildOptions, loaded: LoadedModel) -> str:
+    by_name = isinstance(options.model, str) and not loaded.function
+    return str(options.model if by_name else loaded.origin.source)
 
 
 def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
@@ -308,9 +352,9 @@ def _load(photos: list[Path], loaded: LoadedModel) -> tuple[list[str], NDArray[n
     """What the model is checked on: names, and images [B, 3, H, W]."""
     if photos:
         return [label(path) for path in photos], load_batch(photos, loaded.preprocess)
-    samples = sample_photos()
-    images = np.stack([preprocess(photo, loaded.preprocess) for _, photo in samples])
-    return [name for name, _ in samples], images
+    samples, spec = sample_photos(), loaded.preprocess
+    fitting = [in_channels(photo, spec.channels) for _, photo in samples]
+    return [name for name, _ in samples], np.stack([preprocess(photo, spec) for photo in fitting])
 
 
 def _check(
@@ -388,8 +432,10 @@ def _refuse_contradictions(options: BuildOptions) -> None:
         raise ScheduleError(
             f"--strategy {options.strategy} decides without --tau", "leave one of them out"
         )
-    if options.img_size is not None and not 1 <= options.img_size <= MAX_SIDE:
-        raise ModelError(f"an image size of {options.img_size} is not in 1 to {MAX_SIDE}")
+    size = options.img_size
+    sides = (size,) if isinstance(size, int) else size or ()
+    if not all(1 <= side <= MAX_SIDE for side in sides):
+        raise ModelError(f"an image size of {size} is not in 1 to {MAX_SIDE}")
     if not 0 <= options.seed < 1 << 63:
         raise ModelError(f"seed {options.seed} is not in 0 to {(1 << 63) - 1}")
 

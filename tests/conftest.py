@@ -96,7 +96,8 @@ def built(once):
         from jmp_deploy.jmp.models import load_model
 
         save_file(load_model("deit_t", "random").model.state_dict(), folder / "w.safetensors")
-        command = ["build", "deit_t", "--weights", str(folder / "w.safetensors")]
+        command = ["build", "deit_t", "--labels", "imagenet"]
+        command += ["--weights", str(folder / "w.safetensors")]
         command += ["-o", str(folder / "a"), "--json", str(folder / "build.json")]
         assert main(command) == 0
 

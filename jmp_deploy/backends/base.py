@@ -273,7 +273,7 @@ def function_runner(function: Callable[[Images], dict[str, Any]], name: str) -> 
 
     class FunctionRunner(BaseRunner):  # type: ignore[misc]
         def get_input_metadata_impl(self) -> Any:
-            return TensorMetadata().add(INPUT, np.float32, (-1, 3, -1, -1))
+            return TensorMetadata().add(INPUT, np.float32, (-1, -1, -1, -1))
 
         def infer_impl(self, feed_dict: dict[str, Any]) -> dict[str, Any]:
             started = time.perf_counter()

@@ -99,10 +99,11 @@ def predict(
     skipped: list[dict[str, str]] = []
     with _open(path, found, options) as (infer, spec, output, backend, reason):
         names = found.class_names if found else None
+        scored = {"multi_label": found.multi_label} if found else {}
         for start in range(0, len(paths), CHUNK):
             piece, batch = _decode(paths[start : start + CHUNK], spec, skipped)
             for image, row in zip(piece, _run_finite(infer, output, batch, piece), strict=True):
-                records.append({"image": str(image), **output.answer(row, names, topk)})
+                records.append({"image": str(image), **output.answer(row, names, topk, **scored)})
     if not records:
         raise ImageError(skipped[0]["error"], f"{len(skipped)} images, none of them readable")
     return Predictions(records, output, backend, reason, skipped)

@@ -8,7 +8,7 @@ timm and the ONNX tools; random weights do, time does not depend on them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,15 @@ def export_parts(
         ModuleNotFoundError: PyTorch, timm or the ONNX tools are missing.
         JmpDeployError: the model is not known or not supported.
     """
+    from ..core.artifact import Weights
     from ..export import export
-    from ..jmp.models import load_model
+    from ..jmp.families import family_of
+    from ..jmp.models import restore_model
     from ..jmp.patch import model_shape
 
-    loaded = load_model(artifact.model.name, "random", img_size=artifact.model.image_size)
-    model, shape = loaded.model, model_shape(loaded.model)
-    size = (loaded.preprocess.height, loaded.preprocess.width)
+    model = restore_model(replace(artifact, jmp=None, weights=Weights("random", seed=0)))
+    shape = model_shape(model)
+    size = family_of(model).patch_embed(model).img_size
     files = {}
     for name in (ATTENTION, MLP, DENSE):
         on_part(name)
@@ -59,7 +61,7 @@ def export_parts(
         else:
             _export_chain(model, name, shape, raw)
         files[name] = _at_precision(raw, folder / f"{name}.onnx", artifact.precision)
-    return Parts(shape, (3, *size), files)
+    return Parts(shape, artifact.image_shape, files)
 
 
 def with_tokens(source: Path, tokens: int, target: Path) -> Path:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from ..core.artifact import Artifact, EngineFacts, Fp32, Int8, Jmp, Large, Macs
+    from ..core.images import Preprocess
+    from ..jmp.models import LoadedModel, OwnModel
 
 SHOWN_MORE = 5
 """Rows of the ranking behind the last layer that stays in FP16."""
@@ -55,7 +57,7 @@ def add(commands: Any) -> None:
         "--weights",
         metavar="auto|pretrained|random|PATH",
         help="auto takes pretrained ones, or random ones (for timing only) where the hub cannot be "
-        "reached; PATH is .safetensors or a .pth of plain tensors (auto)",
+        "reached; PATH is .safetensors or what a trainer saved with torch.save (auto)",
     )
     parser.add_argument(
         "--precision",
@@ -108,6 +110,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--dense", action="store_true", help="no JMP: the baseline")
     flags.add_img_size(parser)
+    flags.add_own_model(parser)
     parser.add_argument(
         "--batch",
         type=_batch,
@@ -208,12 +211,17 @@ def _build(given: argparse.Namespace) -> int:
         raise JmpDeployError(
             "--schedule, --keep-rate with --blocks, and --dense exclude each other", "choose one"
         )
-    name = given.model.replace("/", "_") + ("-dense" if "dense" in given else "")
-    out = given.out or Path("artifacts") / name
-    int8 = flags.fill(Int8Options, given, "int8.")
-    asked = flags.fill(BuildOptions, given, out=out, int8=int8, rebuild=_from_anywhere(given, out))
+    out = given.out or Path("artifacts") / (_folder(given.model) + "-dense" * ("dense" in given))
+    int8, own = flags.fill(Int8Options, given, "int8."), own_model(given)
+    rebuild = _from_anywhere(given, out)
+    asked = flags.fill(BuildOptions, given, out=out, int8=int8, own=own, rebuild=rebuild)
     with show.Progress() as progress:
-        made = build(asked, on_stage=progress.stage, on_progress=progress.steps)
+        made = build(
+            asked,
+            on_stage=progress.stage,
+            on_progress=progress.steps,
+            on_model=lambda loaded: progress.say(found_out(loaded)),
+        )
     show.show(given, summary(made), made.to_json())
     if not made.check.ok:
         fail(
@@ -244,13 +252,53 @@ def _from_anywhere(given: argparse.Namespace, out: Path) -> str:
     return f"cd {shlex.quote(str(Path.cwd()))} && {command}"
 
 
+def own_model(given: argparse.Namespace) -> OwnModel:
+    """What the flags say of a model of one's own."""
+    from ..jmp.models import OwnModel
+
+    kwargs = dict(getattr(given, "own.kwargs", None) or ())
+    return flags.fill(OwnModel, given, "own.", kwargs=kwargs)
+
+
+def _folder(name: str) -> str:
+    """A name for an artifact's folder: of a path its last part, else the name without slashes."""
+    if name.startswith("local-dir:") or Path(name).exists():
+        path = Path(name.removeprefix("local-dir:")).resolve()
+        return path.name.split(".")[0] if path.is_file() else path.name
+    return name.replace("/", "_").replace(":", "_")
+
+
+def found_out(loaded: LoadedModel) -> list[str]:
+    """What a build is about to work on, in lines, before the long work starts."""
+    spec, count = loaded.preprocess, int(loaded.model.num_classes)
+    names = f", {', '.join(loaded.class_names[:3])}, ..." if loaded.class_names else ""
+    gives = f"{count} class{'es' * (count != 1)}{names}" if count else "features"
+    return [
+        f"model: {loaded.name}, {spec.channels}x{spec.height}x{spec.width}, {gives}",
+        f"weights: {show.weights(loaded.origin)}",
+        *(f"  {note}" for note in loaded.origin.notes),
+        f"images: {images_words(spec)}",
+    ]
+
+
+def images_words(spec: Preprocess) -> str:
+    """Preprocessing in words."""
+    edge = f"{spec.resize}" if spec.resize_width is None else f"{spec.resize}x{spec.resize_width}"
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (spec.mean, spec.std))
+    return (
+        f"resized to {edge} ({spec.interpolation}, {spec.crop_mode}), cropped to "
+        f"{spec.height}x{spec.width}, mean {mean}, std {std}"
+    )
+
+
 def rows_of(made: Artifact) -> list[tuple[str, str]]:
     """What an artifact is: names and words."""
     jmp, check = made.jmp, made.check
     rows = [
         ("artifact", str(made.folder)),
-        ("model", f"{made.model.name} at {made.model.image_size} pixels"),
-        ("weights", show.weights(made.weights)),
+        ("model", f"{made.model.name} at {_pixels(made.preprocess)} pixels"),
+        ("weights", "\n".join((show.weights(made.weights), *made.weights.notes))),
+        ("images", images_words(made.preprocess)),
         ("precision", _precision(made)),
         *fp32_rows(made.fp32),
         *(int8_rows(made.int8) if made.int8 else ()),
@@ -317,6 +365,10 @@ def fp32_rows(found: Fp32 | None) -> list[tuple[str, str]]:
         names = ", ".join(found.weights[:SHOWN_PLACES])
         lines.append(f"weights beyond 65504: {names}")
     return [("kept in FP32", "\n".join([*lines, f"{len(found.nodes)} operators in all"]))]
+
+
+def _pixels(spec: Preprocess) -> str:
+    return f"{spec.height}" if spec.height == spec.width else f"{spec.height}x{spec.width}"
 
 
 def _precision(made: Artifact) -> str:

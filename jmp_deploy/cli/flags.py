@@ -9,6 +9,7 @@ reads itself has a default here.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..backends import AUTO, AUTO_HELP, DEPLOYED
+from ..core.images import FILTERS
 
 T = TypeVar("T")
 PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
@@ -72,7 +74,11 @@ def add_artifact(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="deit_s, dinov2_s, ... or any timm name")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="deit_s, dinov2_s, ...; any timm name; hf-hub:OWNER/NAME; local-dir:FOLDER",
+    )
 
 
 def add_images(parser: argparse.ArgumentParser, what: str) -> None:
@@ -81,7 +87,10 @@ def add_images(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_img_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--img-size", type=whole(1, MOST_PIXELS), metavar="PIXELS", help="(the model's own)"
+        "--img-size",
+        type=size,
+        metavar="PIXELS|H,W",
+        help="(the file's, the folder's or the model's own)",
     )
 
 
@@ -90,6 +99,63 @@ def add_weights(parser: argparse.ArgumentParser, more: str = "") -> None:
         "--weights", metavar="auto|pretrained|random|PATH", help=f"as for build (auto{more})"
     )
     add_img_size(parser)
+
+
+def add_own_model(parser: argparse.ArgumentParser) -> None:
+    """What the file of one's own model does not say; `fill(OwnModel, given, "own.")`."""
+    group = parser.add_argument_group(
+        "your own model", "What neither its file nor the timm name says, or says wrongly."
+    )
+    group.add_argument(
+        "--weights-key",
+        dest="own.weights_key",
+        metavar="KEY",
+        help="which state of a file that holds several, e.g. state_dict (averaged weights, EMA, "
+        "where there are any)",
+    )
+    group.add_argument(
+        "--model-kwargs",
+        dest="own.kwargs",
+        type=assignments,
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="arguments of timm.create_model, e.g. global_pool=avg reg_tokens=4 (by the weights' "
+        "shapes)",
+    )
+    group.add_argument("--mean", dest="own.mean", type=decimals, metavar="R,G,B", help="on [0, 1]")
+    group.add_argument("--std", dest="own.std", type=decimals, metavar="R,G,B", help="on [0, 1]")
+    group.add_argument(
+        "--crop-pct",
+        dest="own.crop_pct",
+        type=share,
+        metavar="SHARE",
+        help="centre crop, of the resized image's edge",
+    )
+    group.add_argument("--interpolation", dest="own.interpolation", choices=FILTERS)
+    group.add_argument(
+        "--labels",
+        dest="own.labels",
+        metavar="FILE|DIR|imagenet",
+        help="class names by number: text, JSON, CSV, or the folder of the training set",
+    )
+    group.add_argument(
+        "--label-order",
+        dest="own.label_order",
+        choices=("lexical", "natural"),
+        help="of a training folder: torchvision's or timm's (asked for where they differ)",
+    )
+    group.add_argument(
+        "--multi-label",
+        dest="own.multi_label",
+        action="store_true",
+        help="each class is a question of its own: scores are sigmoids",
+    )
+    group.add_argument(
+        "--from",
+        dest="own.function",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="a function of your Python that returns the model; MODEL is then its name alone",
+    )
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -197,6 +263,38 @@ def decimal(text: str, what: str = "a number") -> float:
         return float(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
+
+
+def decimals(text: str) -> tuple[float, ...]:
+    """Numbers, with commas."""
+    return tuple(decimal(part) for part in text.split(","))
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    number = decimal(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1")
+    return number
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """Pixels of a square, or height and width."""
+    sides = tuple(whole(1, MOST_PIXELS)(part) for part in text.split(","))
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither PIXELS nor H,W")
+    return sides[0] if len(sides) == 1 or sides[0] == sides[1] else (sides[0], sides[1])
+
+
+def assignments(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, as timm's --model-kwargs takes it: a Python literal, or a word."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return name, value
 
 
 def words(text: str) -> tuple[str, ...]:

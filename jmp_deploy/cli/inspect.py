@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+SHOWN_SETTINGS = ("img_size", "input_size", "mean", "std", "crop_pct", "num_classes", "gp")
+"""Of what a trainer kept in a checkpoint; --json has all of it."""
+
+
 def add(commands: Any) -> None:
     """Adds it to what `add_subparsers` returned."""
     parser = flags.add_command(
         commands,
         _inspect,
         "inspect",
-        "show what is in an artifact, an ONNX model (as the TensorRT parser sees it) or an engine",
-        ("inspect artifacts/deit_s", "inspect artifacts/deit_s/model.trt.onnx --json -"),
+        "show what is in an artifact, an ONNX model (as the TensorRT parser sees it), an engine or "
+        "a checkpoint",
+        (
+            "inspect artifacts/deit_s",
+            "inspect model_best.pth.tar",
+            "inspect artifacts/deit_s/model.trt.onnx --json -",
+        ),
     )
     parser.add_argument("path", type=Path, metavar="DIR|FILE")
 
@@ -63,9 +72,27 @@ def _summary(result: dict[str, Any]) -> list[RenderableType]:
             ("layers", str(len(engine["layers"]))),
         ]
         parts.append(show.facts(rows))
+    if found := result.get("checkpoint"):
+        parts.append(show.facts(_checkpoint(found)))
     for part, reason in result["missing"].items():
         parts.append(show.styled(f"no {part}: {reason}", "yellow"))
     return parts
+
+
+def _checkpoint(found: dict[str, Any]) -> list[tuple[str, str]]:
+    types = ", ".join(f"{count} {name}" for name, count in found["types"].items())
+    shown = ("head.weight", "pos_embed", "patch_embed.proj.weight", "cls_token", "fc_norm.weight")
+    shapes = {name: shape for name, shape in found["shapes"].items() if name in shown}
+    kept = {k: v for k, v in found["trainer"].items() if k in SHOWN_SETTINGS and v is not None}
+    return [
+        ("checkpoint", f"state {found['key'] or 'at its top'}"),
+        ("other states", ", ".join(name or "its top" for name in found["others"]) or "none"),
+        ("model", found["architecture"] or "not said"),
+        ("tensors", f"{found['tensors']} ({types}), {found['parameters'] / 1e6:.2f} M parameters"),
+        ("shapes", ", ".join(f"{name} {shape}" for name, shape in shapes.items())),
+        ("settings", ", ".join(f"{name} {value}" for name, value in kept.items()) or "none"),
+        ("notes", "; ".join(found["notes"]) or "none"),
+    ]
 
 
 def _network(network: dict[str, Any]) -> list[RenderableType]:

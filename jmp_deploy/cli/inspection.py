@@ -13,6 +13,7 @@ from ..core.device import gpus
 from ..core.errors import ArtifactError, JmpDeployError, MissingPackageError, install_command
 from ..engine import builder
 from ..export import graph
+from ..jmp import checkpoint
 
 
 def inspect_artifact(found: artifact.Artifact) -> dict[str, Any]:
@@ -45,11 +46,11 @@ def inspect_artifact(found: artifact.Artifact) -> dict[str, Any]:
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Looks into a .onnx, .engine or .plan file.
+    """Looks into a .onnx, .engine or .plan file, or a checkpoint.
 
     Returns:
-        {"path", "kind", "missing", ...}: "onnx" with "onnx" and "network", or "engine" with
-        "engine"; see `inspect_artifact`.
+        {"path", "kind", "missing", ...}: "onnx" with "onnx" and "network", "engine" with
+        "engine", or "checkpoint" with "checkpoint"; see `inspect_artifact`.
 
     Raises:
         JmpDeployError: nothing there, corrupt, or an engine without a GPU to open it.
@@ -68,7 +69,37 @@ def inspect_file(path: Path) -> dict[str, Any]:
             found.verify(path.name)
         facts = found.engine if found else None
         return {"path": str(path), "kind": "engine", "engine": _engine(path, facts), "missing": {}}
-    raise ArtifactError(f"{path} is neither an artifact folder nor a .onnx, .engine or .plan file")
+    if path.suffix in checkpoint.SUFFIXES:
+        return {"path": str(path), "kind": "checkpoint", "missing": {}, **_checkpoint(path)}
+    raise ArtifactError(
+        f"{path} is neither an artifact folder, a .onnx, .engine or .plan file, nor a checkpoint"
+    )
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """What `build --weights` would find in a file."""
+    try:
+        from ..jmp.families import roots
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{error.name} is not installed", install_command("export")
+        ) from error
+    found = checkpoint.read(path, roots)
+    types = Counter(str(value.dtype).removeprefix("torch.") for value in found.state.values())
+    return {
+        "checkpoint": {
+            "key": found.key,
+            "others": list(found.others),
+            "architecture": found.architecture,
+            "tensors": len(found.state),
+            "parameters": sum(value.numel() for value in found.state.values()),
+            "types": dict(types),
+            "shapes": {name: list(value.shape) for name, value in found.state.items()},
+            "left_out": list(found.left_out),
+            "trainer": found.trainer,
+            "notes": list(found.notes),
+        }
+    }
 
 
 def onnx_facts(path: Path) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def weights(origin: Weights) -> str:
         return f"pretrained ({origin.source})"
     if origin.kind == "file":
         return f"{origin.path} (sha256 {str(origin.sha256)[:12]}...)"
+    if origin.kind == "python":
+        return f"of {origin.source} (sha256 {str(origin.sha256)[:12]}...)"
     why = f"; no pretrained ones: {origin.reason}" if origin.reason else ""
     return f"RANDOM (seed {origin.seed}{why})"
 
@@ -271,6 +273,11 @@ class Progress:
             self.line = f"{self.label}: {time.monotonic() - self.started:.1f} s"
         self._say()
         self.task = None
+
+    def say(self, lines: Iterable[str]) -> None:
+        """Prints what was found out on the way."""
+        for line in lines:
+            self.console.print(line, soft_wrap=True)
 
     def _say(self) -> None:
         """Prints the line that is due, once."""

@@ -76,12 +76,24 @@ Triple = tuple[Count, Count, Count]
 
 @dataclass(frozen=True)
 class Model:
-    """name: timm's; asked_for: what the user called it; image_size: pixels; output: its name."""
+    """Which model it is.
+
+    Attributes:
+        name: timm's.
+        image_size: height in pixels; `Preprocess` has the width too.
+        output: its name.
+        asked_for: what the user called it.
+        settings: arguments of `timm.create_model` where the model is not as timm makes it by its
+            name: classes, channels, pooling, ...
+        function: "package.module:function" of the user's Python that made it, if one did.
+    """
 
     name: str
     image_size: Count
     output: str
     asked_for: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    function: str = ""
 
     def __post_init__(self) -> None:
         if self.output not in OUTPUTS:
@@ -93,13 +105,15 @@ class Weights:
     """Where the weights come from.
 
     Attributes:
-        path, sha256: of a file.
+        path, sha256: of a file; of a model that the user's Python made, sha256 over its tensors.
         source, tag: of pretrained ones.
         seed: of random ones.
+        key: of the state in a file that holds several.
+        notes: what was inferred from the file or decided about it, in sentences.
         fallback_for, reason: what was wanted before random ones were taken, and why it failed.
     """
 
-    kind: Literal["pretrained", "file", "random"]
+    kind: Literal["pretrained", "file", "random", "python"]
     path: str | None = None
     sha256: Digest | None = None
     source: str | None = None
@@ -107,9 +121,16 @@ class Weights:
     seed: int | None = None
     fallback_for: str | None = None
     reason: str | None = None
+    key: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        needed = {"file": ("path", "sha256"), "pretrained": ("source",), "random": ("seed",)}
+        needed = {
+            "file": ("path", "sha256"),
+            "pretrained": ("source",),
+            "random": ("seed",),
+            "python": ("sha256",),
+        }
         for name in needed.get(self.kind, ()):
             if getattr(self, name) is None:
                 raise ValueError(f"weights of kind {self.kind} without {name}")
@@ -117,7 +138,7 @@ class Weights:
     @property
     def identity(self) -> tuple[Any, ...]:
         """What says which weights they are, wherever they were found."""
-        return self.kind, self.sha256, self.source, self.tag, self.seed
+        return self.kind, self.sha256, self.source, self.tag, self.seed, self.key
 
 
 @dataclass(frozen=True)
@@ -387,6 +408,7 @@ class Artifact:
         rebuild: the command that makes it anew.
         class_names, synsets: one per output, or None where unknown.
         fp32: what computes in FP32 in a coarser precision; None in one of FP32.
+        multi_label: each class is a question of its own (sigmoid), not one of many (softmax).
         no_engine: why there is none.
         files: by name, with size and digest.
     """
@@ -404,6 +426,7 @@ class Artifact:
     int8: Int8 | None = None
     fp32: Fp32 | None = None
     class_names: tuple[str, ...] | None = None
+    multi_label: bool = False
     synsets: tuple[str, ...] | None = None
     engine: EngineFacts | None = None
     engine_options: EngineOptions = field(default_factory=EngineOptions)
@@ -467,7 +490,7 @@ class Artifact:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one input image."""
-        return 3, self.preprocess.height, self.preprocess.width
+        return self.preprocess.channels, self.preprocess.height, self.preprocess.width
 
     @property
     def is_random(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .stats import softmax
+from .stats import sigmoid, softmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,9 +41,19 @@ class Output(ABC):
 
     @abstractmethod
     def answer(
-        self, row: NDArray[Any], class_names: Sequence[str] | None = None, topk: int = TOPK
+        self,
+        row: NDArray[Any],
+        class_names: Sequence[str] | None = None,
+        topk: int = TOPK,
+        *,
+        multi_label: bool = False,
     ) -> dict[str, Any]:
-        """One image's output [D] as a record for JSON."""
+        """One image's output [D] as a record for JSON.
+
+        Args:
+            multi_label: each value is a question of its own: its score is a sigmoid, as it is for
+                a single class.
+        """
 
     @abstractmethod
     def words(self, answer: dict[str, Any]) -> str:
@@ -67,10 +77,17 @@ class Logits(Output):
         }
 
     def answer(
-        self, row: NDArray[Any], class_names: Sequence[str] | None = None, topk: int = TOPK
+        self,
+        row: NDArray[Any],
+        class_names: Sequence[str] | None = None,
+        topk: int = TOPK,
+        *,
+        multi_label: bool = False,
     ) -> dict[str, Any]:
         names = class_names or ()
-        scores = softmax(np.asarray(row, dtype=np.float64))
+        values = np.asarray(row, dtype=np.float64)
+        # The softmax of one value is 1 whatever it is.
+        scores = sigmoid(values) if multi_label or len(values) == 1 else softmax(values)
         return {
             "top": [
                 {
@@ -93,7 +110,12 @@ class Features(Output):
         return {"top1_agreement": None}
 
     def answer(
-        self, row: NDArray[Any], class_names: Sequence[str] | None = None, topk: int = TOPK
+        self,
+        row: NDArray[Any],
+        class_names: Sequence[str] | None = None,
+        topk: int = TOPK,
+        *,
+        multi_label: bool = False,
     ) -> dict[str, Any]:
         return {"features": [float(value) for value in row]}
 

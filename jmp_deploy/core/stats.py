@@ -138,6 +138,12 @@ def unit(values: Array) -> Array:
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 
 
+def sigmoid(values: Array) -> Array:
+    """1 / (1 + exp(-x)) of each value, without overflow."""
+    small = np.exp(-np.abs(values))
+    return np.where(values >= 0, 1.0, small) / (1.0 + small)
+
+
 def softmax(logits: Array) -> Array:
     """Along the last axis."""
     powers = np.exp(logits - logits.max(-1, keepdims=True))

@@ -21,7 +21,7 @@ from ..core.errors import GraphError
 from ..core.images import INPUT
 from ..core.outputs import output_of
 from ..jmp import node
-from ..jmp.families import written_out_attention
+from ..jmp.families import family_of, written_out_attention
 from ..jmp.node import DOMAIN, OPSET, TokenReduce
 from ..jmp.patch import JMPBlocks
 from .body import add_bodies
@@ -34,8 +34,9 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     """Exports a timm ViT, patched or dense, to portable FP32 ONNX with a dynamic batch.
 
     Args:
-        model: in eval mode, float32, on the CPU. Input `images` [B, 3, H, W]; output `logits`
-            [B, classes], or `features` [B, C] where the model has no classifier.
+        model: float32, on the CPU; exported in eval mode, whatever its own. Input `images`
+            [B, C, H, W]; output `logits` [B, classes], or `features` [B, C] where the model has no
+            classifier.
         path: file to write.
         image_size: (H, W) in pixels.
 
@@ -47,8 +48,8 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
         ArtifactError: the file cannot be written.
     """
     # A batch of 2: torch.export takes sizes 0 and 1 for constants.
-    example = torch.zeros(2, 3, *image_size)
-    with _symbolic_reductions(model):
+    example = torch.zeros(2, family_of(model).channels(model), *image_size)
+    with _symbolic_reductions(model), _evaluating(model):
         proto = to_proto(model, example, {0: BATCH}, output_of(model).name)
     add_bodies(proto)
     _name_reductions(proto, model.blocks)
@@ -115,6 +116,18 @@ def _strip_debug_info(proto: onnx.ModelProto) -> None:
         graph_node.doc_string = ""
     for value in [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]:
         del value.metadata_props[:]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and stochastic depth are off; each module's mode is as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -1,25 +1,78 @@
-"""Models by short name, with weights, preprocessing and class names, through timm."""
+"""Models by name, from a file, a folder or the user's Python: with weights, preprocessing, classes.
+
+What is not asked for is taken from the nearest that knows it: the file's tensors (see
+`Family.settings`), the settings that its trainer kept in it, the config beside it, and last the
+defaults of the timm name. What was taken from where is said (`Weights.notes`).
+"""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import hashlib
+import importlib
+import json
 import logging
 import socket
+import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..core.artifact import Artifact, Weights
+from ..core.classes import SYNSET, LabelOrder, of_json, read_labels
 from ..core.errors import ModelError, WeightsError, one_line
 from ..core.files import sha256
 from ..core.images import Preprocess
+from . import checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+Size = int | tuple[int, int]
+"""Pixels: of a square, or (height, width)."""
+HUB, FOLDER = "hf-hub:", "local-dir:"
+IMAGENET = "imagenet"
+"""In place of a file of class names: those of ImageNet-1k."""
+PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+TRAINED_ONLY = ("drop_rate", "drop_path_rate", "pretrained", "dynamic_img_size", "checkpoint_path")
+"""Arguments of timm that mean nothing to a model that is deployed at one size."""
+TRANSFORMERS = {"vit": "", "deit": "", "dinov2": "", "dinov2_with_registers": ""}
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """What the user says of their own model where neither its file nor its name does.
+
+    Attributes:
+        weights_key: which state of a file that holds several.
+        kwargs: arguments of `timm.create_model`.
+        mean, std, crop_pct, interpolation: of the images, as timm means them.
+        labels: "imagenet", or what `classes.read_labels` takes.
+        label_order: of the classes, where `labels` is a folder.
+        multi_label: each output is a question of its own.
+        function: "package.module:function" that returns the model, in place of a name.
+    """
+
+    weights_key: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    labels: str | None = None
+    label_order: LabelOrder | None = None
+    multi_label: bool = False
+    function: str = ""
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What is said of the images."""
+        return {k: v for k in PREPROCESSING if (v := getattr(self, k, None)) is not None}
 
 
 @dataclass
@@ -33,6 +86,9 @@ class LoadedModel:
         preprocess: what its images have to look like.
         class_names: one per output, or None where unknown.
         synsets: WordNet ids such as n01440764, one per output, or None where unknown.
+        settings: see `artifact.Model`.
+        multi_label: see `Artifact`.
+        function: see `artifact.Model`.
     """
 
     model: nn.Module
@@ -41,13 +97,34 @@ class LoadedModel:
     preprocess: Preprocess
     class_names: tuple[str, ...] | None
     synsets: tuple[str, ...] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    multi_label: bool = False
+    function: str = ""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a name leads to.
+
+    Attributes:
+        name: timm's, or "hf-hub:...".
+        size: image size that a short name stands for, if it is not timm's.
+        kwargs, config: arguments of `timm.create_model`, and timm's `pretrained_cfg`, of a folder.
+        file: the folder's weights.
+    """
+
+    name: str
+    size: int | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
 
 
 def resolve_name(name: str) -> tuple[str, int | None]:
     """A short or timm name to (timm name, default image size).
 
     Raises:
-        ModelError: unknown name; the hint has near matches.
+        ModelError: unknown name or tag; the hint has near matches.
     """
     import timm
 
@@ -55,8 +132,13 @@ def resolve_name(name: str) -> tuple[str, int | None]:
 
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
-    if timm.is_model(name.split(".")[0]):
-        return name, None
+    plain, _, tag = name.removeprefix("timm/").partition(".")
+    if timm.is_model(plain):
+        known = [full.partition(".")[2] for full in timm.models.get_arch_pretrained_cfgs(plain)]
+        if tag and tag not in known:
+            tags = ", ".join(filter(None, known)) or "none"
+            raise ModelError(f"{plain} has no weights with the tag {tag!r}", f"its tags: {tags}")
+        return name.removeprefix("timm/"), None
     known = [*SHORT_NAMES, *timm.list_models()]
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"short names: {', '.join(SHORT_NAMES)}"
@@ -64,33 +146,48 @@ def resolve_name(name: str) -> tuple[str, int | None]:
 
 
 def load_model(
-    name: str, weights: str = "auto", *, img_size: int | None = None, seed: int = 0
+    name: str | nn.Module,
+    weights: str = "auto",
+    *,
+    img_size: Size | None = None,
+    seed: int = 0,
+    own: OwnModel | None = None,
 ) -> LoadedModel:
     """Makes a timm model with the weights asked for.
 
     Args:
-        name: short or timm name.
+        name: short or timm name, "timm/NAME.TAG", "hf-hub:OWNER/NAME", "local-dir:PATH" (a folder
+            with config.json and weights, of timm or of transformers), the path of a checkpoint
+            that says what it is of, or a module, which is copied.
         weights: "auto" (pretrained if the hub or its cache has them, else random), "pretrained",
-            "random", or a path to .safetensors, .pth, .pt or .bin.
-        img_size: pixels, if not the model's own.
+            "random", or a path to .safetensors, .pth, .pt, .bin or .ckpt. A folder's and a file's
+            own for the former two.
+        img_size: pixels, if not the file's, the folder's or the model's own.
         seed: of random weights.
+        own: what else is to be said of the model.
 
     Raises:
-        ModelError: unknown or unsupported model.
+        ModelError: unknown or unsupported model, or settings that contradict it.
         WeightsError: weights that cannot be had, read or fitted.
     """
-    timm_name, default_size = resolve_name(name)
-    size = img_size or default_size
-    _refuse_early(timm_name, size)
-    if weights in ("auto", "pretrained"):
-        model, origin = _pretrained(timm_name, size, fall_back=weights == "auto", seed=seed)
-    elif weights == "random":
-        model, origin = _random(timm_name, size, seed)
+    own = own or OwnModel()
+    if own.function or not isinstance(name, str):
+        return _from_python(name, img_size, own)
+    source = _source_of(name)
+    path = source.file
+    if weights not in ("auto", "pretrained"):
+        path = None if weights == "random" else Path(weights)
+    if path is not None:
+        return _from_file(source, path, img_size, own)
+    size = img_size or source.size
+    settings = {**source.kwargs, **own.kwargs}
+    _refuse_early(source.name, size, settings)
+    if weights == "random":
+        model, origin = _random(source.name, size, seed, settings)
     else:
-        model, origin = _from_file(timm_name, size, Path(weights))
-    model.eval().requires_grad_(False)
-    names, synsets = _classes(model)
-    return LoadedModel(model, timm_name, origin, _preprocess(model), names, synsets)
+        fall_back = weights == "auto" and not source.name.startswith(HUB)
+        model, origin = _pretrained(source.name, size, settings, fall_back=fall_back, seed=seed)
+    return _loaded(model, source, origin, settings, own, {})
 
 
 def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
@@ -108,13 +205,27 @@ def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
     from .schedule import from_manifest
 
     origin, jmp = artifact.weights, artifact.jmp
-    source = weights or _source(origin)
-    loaded = load_model(
-        artifact.model.name, source, img_size=artifact.model.image_size, seed=origin.seed or 0
+    about, size = artifact.model, (artifact.preprocess.height, artifact.preprocess.width)
+    own = OwnModel(
+        weights_key=origin.key or None,
+        kwargs=about.settings,
+        mean=artifact.preprocess.mean,
+        std=artifact.preprocess.std,
+        function=about.function,
     )
-    if origin.kind == "file" and loaded.origin.sha256 != origin.sha256:
+    if origin.kind == "python" and not about.function:
         raise WeightsError(
-            f"{source} is not the file that the artifact was built from "
+            f"the model was in the hands of the Python that built it ({about.asked_for})",
+            "name a function that makes it with `build --from package.module:function`, or compare "
+            "with the stored outputs",
+        )
+    source, name = weights or _source(origin), about.name
+    if origin.kind == "pretrained" and str(origin.source).startswith(HUB):
+        name = str(origin.source)
+    loaded = load_model(name, source, img_size=size, seed=origin.seed or 0, own=own)
+    if origin.kind in ("file", "python") and loaded.origin.sha256 != origin.sha256:
+        raise WeightsError(
+            f"{about.function or source} is not what the artifact was built from "
             f"(sha256 {str(loaded.origin.sha256)[:12]}..., expected {str(origin.sha256)[:12]}...)",
             "name the right one with --weights",
         )
@@ -131,24 +242,144 @@ def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
     return loaded.model
 
 
-def _refuse_early(timm_name: str, size: int | None) -> None:
-    """Refuses an unsupported model before weights are fetched or memory is taken for it."""
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over all parameters and buffers of a PyTorch model, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- what a name leads to ------------------------------------------------------------------------
+
+
+def _source_of(name: str) -> _Source:
+    if name.startswith(HUB):
+        return _Source(name)
+    if name.startswith(FOLDER):
+        return _of_folder(Path(name.removeprefix(FOLDER)))
+    path = Path(name)
+    if path.is_dir() and (path / "config.json").is_file():
+        return _of_folder(path)
+    if path.suffix in checkpoint.SUFFIXES and path.is_file():
+        from .families import roots
+
+        found = checkpoint.read(path, roots).architecture
+        if found is None:
+            raise ModelError(
+                f"{path} does not say which model it is of",
+                f"name it: build MODEL --weights {path}",
+            )
+        return replace(_source_of(found), file=path)
+    return _Source(*resolve_name(name))
+
+
+def _of_folder(folder: Path) -> _Source:
+    """A folder that timm's or transformers' `save_pretrained` made."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        file = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
+        if file is None:
+            raise ModelError(
+                f"{folder} has none of {', '.join(MODEL_FILES)}",
+                "weights in several files are not read: save the model in one",
+            )
+        if "model_type" in config:
+            return _of_transformers(folder, config, file)
+        from timm.models._hub import load_model_config_from_path
+
+        settings, architecture, kwargs = load_model_config_from_path(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"cannot read {path}: {one_line(error) or type(error).__name__}",
+            "expected a folder with config.json and model.safetensors, as timm's save_for_hf or "
+            "transformers' save_pretrained write it",
+        ) from error
+    name, size = resolve_name(architecture)
+    return _Source(name, size, dict(kwargs or {}), dict(settings), file)
+
+
+def _of_transformers(folder: Path, config: dict[str, Any], file: Path) -> _Source:
+    """A ViT, DeiT or DINOv2 of transformers as a timm model of its sizes."""
+    kind = config["model_type"]
+    if kind not in TRANSFORMERS:
+        raise ModelError(
+            f"{folder} holds a model of transformers' type {kind!r}",
+            f"supported: {', '.join(TRANSFORMERS)}",
+        )
+    if config.get("hidden_act", "gelu") != "gelu" or config.get("use_swiglu_ffn"):
+        raise ModelError(f"{folder}: only MLPs with gelu are supported, not what its config says")
+    width, dino = config["hidden_size"], kind.startswith("dinov2")
+    size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(width, "base")
+    known = width != 192
+    name = f"vit_{size}_patch14_dinov2" if dino and known else f"vit_{size}_patch16_224"
+    if kind == "dinov2_with_registers":
+        name = f"vit_{size}_patch14_reg4_dinov2"
+    kwargs = {
+        "embed_dim": width,
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_ratio": config.get("mlp_ratio") or config["intermediate_size"] / width,
+        "patch_size": config["patch_size"],
+        "qkv_bias": config.get("qkv_bias", True),
+    }
+    images = folder / "preprocessor_config.json"
+    settings: dict[str, Any] = {"label_names": config.get("id2label")}
+    if settings["label_names"] and "LABEL_0" in settings["label_names"].values():
+        settings["label_names"] = None  # transformers' own words for "not known"
+    side = config["image_size"]
+    settings["input_size"] = (
+        config.get("num_channels", 3),
+        *((side, side) if isinstance(side, int) else side),
+    )
+    if images.is_file():
+        found = json.loads(images.read_text(encoding="utf-8"))
+        settings["mean"], settings["std"] = found.get("image_mean"), found.get("image_std")
+        settings["interpolation"] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(
+            found.get("resample")
+        )
+        crop, scaled = found.get("crop_size"), found.get("size") or {}
+        if found.get("do_center_crop") and crop and "shortest_edge" in scaled:
+            settings["crop_pct"] = crop["height"] / scaled["shortest_edge"]
+        else:  # to the size itself, whatever the aspect
+            settings["crop_pct"], settings["crop_mode"] = 1.0, "squash"
+    return _Source(name, None, kwargs, settings, file)
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def _refuse_early(timm_name: str, size: Size | None, settings: Mapping[str, Any]) -> nn.Module:
+    """Refuses an unsupported model before weights are fetched or memory is taken for it.
+
+    Returns:
+        It, without memory.
+    """
     import torch
 
     from .families import family_of
 
     with torch.device("meta"):
-        model = _create(timm_name, size)
-    patch = family_of(model).patch_embed(model).patch_size[0]
-    if size is not None and size % patch:
-        # timm would cut the rest of the image off without a word
-        raise ModelError(
-            f"image size {size} is not a multiple of the patch size {patch} of {timm_name}",
-            f"use --img-size {size // patch * patch or patch}",
-        )
+        model = _create(timm_name, size, **settings)
+    patch = family_of(model).patch_embed(model).patch_size
+    for side, pixels in zip(_pair(size) if size else (), patch, strict=False):
+        if side % pixels:
+            # timm would cut the rest of the image off without a word
+            raise ModelError(
+                f"image size {side} is not a multiple of the patch size {pixels} of {timm_name}",
+                f"use --img-size {side // pixels * pixels or pixels}",
+            )
+    return model
 
 
-def _create(timm_name: str, size: int | None, **options: Any) -> nn.Module:
+def _pair(size: Size) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _create(timm_name: str, size: Size | None, **options: Any) -> nn.Module:
     import timm
 
     if size is not None:
@@ -158,23 +389,35 @@ def _create(timm_name: str, size: int | None, **options: Any) -> nn.Module:
             return timm.create_model(timm_name, **options)
     except TypeError as error:
         # CNNs take no img_size
-        raise ModelError(f"{timm_name} takes no image size: {error}", "leave out --img-size") from (
-            error
-        )
-    except AssertionError as error:
-        raise ModelError(f"{timm_name} cannot be made with image size {size}: {error}") from error
+        what = "image size" if set(options) <= {"img_size", "pretrained"} else "such settings"
+        raise ModelError(
+            f"{timm_name} takes no {what}: {one_line(error)}",
+            "leave out --img-size" if what == "image size" else "look at --model-kwargs",
+        ) from error
+    except (AssertionError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{timm_name} cannot be made with {_words(options)}: {one_line(error)}"
+        ) from error
 
 
-def _random(timm_name: str, size: int | None, seed: int) -> tuple[nn.Module, Weights]:
+def _words(options: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{'image size' if name == 'img_size' else name} {value}" for name, value in options.items()
+    )
+
+
+def _random(
+    timm_name: str, size: Size | None, seed: int, settings: Mapping[str, Any]
+) -> tuple[nn.Module, Weights]:
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _create(timm_name, size), Weights("random", seed=seed)
+        return _create(timm_name, size, **settings), Weights("random", seed=seed)
 
 
 def _pretrained(
-    timm_name: str, size: int | None, *, fall_back: bool, seed: int
+    timm_name: str, size: Size | None, settings: Mapping[str, Any], *, fall_back: bool, seed: int
 ) -> tuple[nn.Module, Weights]:
     import huggingface_hub
 
@@ -182,10 +425,10 @@ def _pretrained(
     trouble = (OSError, RuntimeError, huggingface_hub.errors.EntryNotFoundError)
     try:
         with _offline_unless_reachable():
-            model = _create(timm_name, size, pretrained=True)
+            model = _create(timm_name, size, pretrained=True, **settings)
     except trouble as error:
         if fall_back:
-            model, origin = _random(timm_name, size, seed)
+            model, origin = _random(timm_name, size, seed, settings)
             return model, replace(origin, fallback_for="pretrained", reason=_why(error))
         raise WeightsError(
             f"no pretrained weights for {timm_name}: {_why(error)}",
@@ -193,27 +436,100 @@ def _pretrained(
             "(for timing only)",
         ) from error
     config = model.pretrained_cfg
+    if timm_name.startswith(HUB):
+        return model, Weights("pretrained", source=timm_name)
     source = config.get("hf_hub_id") or config.get("url") or "timm"
     return model, Weights("pretrained", source=source, tag=config.get("tag", ""))
 
 
-def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module, Weights]:
-    state = _read_checkpoint(path)
-    options: dict[str, Any] = {}
-    head = state.get("head.weight")
-    if head is None:
-        options["num_classes"] = 0
-    elif head.ndim == 2:
-        options["num_classes"] = head.shape[0]
-    model = _create(timm_name, size, **options)
-    state = _fit(model, state)
-    own = model.state_dict()
+def _from_file(source: _Source, path: Path, img_size: Size | None, own: OwnModel) -> LoadedModel:
+    from .families import family_of, roots
+
+    found = checkpoint.read(path, roots, own.weights_key)
+    asked = {**_trained_with(found.trainer), **source.kwargs, **own.kwargs}
+    told = asked.pop("img_size", None) or _told_size(source.config, found.trainer)
+    default = _refuse_early(source.name, None, asked)
+    family = family_of(default)
+    state = family.to_timm(found.state)
+    wanted = _pair(img_size) if img_size else None
+    try:
+        shapes, inferred = family.settings(default, state, wanted or told)
+    except WeightsError as error:
+        raise WeightsError(f"{path} does not fit {source.name}: {error.message}", error.hint) from (
+            error
+        )
+    trained = shapes.pop("img_size", None)
+    notes = [*found.notes, *inferred]
+    flexible = getattr(default, "dynamic_img_size", False) or (
+        (found.trainer.get("model_kwargs") or {}).get("dynamic_img_size")
+    )
+    if told and trained and told != trained and not (wanted or flexible):
+        raise WeightsError(
+            f"{path} says two image sizes: {_by(told)} in its settings, {_by(trained)} by its "
+            "position embeddings",
+            f"say which with --img-size {told[0]},{told[1]}",
+        )
+    size = wanted or told or trained
+    native = family.patch_embed(default).img_size
+    if source.size and not (wanted or told) and trained in (None, tuple(native)):
+        size = _pair(source.size)  # a short name's own, for what its authors published
+    if size and trained and size != trained:
+        notes.append(f"position embeddings of {_by(trained)} pixels resampled to {_by(size)}")
+    elif size and size != tuple(native):
+        notes.append(f"{_by(size)} pixels")
+    if found.architecture and found.architecture.partition(".")[0] != source.name.partition(".")[0]:
+        notes.append(f"the file itself says that it is of {found.architecture}")
+    settings = {**asked, **shapes, **own.kwargs}
+    _refuse_early(source.name, size, settings)
+    model = _create(source.name, size, **settings)
+    _fill(model, state, path, source.name)
+    origin = Weights(
+        "file",
+        path=str(path.resolve()),
+        sha256=sha256(path),
+        key=own.weights_key or "",
+        notes=tuple(one_line(note) for note in notes),
+    )
+    return _loaded(model, source, origin, settings, own, found.trainer)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _trained_with(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that a trainer kept: timm's --model-kwargs and --gp."""
+    kwargs = trainer.get("model_kwargs")
+    found = dict(kwargs) if isinstance(kwargs, Mapping) else {}
+    if isinstance(trainer.get("gp"), str):
+        found["global_pool"] = trainer["gp"]
+    return {k: v for k, v in found.items() if k not in TRAINED_ONLY and v is not None}
+
+
+def _told_size(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) that settings beside the weights say: the trainer's, else the config's."""
+    candidates = [trainer.get("input_size"), trainer.get("img_size"), config.get("input_size")]
+    for value in candidates:
+        sizes = [value] if isinstance(value, int) else list(value or ())
+        if sizes and all(isinstance(side, int) and side > 0 for side in sizes) and len(sizes) < 4:
+            return sizes[-2 if len(sizes) > 1 else -1], sizes[-1]
+    return None
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+    """Loads a state with timm's names, or says in one message what does not fit."""
+    import torch
+
+    state, own = _fit(model, state), model.state_dict()
+    if "head.bias" in own and "head.bias" not in state and "head.weight" in state:
+        state["head.bias"] = torch.zeros_like(own["head.bias"])
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
+    both = [key for key in own if key in state]
     shapes = [
         f"{key} {list(state[key].shape)} for {list(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        for key in both
+        if state[key].shape != own[key].shape
     ]
     problems = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
@@ -226,15 +542,119 @@ def _from_file(timm_name: str, size: int | None, path: Path) -> tuple[nn.Module,
     ]
     if problems:
         raise WeightsError(
-            f"{path} does not fit {timm_name}: {'; '.join(problems)}",
-            "is it a checkpoint of this model, with timm's key names?",
+            f"{path} does not fit {name}: {'; '.join(problems)}",
+            "is it a checkpoint of this model? `inspect FILE` shows what is in it; a model of your "
+            "own code goes in with --from package.module:function",
         )
+    for key in both:
+        if own[key].is_floating_point() and not _is_number(state[key]):
+            raise WeightsError(
+                f"{path} holds {str(state[key].dtype).removeprefix('torch.')} values in {key}, "
+                "which are no weights as they are trained",
+                "save the weights in float32, float16 or bfloat16, before they are quantized",
+            )
     model.load_state_dict(state)
-    digest = sha256(path)
-    return model, Weights("file", path=str(path.resolve()), sha256=digest)
+
+
+def _is_number(tensor: Tensor) -> bool:
+    """Whether values are what they say: floats, neither quantized nor of 8 bits."""
+    return tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_quantized
+
+
+def _refuse_odd_values(model: nn.Module, name: str) -> None:
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise WeightsError(
+                f"the weights of {name} are not finite: {key} holds NaN or infinity",
+                "training diverged, or the file was damaged: take an earlier checkpoint",
+            )
+
+
+def _from_python(name: str | nn.Module, img_size: Size | None, own: OwnModel) -> LoadedModel:
+    """A model that the user's Python makes or has made."""
+    from .families import family_of
+
+    made: Any = _call(own.function) if own.function else name
+    made = getattr(made, "_orig_mod", made)  # of torch.compile
+    made = getattr(made, "module", made) if type(made).__name__.endswith("Parallel") else made
+    family_of(made)  # the gate, before memory is taken for a copy
+    try:
+        model = copy.deepcopy(made).cpu().float()
+    except Exception as error:  # a module may refuse to be copied in its own way
+        raise ModelError(f"the model cannot be copied: {one_line(error)}") from error
+    family = family_of(model)
+    if img_size is not None and _pair(img_size) != tuple(family.patch_embed(model).img_size):
+        raise ModelError(
+            f"the model is of {_by(family.patch_embed(model).img_size)} pixels",
+            "make it of another size (timm: model.set_input_size), and leave out --img-size",
+        )
+    called = f"{type(made).__module__}.{type(made).__qualname__}"
+    config = getattr(model, "pretrained_cfg", None) or {}
+    label = own.function or called
+    origin = Weights("python", sha256=weights_digest(model), source=label)
+    source = _Source(str(config.get("architecture") or called), config=dict(config))
+    return _loaded(model, source, origin, {}, own, {})
+
+
+def _call(spec: str) -> Any:
+    """What `package.module:function` returns."""
+    from torch import nn
+
+    module, _, function = spec.partition(":")
+    hint = "write --from package.module:function, a function without arguments that returns a model"
+    if not module or not function:
+        raise ModelError(f"{spec!r} names no function", hint)
+    here = str(Path.cwd())
+    if here not in sys.path:  # `python -m` has it, the installed command has not
+        sys.path.insert(0, here)
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # the user's code
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(f"{spec} cannot be called: {what}", hint) from error
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"{spec} returned a {type(made).__name__}, not a torch.nn.Module", hint)
+    return made
+
+
+def _loaded(
+    model: nn.Module,
+    source: _Source,
+    origin: Weights,
+    settings: Mapping[str, Any],
+    own: OwnModel,
+    trainer: Mapping[str, Any],
+) -> LoadedModel:
+    """The model with all that is known of it."""
+    model.eval().requires_grad_(False)
+    _refuse_odd_values(model, source.name)
+    told = {k: v for k in PREPROCESSING if (v := source.config.get(k)) is not None}
+    told.update({k: v for k in PREPROCESSING if (v := trainer.get(k))})
+    if (ratio := trainer.get("eval_crop_ratio")) and "crop_pct" not in told:  # DeiT's main.py
+        told["crop_pct"] = ratio
+    preprocess = _preprocess(model, {**told, **own.preprocessing()})
+    names, synsets, note = _classes(model, source, origin, own, trainer)
+    if note:
+        origin = replace(origin, notes=(*origin.notes, note))
+    architecture = source.name
+    if architecture.startswith(HUB):
+        architecture = model.pretrained_cfg.get("architecture", architecture)
+    return LoadedModel(
+        model,
+        architecture,
+        origin,
+        preprocess,
+        names,
+        synsets,
+        settings={k: v for k, v in settings.items() if k not in TRAINED_ONLY},
+        multi_label=own.multi_label,
+        function=own.function,
+    )
 
 
 def _source(origin: Weights) -> str:
+    if origin.kind == "python":
+        return "auto"
     if origin.kind != "file":
         return origin.kind
     if not Path(str(origin.path)).is_file():
@@ -242,37 +662,6 @@ def _source(origin: Weights) -> str:
             f"the weights {origin.path} are not here", "name them with --weights FILE"
         )
     return str(origin.path)
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Reads tensors without running anything that the file might contain."""
-    import torch
-
-    if not path.is_file():
-        raise WeightsError(
-            f"no such weights file: {path}", "use auto, pretrained, random or the path of a file"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each library raises its own kind for a broken file
-        raise WeightsError(
-            f"cannot read weights from {path}: {_first_line(error)}",
-            "expected .safetensors, or a .pth of plain tensors (pickled objects are not loaded)",
-        ) from error
-    for key in ("model", "state_dict", "model_ema"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not loaded:
-        raise WeightsError(f"{path} holds no state dict, but a {type(loaded).__name__}")
-    strangers = [key for key, value in loaded.items() if not torch.is_tensor(value)]
-    if strangers:
-        raise WeightsError(f"{path} holds more than tensors: {', '.join(map(str, strangers[:3]))}")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
 def _fit(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -286,20 +675,78 @@ def _fit(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state  # what does not fit is named by its keys and shapes
 
 
-def _preprocess(model: nn.Module) -> Preprocess:
-    from timm.data import resolve_model_data_config
+def _preprocess(model: nn.Module, said: Mapping[str, Any]) -> Preprocess:
+    """Preprocessing by what was said of it, and for the rest by the timm name."""
+    from timm.data import resolve_data_config
 
     from .families import family_of
 
-    config = resolve_model_data_config(model)
-    size = family_of(model).patch_embed(model).img_size
-    return Preprocess.from_timm({**config, "input_size": (config["input_size"][0], *size)})
+    family = family_of(model)
+    channels = family.channels(model)
+    base = getattr(model, "pretrained_cfg", None) or {}
+    found = {**resolve_data_config({}, pretrained_cfg=dict(base)), **said}
+    for name in ("mean", "std"):
+        value = found[name]
+        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        found[name] = value * channels if len(value) == 1 else value
+    size = family.patch_embed(model).img_size
+    return Preprocess.from_timm({**found, "input_size": (channels, *size)})
 
 
-def _classes(model: nn.Module) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """Names and synsets of the classes; a model with 1000 is taken for one of ImageNet-1k."""
-    if model.num_classes != 1000:
-        return None, None
+def _classes(
+    model: nn.Module,
+    source: _Source,
+    origin: Weights,
+    own: OwnModel,
+    trainer: Mapping[str, Any],
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None, str]:
+    """Names and synsets of the classes, as far as something says them, and a note.
+
+    Raises:
+        ModelError: --labels has another number of names than the model has classes.
+    """
+    count = int(model.num_classes)
+    names: tuple[str, ...]
+    synsets: tuple[str, ...] | None
+    if own.labels is not None:
+        if own.labels == IMAGENET and not Path(IMAGENET).exists():
+            names, synsets = _imagenet()
+        else:
+            order = own.label_order or ("natural" if _is_timms(trainer) else None)
+            names = read_labels(Path(own.labels), order)
+            synsets = names if all(map(SYNSET.match, names)) else None
+        if len(names) != count:
+            raise ModelError(
+                f"{own.labels} has {len(names)} names, the model has {count} classes",
+                "name the file, or the training set, that it was trained with",
+            )
+        return names, synsets, ""
+    keys = ("label_names", "class_names", "classes", "id2label", "idx_to_class", "class_to_idx")
+    for value in [place.get(key) for place in (trainer, source.config) for key in keys]:
+        try:
+            names = of_json(value) if value else ()
+        except (ValueError, TypeError):
+            continue
+        if count and len(names) == count and all(name.isprintable() for name in names):
+            synsets = names if all(map(SYNSET.match, names)) else None
+            described = source.config.get("label_descriptions")
+            if isinstance(described, Mapping):
+                names = tuple(str(described.get(name, name)) for name in names)
+            return names, synsets, ""
+    # timm's own weights with 1000 outputs are of ImageNet-1k; of a file nobody knows.
+    if count == 1000 and origin.kind == "pretrained" and not str(origin.source).startswith(HUB):
+        return (*_imagenet(), "")
+    if count and origin.kind != "random":
+        return None, None, "class names are not known: --labels FILE (or --labels imagenet)"
+    return None, None, ""
+
+
+def _is_timms(trainer: Mapping[str, Any]) -> bool:
+    """Whether settings are of timm's train.py, which numbers class folders in timm's order."""
+    return {"class_map", "train_split", "model_ema"} <= set(trainer)
+
+
+def _imagenet() -> tuple[tuple[str, ...], tuple[str, ...]]:
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")

@@ -7,8 +7,10 @@ token sizes from block to block. Nothing else of the model changes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import ModelError
@@ -46,8 +48,17 @@ class JMPBlocks(nn.Module):
     would skip the reduction, so iteration and slices are refused; `children()` lists them. (Not an
     `nn.Sequential` itself: timm's checkpointing takes the children of those.)
 
+    A block with a reduction, and a last one that computes prefix tokens alone, run layer by layer:
+    forward hooks on the block and on its attention are not called then (`patch` warns of those that
+    are there); hooks on the layers within are.
+
+    What the model is may change after the patch, so it is looked at in each call: with another
+    pooling the last block computes all tokens again, and an image of another size is refused.
+
     Attributes:
+        model: the one patched, in a tuple, so that it is not registered as a part of its part.
         family: knows how the blocks are built.
+        num_tokens: P + M that enter, which the schedule is for.
         reductions: block index -> attributes of the reduction in it.
         reduce: the implementation (`patch(backend=...)`); export.py puts in one that becomes a
             single ONNX node, whatever it was.
@@ -61,12 +72,17 @@ class JMPBlocks(nn.Module):
         reductions: dict[int, TokenReduce],
         last_prefix_only: int = 0,
         reduce: Reduce = token_reduce,
+        *,
+        model: nn.Module,
+        num_tokens: int,
     ) -> None:
         super().__init__()
         for name, block in blocks.named_children():
             self.add_module(name, block)
         self.train(blocks.training)
         self.original = (blocks,)  # in a tuple, so that it is not registered a second time
+        self.model = (model,)
+        self.num_tokens = num_tokens
         self.family = family
         self.reductions = reductions
         self.reduce = reduce
@@ -77,13 +93,26 @@ class JMPBlocks(nn.Module):
 
         With `start`, x is what enters that block, and no block before it reduces.
         """
+        if start == 0 and x.shape[1] != self.num_tokens:
+            raise ModelError(
+                f"the schedule is for {self.num_tokens} tokens of an image, {x.shape[1]} came in",
+                "take JMP out with jmp_deploy.unpatch(model), give the model its image size "
+                "(timm: model.set_input_size(img_size=...)), and patch it again",
+            )
+        if torch.onnx.is_in_onnx_export() and self.reduce in REDUCES.values():
+            raise ModelError(
+                "a patched model does not go to ONNX by torch.onnx.export alone",
+                "jmp_deploy.build(model, DIR) with the model before it is patched, or "
+                "jmp_deploy.export.export.export_onnx(model, FILE, image_size=(H, W))",
+            )
+        prefix_only = self.last_prefix_only if self._reads_prefix_only() else 0
         size = x.new_ones(1, x.shape[1])
         mask: Tensor | None = None
         # Not children(): those list a module that stands in two places once.
         for index, block in list(enumerate(self._modules.values()))[start:]:
             attributes = self.reductions.get(index)
-            if self.last_prefix_only and index == len(self) - 1:
-                x, _ = self.family.attend(block, x, mask, self.last_prefix_only)
+            if prefix_only and index == len(self) - 1:
+                x, _ = self.family.attend(block, x, mask, prefix_only)
                 x = self.family.feed(block, x)
             elif attributes is None:
                 x = self.family.run(block, x, mask)
@@ -94,6 +123,9 @@ class JMPBlocks(nn.Module):
                     mask = log_size[:, None, None, :]
                 x = self.family.feed(block, x)
         return x
+
+    def _reads_prefix_only(self) -> bool:
+        return self.family.reads_prefix_only(self.model[0])
 
     def __iter__(self) -> Iterator[nn.Module]:
         raise self._refusal()
@@ -170,8 +202,44 @@ def patch(
             merge_weight=schedule.merge_weight,
         )
     prefix = shape.num_prefix if schedule.last_prefix_only else 0
-    model.blocks = JMPBlocks(model.blocks, family, reductions, prefix, REDUCES[backend])
+    written_out = {*reductions, *([shape.depth - 1] if prefix else [])}
+    _refuse_own_forward(model.blocks, written_out, family)
+    model.blocks = JMPBlocks(
+        model.blocks,
+        family,
+        reductions,
+        prefix,
+        REDUCES[backend],
+        model=model,
+        num_tokens=shape.num_prefix + shape.num_patches,
+    )
     return model
+
+
+def _refuse_own_forward(blocks: nn.Sequential, indices: set[int], family: Family) -> None:
+    """Looks for what would be passed over in blocks that run layer by layer.
+
+    Raises:
+        ModelError: a forward that was replaced. Hooks are warned of.
+    """
+    hooked = []
+    for index in sorted(indices):
+        for name, module in family.passed_over(blocks[index]):
+            where = f"blocks.{index}{name}"
+            if "forward" in vars(module):
+                raise ModelError(
+                    f"{where} has a forward of its own, which JMP would pass over",
+                    "patch the model before it is replaced, or leave this block out of the "
+                    "schedule",
+                )
+            if module._forward_hooks or module._forward_pre_hooks:
+                hooked.append(where)
+    if hooked:
+        warnings.warn(
+            f"forward hooks of {', '.join(hooked)} will not be called: JMP runs the layers within",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def unpatch(model: nn.Module) -> nn.Module:

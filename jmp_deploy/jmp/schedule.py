@@ -229,7 +229,8 @@ def from_manifest(jmp: Jmp) -> Schedule:
 
 def paper(shape: ModelShape) -> Schedule:
     """The published setting: keep rate 0.7 in blocks 3, 6 and 9 of 12 (quarters of the depth)."""
-    blocks = [shape.depth * quarter // 4 for quarter in (1, 2, 3)]
+    # A model of one or two blocks has fewer than three places.
+    blocks = list(dict.fromkeys(shape.depth * quarter // 4 for quarter in (1, 2, 3)))
     return keep_rate(0.7, blocks, shape, name="paper")
 
 
@@ -240,7 +241,7 @@ def spread(shape: ModelShape) -> Schedule:
     The step is the smallest that reaches paper's cost.
     """
     budget = macs(shape, paper(shape))
-    blocks = range(2, shape.depth - 1)
+    blocks = _spread_blocks(shape)
     for count in range(1, shape.num_patches):
         if count * len(blocks) >= shape.num_patches:
             break
@@ -251,6 +252,12 @@ def spread(shape: ModelShape) -> Schedule:
         f"{shape.name} has too few blocks or patch tokens to spread a reduction over",
         "use --schedule paper or write the schedule as a list",
     )
+
+
+def _spread_blocks(shape: ModelShape) -> range:
+    """Blocks 2 .. depth-2; of a model with fewer than four blocks the last but one, if any."""
+    last = max(shape.depth - 2, 0)
+    return range(min(2, last), last + 1)
 
 
 def for_share(
@@ -276,7 +283,7 @@ def for_share(
             return even
         return for_share(shape, share, "rate", blocks)
     budget = share * macs(shape)
-    blocks = range(2, shape.depth - 1) if blocks is None else blocks
+    blocks = _spread_blocks(shape) if blocks is None else blocks
     # From the most tokens left at the end to the fewest: cost falls with them.
     for final in range(shape.num_patches, 0, -1) if blocks else ():
         steps = []

@@ -28,8 +28,6 @@ from ..core.files import read_json, write_json
 from .ranges import Range
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .layers import Layer
 
 FORMAT = 1
@@ -86,7 +84,7 @@ def identity(
     Args:
         model: timm name.
         image_size: pixels.
-        weights: of `weights_digest`.
+        weights: of `models.weights_digest`.
         preprocess: fields of `images.Preprocess`.
         jmp: the manifest's "jmp", or None for a dense model.
         layers: of the portable FP32 graph.
@@ -106,15 +104,6 @@ def identity(
             "layers": hashlib.sha256(json.dumps(shape).encode()).hexdigest(),
         }
     )
-
-
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over all parameters and buffers of a PyTorch model, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..core.files import sha256, size_of
 from ..core.images import (
     Preprocess,
     find_images,
+    in_channels,
     open_image,
     preprocess,
     require_readable,
@@ -155,12 +156,15 @@ def gather(
             if digest in digests:
                 doubles += 1
                 continue
-            image = item.open()
+            image = item.open(spec.channels)
             prepared = preprocess(image, spec)
         except ImageError as error:
             unreadable.append(f"{item.name}: {error.message}")
             continue
-        if np.max(np.asarray(image, dtype=np.float32).std(axis=(0, 1))) < BLANK_STD:
+        values = np.asarray(image)
+        if np.max(values.astype(np.float32).std(axis=(0, 1))) < BLANK_STD / (
+            1 if values.dtype == np.uint8 else 255
+        ):
             blank += 1
             continue
         digests[digest] = len(chosen)
@@ -189,7 +193,7 @@ def gather(
         warnings=(*warnings, *statistics.warnings()),
         mean=tuple(statistics.mean()),
         std=tuple(statistics.std()),
-        _load=lambda index: preprocess(chosen[index].open(), spec),
+        _load=lambda index: preprocess(chosen[index].open(spec.channels), spec),
         _kept=np.stack(pixels) if pixels is not None else None,
     )
 
@@ -203,20 +207,21 @@ class _Item:
     crop: tuple[Image.Image, tuple[int, int, int, int]] | None = None
 
     def digest(self) -> str:
-        if self.path is not None:
+        if self.crop is None:
+            assert self.path is not None
             try:
                 size_of(self.path)
                 return sha256(self.path)
             except OSError as error:
                 raise ImageError(f"cannot read {self.path}: {error.strerror}") from error
-        return hashlib.sha256(self.open().tobytes()).hexdigest()
+        return hashlib.sha256(self.crop[0].crop(self.crop[1]).tobytes()).hexdigest()
 
-    def open(self) -> Image.Image:
+    def open(self, channels: int = 3) -> Image.Image | NDArray[np.float32]:
         if self.crop is not None:
             photo, box = self.crop
-            return photo.crop(box)
+            return in_channels(photo.crop(box), channels)
         assert self.path is not None
-        return open_image(self.path)
+        return open_image(self.path, channels)
 
 
 def find(source: str | Path) -> list[Path]:
@@ -260,11 +265,11 @@ class _Statistics:
     def __init__(self, spec: Preprocess) -> None:
         self.spec = spec
         self.count = 0
-        self.sums = np.zeros((2, 3))
+        self.sums = np.zeros((2, spec.channels))
 
     def add(self, prepared: NDArray[Any]) -> None:
-        mean, std = (np.asarray(v).reshape(3, 1) for v in (self.spec.mean, self.spec.std))
-        values = prepared.reshape(3, -1).astype(np.float64) * std + mean
+        mean, std = (np.asarray(v)[:, None] for v in (self.spec.mean, self.spec.std))
+        values = prepared.reshape(len(mean), -1).astype(np.float64) * std + mean
         self.sums += np.stack([values.sum(axis=1), (values**2).sum(axis=1)])
         self.count += values.shape[1]
 
@@ -276,6 +281,8 @@ class _Statistics:
         return [float(value) for value in np.sqrt(np.maximum(variance, 0))]
 
     def warnings(self) -> list[str]:
+        if self.spec.channels != len(PHOTO_MEAN):
+            return []
         mean, std = np.array(self.mean()), np.array(self.std())
         ratio = std / PHOTO_STD
         off = np.abs(mean - PHOTO_MEAN) > MEAN_OFF

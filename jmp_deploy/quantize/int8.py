@@ -12,6 +12,7 @@ from ..core import artifact, interrupt
 from ..core.artifact import Int8, Jmp
 from ..core.errors import CalibrationError
 from ..export.graph import load_model, save_model, weight_types
+from ..jmp.models import weights_digest
 from . import cache as calibration_cache
 from . import images as calibration
 from . import qdq, recipes
@@ -189,7 +190,7 @@ def calibrate(
     wanted = calibration_cache.identity(
         model=loaded.name,
         image_size=spec.height,
-        weights=calibration_cache.weights_digest(loaded.model),
+        weights=weights_digest(loaded.model),
         preprocess=asdict(spec),
         jmp=jmp.to_json() if jmp else None,
         layers=found,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..core.artifact import Artifact
+from ..core.classes import SYNSET, differing
 from ..core.errors import ImageError
 from ..core.files import size_of
 from ..core.images import folders_in, images_below, suffixes
 
-SYNSET = re.compile(r"n\d{8}\Z")
 SPLITS = ("train", "val", "validation", "test")
 HEADERS = ("file", "filename", "file_name", "image", "path", "name", "image_id", "imageid")
 NAMED = 5
@@ -208,7 +207,8 @@ def _read_table(table: Path, root: Path) -> Listing:
     if not rows:
         raise ImageError(f"{table} holds no labels", "expected lines such as folder/photo.jpg,3")
     seen: dict[str, str] = {}
-    for path, label in rows:
+    for name, label in rows:
+        path = name if (root / name).is_file() else _with_suffix(root, name)
         if seen.setdefault(path, label) != label:
             raise ImageError(f"{table} gives {path} two labels: {seen[path]} and {label}")
     missing = [path for path in seen if not os.path.isfile(root / path)]  # noqa: PTH113
@@ -219,6 +219,15 @@ def _read_table(table: Path, root: Path) -> Listing:
             "its paths start at --data",
         )
     return sorted(seen.items())
+
+
+def _with_suffix(root: Path, name: str) -> str:
+    """The file that a table names without its ending; the name itself where there is none."""
+    for suffix in suffixes():
+        for ending in (suffix, suffix.upper()):
+            if (root / (name + ending)).is_file():
+                return name + ending
+    return name
 
 
 def _rows(file: Iterable[str], table: Path) -> Iterator[tuple[str, str]]:
@@ -235,7 +244,9 @@ def _rows(file: Iterable[str], table: Path) -> Iterator[tuple[str, str]]:
                 f"{table}, line {number}: {line.strip()!r:.80} is not a file and a label",
                 "expected lines such as folder/photo.jpg,3",
             )
-        yield Path(cells[0]).as_posix(), cells[1]
+        # Kaggle's LOC_val_solution.csv has boxes behind the synset: "n03995372 85 1 499 272 ..."
+        word = cells[1].split()[0]
+        yield Path(cells[0]).as_posix(), word if SYNSET.match(word) else cells[1]
 
 
 def _class_numbers(
@@ -246,6 +257,10 @@ def _class_numbers(
     Synsets and integers are taken at their word; then the model's own class names; then, for
     folders, their sorted order if there are exactly as many as the model has classes.
     """
+    if order.names and set(names) <= set(order.names):
+        exact = {name: index for index, name in enumerate(order.names)}
+        if len(exact) == len(order.names):
+            return {name: exact[name] for name in names}, "the model's class names"
     if all(SYNSET.match(name) for name in names):
         return _synset_numbers(names, order), "ImageNet synsets"
     if all(name.isascii() and name.isdigit() and len(name) < 10 for name in names):
@@ -257,11 +272,11 @@ def _class_numbers(
     if order.names and not strangers:
         return {name: known[_plain(name)] for name in names}, "the model's class names"
     if folders and len(names) == order.count:
-        if sorted(names) != sorted(names, key=_natural):
+        if difference := differing(names):
             raise ImageError(
-                f"the order of the classes is ambiguous: torchvision sorts {names[1]} after "
-                f"{names[0]}, timm sorts numbers in names by value",
-                "rename the folders to class numbers, or give --labels FILE.csv",
+                f"the order of the classes is ambiguous: {difference}",
+                "build the artifact with its class names (build --labels), or rename the folders "
+                "to class numbers, or give --labels FILE.csv",
             )
         return {name: index for index, name in enumerate(names)}, "sorted folder names"
     _refuse(strangers if order.names else names, order, "classes")
@@ -308,11 +323,6 @@ def _spellings(names: Sequence[str]) -> dict[str, int]:
 
 def _plain(name: str) -> str:
     return " ".join(name.lower().replace("_", " ").split())
-
-
-def _natural(name: str) -> list[Any]:
-    """timm's order: numbers in a name count by value."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _samples(root: Path, listing: Listing, numbers: dict[str, int]) -> tuple[Sample, ...]:

@@ -133,13 +133,13 @@ def _shared(slots: int, size: int, spec: Preprocess) -> Iterator[SharedMemory | 
 
 
 def _slot(memory: SharedMemory, slot: int, size: int, spec: Preprocess) -> NDArray[Any]:
-    shape = (size, 3, spec.height, spec.width)
+    shape = (size, spec.channels, spec.height, spec.width)
     offset = slot * size * _image_bytes(spec)
     return np.ndarray(shape, dtype=np.float32, buffer=memory.buf, offset=offset)
 
 
 def _image_bytes(spec: Preprocess) -> int:
-    return 3 * spec.height * spec.width * np.dtype(np.float32).itemsize
+    return spec.channels * spec.height * spec.width * np.dtype(np.float32).itemsize
 
 
 @contextlib.contextmanager

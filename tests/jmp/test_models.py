@@ -30,7 +30,7 @@ def test_random_weights_are_reproducible_and_marked():
     assert first.origin == Weights("random", seed=0)
     assert torch.equal(first.model.head.weight, again.model.head.weight)
     assert not torch.equal(first.model.head.weight, other.model.head.weight)
-    assert first.class_names is not None and first.class_names[281].startswith("tabby")
+    assert first.class_names is None
 
 
 def test_auto_falls_back_to_random_and_says_so():
@@ -98,7 +98,6 @@ def test_dinov2_as_its_authors_publish_it(tmp_path, registers):
 @pytest.mark.parametrize(
     ("key", "shape"),
     [
-        ("patch_embed.proj.weight", (192, 3, 8, 8)),  # which timm would resample
         ("pos_embed", (1, 100, 192)),
         ("pos_embed", (197, 192)),
         ("visual.class_embedding", (3,)),  # timm takes it for one of CLIP's

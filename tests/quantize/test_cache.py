@@ -7,6 +7,7 @@ import json
 import pytest
 
 from jmp_deploy.core.errors import CalibrationError
+from jmp_deploy.jmp.models import weights_digest
 from jmp_deploy.quantize import cache, recipes
 from jmp_deploy.quantize.cache import Calibration
 from jmp_deploy.quantize.layers import Layer
@@ -80,7 +81,7 @@ def test_the_name_of_a_schedule_makes_no_difference(made, tmp_path):
 def test_weights_are_told_apart_by_their_values():
     model, same, other = tiny_vit(), tiny_vit(), tiny_vit()
     other.blocks[3].norm1.bias[5] += 1e-6
-    digests = [cache.weights_digest(m) for m in (model, same, other)]
+    digests = [weights_digest(m) for m in (model, same, other)]
     assert digests[0] == digests[1] != digests[2]
 
 

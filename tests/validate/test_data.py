@@ -267,3 +267,44 @@ def test_digits_are_written_as_folders(tmp_path, monkeypatch, capsys):
     assert train.names == tuple("0123456789")
     assert script.main() == 2 and "is there already" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["digits"]
+
+
+def test_the_order_of_classes_is_timms(tmp_path):
+    """Held against timm's own reader: where torchvision numbers otherwise, it is said."""
+    from timm.data.readers.reader_image_folder import find_images_and_targets
+
+    from jmp_deploy.core.classes import differing, lexical, natural
+
+    names = ["b2", "B10", "a", "Zebra", "c"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").touch()
+    _, numbers = find_images_and_targets(str(tmp_path))
+    assert natural(names) == sorted(numbers, key=numbers.get)
+    assert differing(names) and not differing(["a", "b", "c"])
+    with pytest.raises(ImageError, match="ambiguous: class 0 is 'B10'"):
+        for_classifier(tmp_path, None, ClassOrder(5))
+    known = ClassOrder(5, tuple(natural(names)))
+    found = for_classifier(tmp_path, None, known)
+    assert [s.label for s in found.samples] == [
+        numbers[s.path.split("/")[0]] for s in found.samples
+    ]
+    assert lexical(names)[0] == "B10"
+
+
+def test_class_names_that_are_numbers_are_names(tmp_path):
+    names = tuple(sorted(map(str, range(1, 11))))  # "1", "10", "2", ...
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").touch()
+    found = for_classifier(tmp_path, None, ClassOrder(10, names))
+    assert {s.path.split("/")[0]: s.label for s in found.samples}["10"] == 1
+
+
+def test_kaggles_table_without_endings(tmp_path):
+    (tmp_path / "v1.JPEG").touch()
+    table = tmp_path / "LOC_val_solution.csv"
+    table.write_text("ImageId,PredictionString\nv1,n03995372 85 1 499 272 n03995372 1 2 3 4\n")
+    order = ClassOrder(2, None, ("n01440764", "n03995372"))
+    (sample,) = for_classifier(tmp_path, table, order).samples
+    assert (sample.path, sample.label) == ("v1.JPEG", 1)

@@ -5,7 +5,7 @@ A new family is a class that has what `Family` lists, and an entry in `FAMILIES`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -38,6 +38,33 @@ class Family(Protocol):
     def patch_embed(self, model: Any) -> Any:
         """timm's patch embedding, with (height, width) as img_size, patch_size and grid_size."""
 
+    def roots(self, names: Mapping[str, Any]) -> list[str]:
+        """The prefixes under which named tensors hold a model of this family."""
+
+    def to_timm(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state with other projects' names, such as Hugging Face's, with timm's."""
+
+    def settings(
+        self, model: Any, state: dict[str, Tensor], size: tuple[int, int] | None = None
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What a state's shapes tell of its model, as far as timm's default is another.
+
+        Args:
+            model: as timm makes it, on the meta device.
+            state: with timm's names.
+            size: (height, width) in pixels, where something else says it.
+
+        Returns:
+            Arguments of `timm.create_model` ("img_size" always, where it can be known), and what
+            was found in words.
+
+        Raises:
+            WeightsError: of a model of another size, or an image size that cannot be known.
+        """
+
+    def channels(self, model: Any) -> int:
+        """Of its input images."""
+
     def fit_checkpoint(self, model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A published state with the names and sizes of this model, as timm itself loads it."""
 
@@ -46,6 +73,12 @@ class Family(Protocol):
 
     def head(self, model: Any, x: Tensor, *, pre_logits: bool = False) -> Tensor:
         """What leaves the last block to the model's output, or to what its classifier reads."""
+
+    def reads_prefix_only(self, model: Any) -> bool:
+        """Whether the head looks at no patch token."""
+
+    def passed_over(self, block: Any) -> list[tuple[str, nn.Module]]:
+        """(name, module) of what `attend` and `feed` do not call, but only its layers."""
 
     def heads(self, block: Any) -> tuple[int, int, float]:
         """(number, width of one, scale of the attention logits)."""
@@ -74,6 +107,11 @@ FAMILIES: tuple[Family, ...] = (ViT(),)
 
 SHORT_NAMES = {name: model for family in FAMILIES for name, model in family.short_names.items()}
 """Short name -> (timm name, image size if not timm's own)."""
+
+
+def roots(names: Mapping[str, Any]) -> list[str]:
+    """The prefixes under which named tensors hold a model of any family."""
+    return [root for family in FAMILIES for root in family.roots(names)]
 
 
 def family_of(model: nn.Module) -> Family:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -11,9 +13,13 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...core.errors import WeightsError
 from ..schedule import ModelShape
+from . import naming
+from .naming import STEM
 
-STEM = "patch_embed.proj.weight"
+PARTS = ("blocks", "patch_embed", "embed_dim", "num_prefix_tokens", "global_pool", "norm", "head")
+"""What a subclass may have taken away."""
 
 SHORT_NAMES: dict[str, tuple[str, int | None]] = {
     "deit_t": ("deit_tiny_patch16_224", None),
@@ -48,6 +54,9 @@ class ViT:
     short_names = SHORT_NAMES
 
     def refusal(self, model: Any) -> str | None:
+        missing = [name for name in PARTS if not hasattr(model, name)]
+        if missing:
+            return f"it has no {' and no '.join(missing)}"
         if not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d):
             return f"its patch embedding is {type(model.patch_embed).__name__}, not PatchEmbed"
         if getattr(model, "attn_pool", None) is not None:
@@ -57,6 +66,9 @@ class ViT:
                 return f"block {index} is a {type(block).__name__}, not a plain pre-norm Block"
             if type(block.attn) is not Attention:
                 return f"block {index} has {type(block.attn).__name__}, not plain Attention"
+            for name, module in block.named_modules():
+                if (odd := _odd(module)) is not None:
+                    return f"block {index} has {odd} at {name}"
         return None
 
     def shape(self, model: Any) -> ModelShape:
@@ -78,11 +90,83 @@ class ViT:
             head_macs=sum(_linear_weights(head) for head in heads if head is not None),
             has_class_token=model.cls_token is not None,
             qkv_weights=block.attn.qkv.weight.numel(),
-            head_reads_prefix_only=model.global_pool == "token" and model.cls_token is not None,
+            head_reads_prefix_only=self.reads_prefix_only(model),
         )
 
     def patch_embed(self, model: Any) -> Any:
         return model.patch_embed
+
+    def roots(self, names: Mapping[str, Any]) -> list[str]:
+        return naming.roots(names)
+
+    def to_timm(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return naming.to_timm(state)
+
+    def settings(
+        self, model: Any, state: dict[str, Tensor], size: tuple[int, int] | None = None
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        own = model.state_dict()
+        found: dict[str, Any] = {}
+        notes: list[str] = []
+
+        def say(words: str, **settings: Any) -> None:
+            found.update(settings)
+            notes.append(words)
+
+        stem = state.get(STEM)
+        if stem is None:
+            return {}, ()
+        width, depth = len(stem), 1 + max(map(_block, state), default=-1)
+        if width != model.embed_dim or (depth and depth != len(model.blocks)):
+            raise WeightsError(
+                f"the weights are of a model of width {width} with {depth} blocks, this one has "
+                f"width {model.embed_dim} and {len(model.blocks)} blocks",
+                f"name the model that they are of{_named_like(width, depth)}",
+            )
+        if stem.ndim == 4 and stem.shape[1] != own[STEM].shape[1]:
+            say(f"{stem.shape[1]} input channels", in_chans=stem.shape[1])
+        patch = tuple(stem.shape[2:]) if stem.ndim == 4 else model.patch_embed.patch_size
+        if patch != tuple(model.patch_embed.patch_size):
+            say(f"patches of {patch[0]}x{patch[1]} pixels", patch_size=_one_if_square(patch))
+        classes = 0 if (head := state.get("head.weight")) is None else len(head)
+        if classes != model.num_classes:
+            words = f"{classes} class{'es' * (classes > 1)}" if classes else "no classifier"
+            say(f"{words}: the model gives {'logits' if classes else 'features'}")
+            found["num_classes"] = classes
+        registers = state.get("reg_token", state.get("register_tokens"))
+        count = 0 if registers is None else registers.shape[1]
+        if count != (0 if model.reg_token is None else model.reg_token.shape[1]):
+            say(f"{count} register tokens", reg_tokens=count)
+        if (has_class := "cls_token" in state) != (model.cls_token is not None):
+            say(f"{'a' if has_class else 'no'} class token", class_token=has_class)
+        if "fc_norm.weight" in state and "fc_norm.weight" not in own:
+            say("average pooling (it has fc_norm)", global_pool="avg")
+        elif "norm.weight" in state and "fc_norm.weight" in own:
+            if has_class:
+                say("pooling by the class token (it has norm, not fc_norm)", global_pool="token")
+            else:
+                say("the norm stands before the pooling", fc_norm=False)
+        elif not has_class and model.global_pool == "token":
+            say("average pooling (it has no class token)", global_pool="avg")
+        if ("norm_pre.weight" in state) != ("norm_pre.weight" in own):
+            found["pre_norm"] = "norm_pre.weight" in state
+        first = {name.removeprefix("blocks.0.") for name in state if name.startswith("blocks.0.")}
+        usual = {name.removeprefix("blocks.0.") for name in own if name.startswith("blocks.0.")}
+        if first:
+            scaled = bool({"ls1.gamma", "gamma_1"} & first)
+            if scaled != ("ls1.gamma" in usual):
+                say(
+                    f"{'with' if scaled else 'no'} layer scale", init_values=1.0 if scaled else None
+                )
+            for name, setting in (("attn.qkv.bias", "qkv_bias"), ("attn.q_norm.weight", "qk_norm")):
+                if (name in first) != (name in usual):
+                    say(f"{setting} {name in first}", **{setting: name in first})
+        positions = state.get("pos_embed")
+        if positions is not None and positions.ndim == 3 and model.pos_embed is not None:
+            grid = _grid(positions.shape[1], model, has_class + count, size, patch)
+            if grid is not None:
+                found["img_size"] = (grid[0] * patch[0], grid[1] * patch[1])
+        return found, tuple(notes)
 
     def fit_checkpoint(self, model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
         # It takes keys out of what it is given.
@@ -91,12 +175,21 @@ class ViT:
             fitted[STEM] = state[STEM]  # weights for another patch size are not resampled
         return fitted
 
+    def channels(self, model: Any) -> int:
+        return int(model.patch_embed.proj.in_channels)
+
     def embed(self, model: Any, images: Tensor) -> Tensor:
         x = model._pos_embed(model.patch_embed(images))
         return model.norm_pre(model.patch_drop(x))
 
     def head(self, model: Any, x: Tensor, *, pre_logits: bool = False) -> Tensor:
         return model.forward_head(model.norm(x), pre_logits=pre_logits)
+
+    def reads_prefix_only(self, model: Any) -> bool:
+        return model.global_pool == "token" and model.cls_token is not None
+
+    def passed_over(self, block: Any) -> list[tuple[str, nn.Module]]:
+        return [("", block), (".attn", block.attn)]
 
     def heads(self, block: Any) -> tuple[int, int, float]:
         return block.attn.num_heads, block.attn.head_dim, block.attn.scale
@@ -175,3 +268,71 @@ def _stem_macs(stem: Any) -> int:
 def _linear_weights(module: nn.Module) -> int:
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     return sum(layer.weight.numel() for layer in layers)
+
+
+def _odd(module: nn.Module) -> str | None:
+    """What a part of a block is, if it is neither PyTorch's nor timm's or holds no plain floats."""
+    kind = type(module)
+    if not kind.__module__.startswith(("torch.nn.", "timm.")):
+        return (
+            f"a {kind.__name__} of {kind.__module__} (merge LoRA weights first, with peft: "
+            "model.merge_and_unload())"
+        )
+    for value in module.parameters(recurse=False):
+        plain = type(value.data) is Tensor and value.is_floating_point()
+        if not plain:
+            return f"quantized weights in a {kind.__name__} (take those from before)"
+    return None
+
+
+def _block(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit() else -1
+
+
+def _one_if_square(size: tuple[int, ...]) -> Any:
+    return size[0] if len(set(size)) == 1 else size
+
+
+def _named_like(width: int, depth: int) -> str:
+    """Short names of models of that size, for a hint."""
+    import timm
+
+    names = []
+    for name, (timm_name, _) in SHORT_NAMES.items():
+        with torch.device("meta"):
+            model = timm.create_model(timm_name)
+        if (model.embed_dim, len(model.blocks)) == (width, depth):
+            names.append(name)
+    return f": {', '.join(names)} are of that size" if names else ""
+
+
+def _grid(
+    count: int, model: Any, prefix: int, size: tuple[int, int] | None, patch: tuple[int, ...]
+) -> tuple[int, int] | None:
+    """(rows, columns) of position embeddings, the one of `size` in pixels if it fits; or None.
+
+    Raises:
+        WeightsError: they are of no square, and nothing says of which rectangle.
+    """
+    usual = tuple(model.patch_embed.grid_size)
+    counts = [count - tokens for tokens in (0 if model.no_embed_class else prefix, prefix, 1, 0)]
+    asked = (size[0] // patch[0], size[1] // patch[1]) if size else usual
+    for grid in (asked, usual):
+        if grid[0] * grid[1] in counts[:2]:
+            return grid
+    for patches in counts:
+        side = math.isqrt(max(patches, 0))
+        if side and side * side == patches:
+            return side, side
+    patches = counts[0]
+    if size is not None or patches < 2:
+        return None
+    shapes = [(rows, patches // rows) for rows in range(1, patches) if patches % rows == 0]
+    rows, columns = min(shapes, key=lambda shape: (abs(shape[0] - shape[1]), shape))
+    height, width = rows * patch[0], columns * patch[1]
+    raise WeightsError(
+        f"the weights have {patches} position embeddings, of an image that is not square",
+        f"say its height and width in pixels, e.g. --img-size {height},{width} or "
+        f"--img-size {width},{height}",
+    )
