@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..backends import AUTO, AUTO_HELP, DEPLOYED
-from ..core.images import FILTERS, MAX_SIDE
 
 T = TypeVar("T")
 Handler = Callable[[argparse.Namespace], int]
@@ -126,7 +125,9 @@ def add_own_model(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="centre crop, of the resized image's edge",
     )
-    group.add_argument("--interpolation", dest="own.interpolation", choices=FILTERS)
+    group.add_argument(
+        "--interpolation", dest="own.interpolation", metavar="FILTER", help="Pillow's"
+    )
     group.add_argument(
         "--labels",
         dest="own.labels",
@@ -206,6 +207,8 @@ def share(text: str) -> float:
 
 def size(text: str) -> int | tuple[int, int]:
     """Pixels of a square, or height and width."""
+    from ..core.images import MAX_SIDE  # numpy is not for --help
+
     sides = tuple(positive(part) for part in text.split(","))
     if len(sides) > 2 or max(sides) > MAX_SIDE:
         raise argparse.ArgumentTypeError(f"{text!r} is neither PIXELS nor H,W below {MAX_SIDE}")
