@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..backends import AUTO, AUTO_HELP, DEPLOYED
-from ..core.images import FILTERS
 
 T = TypeVar("T")
 PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
@@ -131,7 +130,9 @@ def add_own_model(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="centre crop, of the resized image's edge",
     )
-    group.add_argument("--interpolation", dest="own.interpolation", choices=FILTERS)
+    group.add_argument(
+        "--interpolation", dest="own.interpolation", metavar="FILTER", help="Pillow's"
+    )
     group.add_argument(
         "--labels",
         dest="own.labels",

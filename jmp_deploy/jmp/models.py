@@ -68,7 +68,7 @@ class OwnModel:
     labels: str | None = None
     label_order: LabelOrder | None = None
     multi_label: bool = False
-    function: str = ""
+    function: str | None = None
 
     def preprocessing(self) -> dict[str, Any]:
         """What is said of the images."""
@@ -211,7 +211,7 @@ def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
         kwargs=about.settings,
         mean=artifact.preprocess.mean,
         std=artifact.preprocess.std,
-        function=about.function,
+        function=about.function or None,
     )
     if origin.kind == "python" and not about.function:
         raise WeightsError(
@@ -648,7 +648,7 @@ def _loaded(
         synsets,
         settings={k: v for k, v in settings.items() if k not in TRAINED_ONLY},
         multi_label=own.multi_label,
-        function=own.function,
+        function=own.function or "",
     )
 
 

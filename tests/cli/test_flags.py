@@ -19,6 +19,7 @@ from jmp_deploy.bench.table import SETTINGS, TableOptions
 from jmp_deploy.cli import flags
 from jmp_deploy.cli.main import COMMANDS, make_parser
 from jmp_deploy.compare.compare import compare_artifact
+from jmp_deploy.jmp.models import OwnModel
 from jmp_deploy.jmp.visualize import VisualizeOptions
 from jmp_deploy.pipeline import BuildOptions
 from jmp_deploy.plugin.library import build_plugin
@@ -28,7 +29,7 @@ from jmp_deploy.validate.state import merge
 from jmp_deploy.validate.validate import ValidateOptions
 
 FILLED = {
-    "build": [(BuildOptions, ""), (Int8Options, "int8.")],
+    "build": [(BuildOptions, ""), (Int8Options, "int8."), (OwnModel, "own.")],
     "run": [(Options, ""), (predict, "")],
     "compare": [(compare_artifact, "")],
     "inspect": [],
@@ -52,7 +53,7 @@ READ = {
 }
 """Command -> flags that its handler reads itself."""
 MADE = {
-    "build": {"int8", "rebuild"},
+    "build": {"int8", "own", "rebuild"},
     "run": {"path", "options"},
     "plugin": {"on_progress"},
     "tune": {"curve"},

@@ -11,7 +11,14 @@ import pytest
 from jmp_deploy.core.paths import PACKAGE
 
 HEAVY = {
-    *("jmp.families", "jmp.families.vit", "jmp.patch", "jmp.reduction", "jmp.torch_op"),
+    *(
+        "jmp.families",
+        "jmp.families.naming",
+        "jmp.families.vit",
+        "jmp.patch",
+        "jmp.reduction",
+        "jmp.torch_op",
+    ),
     *("jmp.models", "export.export", "export.fp16", "export.fuse"),
 }
 """Modules that work on PyTorch or ONNX models and may import them at once."""
