@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ModelError
 from ..core.images import Preprocess
-from .families import family_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +40,8 @@ def fold_normalization(model: nn.Module, preprocess: Preprocess) -> Preprocess:
         ModelError: its patch embedding is not one convolution of the pixels without padding.
     """
     import torch
+
+    from .families import family_of
 
     stem: Any = getattr(family_of(model).patch_embed(model), "proj", None)
     plain = isinstance(stem, torch.nn.Conv2d) and (stem.in_channels, stem.groups) == (3, 1)

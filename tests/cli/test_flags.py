@@ -21,6 +21,7 @@ from jmp_deploy.cli.main import COMMANDS, make_parser
 from jmp_deploy.compare.compare import compare_artifact
 from jmp_deploy.jmp.models import OwnModel
 from jmp_deploy.jmp.visualize import VisualizeOptions
+from jmp_deploy.package.bundle import BundleOptions
 from jmp_deploy.pipeline import BuildOptions
 from jmp_deploy.plugin.library import build_plugin
 from jmp_deploy.quantize.int8 import Int8Options
@@ -36,6 +37,7 @@ FILLED = {
     "report": [],
     "doctor": [],
     "plugin": [(build_plugin, "")],
+    "package": [(BundleOptions, "")],
     "tune": [(TuneOptions, "")],
     "visualize": [(VisualizeOptions, "")],
     "bench": [(BenchOptions, ""), (Settings, "settings."), (TableOptions, "")],
@@ -46,8 +48,9 @@ FILLED = {
 READ = {
     "run": {"folder", "rebuild"},
     "inspect": {"path"},
-    "report": {"folder", "compare"},
+    "report": {"folder", "compare", "html", "bench", "pictures"},
     "plugin": {"action"},
+    "package": {"path", "verify", "out"},
     "tune": {"plot"},
     "bench": {"times", "plot", "table"},
 }
@@ -56,6 +59,7 @@ MADE = {
     "build": {"int8", "own", "rebuild"},
     "run": {"path", "options"},
     "plugin": {"on_progress"},
+    "package": {"out"},
     "tune": {"curve"},
     "bench": {
         *("settings", "backend"),
