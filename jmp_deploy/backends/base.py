@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.device import cpu_name
-from ..core.errors import EngineError, engine_errors, install_command
+from ..core.errors import EngineError, engine_errors, install_command, one_line
 from ..core.packages import importable
 
 if TYPE_CHECKING:
@@ -235,6 +235,16 @@ def noise(batch: int, shape: tuple[int, ...]) -> Images:
     return random.standard_normal((batch, *shape), dtype=np.float32)
 
 
+class Outputs(dict[str, "NDArray[Any]"]):
+    """Outputs by name, [B, ...]; one that the model turns out not to have is an EngineError."""
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        raise EngineError(
+            f"the model has no output {name}, it has {', '.join(map(one_line, self))}",
+            "its manifest speaks of another model: build the artifact again",
+        )
+
+
 def infer(runner: Any, images: Images, batch: tuple[int, int, int]) -> dict[str, NDArray[Any]]:
     """Runs any number of images in batches that the engine's profile allows.
 
@@ -260,7 +270,7 @@ def infer(runner: Any, images: Images, batch: tuple[int, int, int]) -> dict[str,
             outputs = runner.infer({INPUT: piece})
         # copied: a runner may write the next batch into the same buffers
         parts.append({name: np.array(value) for name, value in outputs.items()})
-    return join(parts, len(images))
+    return Outputs(join(parts, len(images)))
 
 
 def function_runner(function: Callable[[Images], dict[str, Any]], name: str) -> Any:

@@ -15,7 +15,7 @@ from ..core import ort
 from ..core.device import gpus
 from ..core.errors import EngineError, engine_errors
 from ..core.packages import importable
-from .base import Backend, Infer, Opened, Times, guarded, infer, noise
+from .base import Backend, Infer, Opened, Outputs, Times, guarded, infer, noise
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +97,7 @@ class EngineBackend(Backend):
 
         def run(images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
             with engine_errors(RUNNING):
-                return engine.infer({INPUT: images})
+                return Outputs(engine.infer({INPUT: images}))
 
         with engine_errors(OPENING):
             engine = Engine(artifact.folder, cuda_graph=cuda_graph, max_batch=max_batch)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import backends
-from ..backends.base import Opened
+from ..backends.base import Opened, Outputs
 from ..core import interrupt, ort
 from ..core.artifact import Artifact, Reference
 from ..core.errors import ArtifactError, ImageError, JmpDeployError, engine_errors
@@ -158,7 +158,7 @@ def run_and_pair(
     with engine_errors("the backends cannot be run"):
         by_name = dict(Comparator.run(list(runners), data_loader=feed).items())
     interrupt.check()
-    outputs = {name: join(iterations, len(images)) for name, iterations in by_name.items()}
+    outputs = {name: Outputs(join(parts, len(images))) for name, parts in by_name.items()}
     first = runners[0].name
     pairs = [
         measure(

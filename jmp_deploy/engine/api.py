@@ -111,7 +111,7 @@ def strongly_typed(trt: Any) -> bool:
 
 def may_fall_back(trt: Any) -> bool:
     """Whether a network that was refused strongly typed may be tried weakly typed: before 10.6."""
-    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    version = tuple(int(part) for part in str(trt.__version__).split(".")[:2])
     return trt.__name__ == MODULES["tensorrt"] and version < (10, 6)
 
 

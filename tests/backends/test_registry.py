@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jmp_deploy import backends
@@ -91,3 +92,13 @@ def test_precision_is_the_backend_s_own(tmp_path, monkeypatch):
     monkeypatch.setattr(type(torch), "gpu", lambda self: "Fake GPU")
     assert torch.precision(half) == "fp32" and torch.timed_precision(half) == "fp16"
     assert torch.timed_precision(artifact) == "fp32"
+
+
+def test_a_model_of_other_outputs_than_its_manifest_says_ends_in_one_message():
+    pytest.importorskip("polygraphy")
+    runner = base.function_runner(lambda images: {"other": images[:, 0, 0]}, "a model")
+    with runner:
+        found = base.infer(runner, np.zeros((3, 3, 4, 4), np.float32), (1, 2, 2))
+    assert found["other"].shape == (3, 4)
+    with pytest.raises(EngineError, match="no output logits, it has other"):
+        found["logits"]

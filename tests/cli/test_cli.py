@@ -57,7 +57,7 @@ def test_build_leaves_a_whole_artifact(built):
     assert {path.name for path in built.iterdir()} == names
     assert data == json.loads((built.parent / "build.json").read_text())
     assert data["check"]["ok"] and data["macs"]["model"] < 0.66 * data["macs"]["dense"]
-    assert data["rebuild"].startswith("python -m jmp_deploy build deit_t --weights ")
+    assert data["rebuild"].startswith("python -m jmp_deploy build deit_t --labels imagenet")
     assert data["weights"]["kind"] == "file" and len(data["class_names"]) == 1000
 
 
@@ -392,6 +392,8 @@ def test_batches_are_split_and_padded_to_the_profile():
     calls = []
 
     class Runner:
+        name = "a runner"
+
         def infer(self, feed):
             calls.append(len(feed[INPUT]))
             return {"y": feed[INPUT] * 2}

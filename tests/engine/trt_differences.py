@@ -27,6 +27,10 @@ _RTX_RUNTIME = (
     "TensorRT-RTX compiles kernels when it runs: its runtime configuration, the cache of what was "
     "compiled (1.0) and its own CUDA graphs (1.2) have no counterpart in TensorRT (10.13 stubs)"
 )
+_WEAK = (
+    "of weakly typed networks, which 11 and TensorRT-RTX do not have; used before 10.6 alone "
+    "(bindings of 11.1; tensorrt_rtx 1.7.1)"
+)
 _TARGETS = (
     "TensorRT-RTX builds ahead of time for compute capabilities; TensorRT builds for the GPU "
     "that is here (10.13 stubs)"
@@ -49,6 +53,8 @@ DIFFERENCES = (
         {"tensorrt": (None, (10, 1))},
         "came with 10.1; before, the attribute device_memory takes the address",
     ),
+    Difference("ILayer.precision", {"tensorrt": ((11,), None), "rtx": _ALL}, _WEAK),
+    Difference("ILayer.set_output_type", {"tensorrt": ((11,), None), "rtx": _ALL}, _WEAK),
     Difference("ComputeCapability", {"tensorrt": _ALL}, _TARGETS),
     Difference("CudaGraphStrategy", {"tensorrt": _ALL}, _RTX_RUNTIME),
     Difference("IRuntimeConfig.cuda_graph_strategy", {"tensorrt": _ALL}, _RTX_RUNTIME),

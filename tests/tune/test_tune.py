@@ -357,7 +357,7 @@ def test_folder_without_images_is_refused(tmp_path):
         ({"speedup": -1.0}, "not valid"),
         ({"speedup": None, "latency_ms": 3.0}, "needs a table"),
         ({"speedup": None, "gmacs": 1.0, "table": Path("t.json")}, "--on goes with"),
-        ({"table": Path("missing.json")}, "cannot read latency table"),
+        ({"table": Path("missing.json")}, "no such latency table"),
         ({"speedup": 500.0}, "nearest possible"),
     ],
 )

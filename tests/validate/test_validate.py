@@ -84,10 +84,11 @@ def test_figures_are_those_of_an_independent_computation(world, tmp_path, capsys
     assert found["agreement_with_dense"] == pytest.approx(100 * same.mean())
     assert found["drop_points"] == pytest.approx(found["dense"]["top1"] - found["top1"])
     assert found["only_dense_right"] == (right["dense"] & ~right["jmp"]).sum() > 0
-    # the paired interval, by the normal approximation of a mean of 120 differences
+    # the exact paired interval holds that of the normal approximation, too narrow for 120 images
     lost = 100.0 * (right["dense"].astype(float) - right["jmp"])
     half = 1.96 * lost.std() / np.sqrt(len(lost))
-    np.testing.assert_allclose(found["ci95"], lost.mean() + np.array([-half, half]), atol=1.0)
+    low, high = found["ci95"]
+    assert low < lost.mean() - half < lost.mean() + half < high and high - low < 4 * half
     assert (
         found["throughput"]["workers"] == 2
         and found["throughput"]["end_to_end"] > 0
@@ -194,13 +195,13 @@ def test_what_a_worker_makes_of_a_photo_is_timms_to_the_last_bit(photos):
     """ImageNet's usual transform and DINOv2's, for photos of several shapes."""
     from timm.data import create_transform
 
-    from jmp_deploy.core.images import Preprocess
+    from jmp_deploy.core.images import Preprocess, load_readable
 
     statistics = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     for crop in (0.9, 1.0):
         config = {"input_size": (3, 224, 224), "crop_pct": crop, "interpolation": "bicubic"}
         transform = create_transform(**config, **statistics, is_training=False)
-        batch = loader.load(photos, Preprocess.from_timm({**config, **statistics}))
+        batch = load_readable(photos, Preprocess.from_timm({**config, **statistics}))
         for path, pixels in zip(photos, batch.images, strict=True):
             with Image.open(path) as photo:
                 np.testing.assert_array_equal(pixels, transform(photo.convert("RGB")).numpy())
