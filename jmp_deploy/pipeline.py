@@ -97,6 +97,8 @@ class BuildOptions:
         engine: "auto", "tensorrt", "rtx" or "none".
         targets: architectures for TensorRT-RTX.
         workspace_mb: builder memory in MiB.
+        embed_plugin: the engine carries the plugin, for runtimes that allow host code: ours does
+            not.
         fold_normalization: the model takes 0-255 RGB and normalises it itself.
         softmax: probabilities come out, not logits.
         images: photos for the check; empty takes sample photos.
@@ -123,6 +125,7 @@ class BuildOptions:
     engine: str = "auto"
     targets: tuple[str, ...] = ()
     workspace_mb: int | None = None
+    embed_plugin: bool = False
     fold_normalization: bool = False
     softmax: bool = False
     images: tuple[Path, ...] = ()
@@ -171,7 +174,9 @@ def build(
             "write --batch 8 for a fixed batch, or --batch 1,8,32",
         )
     _refuse_contradictions(options)
-    engine_options = EngineOptions(builder.python_targets(options.targets), options.workspace_mb)
+    engine_options = EngineOptions(
+        builder.python_targets(options.targets), options.workspace_mb, options.embed_plugin
+    )
     choice = builder.choose(options.engine)
     builder.refuse_targets(choice, engine_options.targets)
     refuse_early(options.int8, options.precision, options.rebuild)
@@ -449,6 +454,12 @@ def _refuse_contradictions(options: BuildOptions) -> None:
         raise ScheduleError(
             f"--dense builds the model without JMP, and {', '.join(vain)} says how JMP works",
             "leave out --dense, or the others",
+        )
+    if options.embed_plugin and (options.dense or options.engine == "none"):
+        without = "--dense" if options.dense else "--engine none"
+        raise EngineError(
+            f"--embed-plugin puts the plugin into the engine, and {without} has none",
+            "leave one of them out",
         )
     check_spelling(options.schedule)
     if options.strategy != "jmp" and options.tau is not None:

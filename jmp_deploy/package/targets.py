@@ -193,6 +193,8 @@ def _triton_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
         else "TAG: one with a TensorRT of 10.0 or newer; the engine is built in it."
     )
     plugins = f" --backend-config=tensorrt,plugins=/bundle/{PLUGIN}" if artifact.jmp else ""
+    if artifact.engine and artifact.engine.embeds_plugin:
+        plugins = " --backend-config=tensorrt,version-compatible=true"  # allows host code
     start = (
         f'docker run --rm --gpus all --network host -v "$PWD":/bundle -w /bundle '
         f"$REGISTRY/nvidia/tritonserver:{tag} "

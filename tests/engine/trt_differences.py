@@ -31,6 +31,7 @@ _TARGETS = (
     "TensorRT-RTX builds ahead of time for compute capabilities; TensorRT builds for the GPU "
     "that is here (10.13 stubs)"
 )
+_WEAK = "weakly typed networks, the fallback before 10.6, are gone in 11 (bindings of 11.1)"
 
 DIFFERENCES = (
     Difference(
@@ -49,6 +50,8 @@ DIFFERENCES = (
         {"tensorrt": (None, (10, 1))},
         "came with 10.1; before, the attribute device_memory takes the address",
     ),
+    Difference("ILayer.precision", {"tensorrt": ((11,), None), "rtx": _ALL}, _WEAK),
+    Difference("ILayer.set_output_type", {"tensorrt": ((11,), None), "rtx": _ALL}, _WEAK),
     Difference("ComputeCapability", {"tensorrt": _ALL}, _TARGETS),
     Difference("CudaGraphStrategy", {"tensorrt": _ALL}, _RTX_RUNTIME),
     Difference("IRuntimeConfig.cuda_graph_strategy", {"tensorrt": _ALL}, _RTX_RUNTIME),
