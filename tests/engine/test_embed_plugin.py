@@ -10,6 +10,7 @@ from PIL import Image
 
 from jmp_deploy import patch
 from jmp_deploy.backends import get
+from jmp_deploy.cli import inspection, probes
 from jmp_deploy.cli.main import main
 from jmp_deploy.core.artifact import Artifact, EngineOptions
 from jmp_deploy.core.errors import EngineError
@@ -92,3 +93,20 @@ def test_triton_is_told_to_allow_it(tmp_path):
     for engine, option in ((ENGINE, "plugins="), (EMBEDS, "version-compatible=true")):
         commands = targets.TARGETS["triton"].commands(replace(made, engine=engine), "m")
         assert f"--backend-config=tensorrt,{option}" in commands[0][1]
+
+
+def test_inspect_and_doctor_say_in_a_line_how_serving_stacks_load_the_plugin(tmp_path, monkeypatch):
+    library = tmp_path / "libjmp_deploy_plugin.so"
+    made = make_artifact(tmp_path, jmp=JMP, engine=ENGINE)
+
+    def found(*, build):
+        assert not build  # looking compiles nothing
+        return library
+
+    monkeypatch.setattr(inspection, "plugin_library", found)
+    monkeypatch.setattr("jmp_deploy.plugin.library.plugin_library", found)
+    (said,) = (check.found for check in probes._cache() if check.name == "serving stacks")
+    assert f"dlopen registers it: {library}" in said
+    assert inspection.serving(made) == said
+    assert inspection.serving(replace(made, jmp=None)).startswith("no plugin is needed")
+    assert "engine_host_code_allowed" in inspection.serving(replace(made, engine=EMBEDS))
