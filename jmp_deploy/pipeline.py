@@ -50,7 +50,7 @@ from .core.images import (
     require_readable,
     sample_photos,
 )
-from .core.outputs import output_of
+from .core.outputs import LOGITS, PROBABILITIES, output_of
 from .engine import builder
 from .engine.stage import Clock, make_engines
 from .jmp.models import OwnModel
@@ -97,7 +97,10 @@ class BuildOptions:
         engine: "auto", "tensorrt", "rtx" or "none".
         targets: architectures for TensorRT-RTX.
         workspace_mb: builder memory in MiB.
+        embed_plugin: the engine carries the plugin, for runtimes that allow host code: ours does
+            not.
         fold_normalization: the model takes 0-255 RGB and normalises it itself.
+        softmax: probabilities come out, not logits.
         images: photos for the check; empty takes sample photos.
         seed: of random weights, and of the draw of calibration images.
     """
@@ -122,7 +125,9 @@ class BuildOptions:
     engine: str = "auto"
     targets: tuple[str, ...] = ()
     workspace_mb: int | None = None
+    embed_plugin: bool = False
     fold_normalization: bool = False
+    softmax: bool = False
     images: tuple[Path, ...] = ()
     seed: int = 0
     rebuild: str = field(default="python -m jmp_deploy build", compare=False)
@@ -169,7 +174,9 @@ def build(
             "write --batch 8 for a fixed batch, or --batch 1,8,32",
         )
     _refuse_contradictions(options)
-    engine_options = EngineOptions(builder.python_targets(options.targets), options.workspace_mb)
+    engine_options = EngineOptions(
+        builder.python_targets(options.targets), options.workspace_mb, options.embed_plugin
+    )
     choice = builder.choose(options.engine)
     builder.refuse_targets(choice, engine_options.targets)
     refuse_early(options.int8, options.precision, options.rebuild)
@@ -242,11 +249,11 @@ def _portable(
         )
         if options.fold_normalization:
             loaded.preprocess = fold.fold_normalization(loaded.model, loaded.preprocess)
+        output = _output(loaded, options)
     on_model(loaded)
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
-    output = output_of(loaded.model).name
     with clock("export"):
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
@@ -269,6 +276,10 @@ def _portable(
         quantized = int8.make(
             asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress, kept.nodes
         )
+    if options.softmax:
+        for name in (artifact.PORTABLE, _TWIN):
+            if (staging / name).is_file():
+                export.append_softmax(staging / name)
     with clock("check"):
         check, reference = _check(options, loaded, portable, output, names, images)
     patched = loaded.model.blocks.reductions if jmp else {}
@@ -299,6 +310,23 @@ def _portable(
         rebuild=options.rebuild,
     )
     return made, reference, reductions
+
+
+def _output(loaded: LoadedModel, options: BuildOptions) -> str:
+    """What the artifact's output is; raises ModelError where a softmax makes no sense."""
+    given = output_of(loaded.model)
+    if not options.softmax:
+        return given.name
+    why = None
+    if given != LOGITS:
+        why = f"{loaded.name} gives {given.name}"
+    elif loaded.multi_label:
+        why = "each class is a question of its own, whose probability is a sigmoid"
+    elif loaded.model.num_classes == 1:
+        why = "the softmax of a single class is 1 whatever it is"
+    if why:
+        raise ModelError(f"--softmax is for one of several classes: {why}", "leave out --softmax")
+    return PROBABILITIES.name
 
 
 def _asked_for(options: BuildOptions, loaded: LoadedModel) -> str:
@@ -426,6 +454,12 @@ def _refuse_contradictions(options: BuildOptions) -> None:
         raise ScheduleError(
             f"--dense builds the model without JMP, and {', '.join(vain)} says how JMP works",
             "leave out --dense, or the others",
+        )
+    if options.embed_plugin and (options.dense or options.engine == "none"):
+        without = "--dense" if options.dense else "--engine none"
+        raise EngineError(
+            f"--embed-plugin puts the plugin into the engine, and {without} has none",
+            "leave one of them out",
         )
     check_spelling(options.schedule)
     if options.strategy != "jmp" and options.tau is not None:

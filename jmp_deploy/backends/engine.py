@@ -48,11 +48,14 @@ class EngineBackend(Backend):
     def obstacle(self, artifact: Artifact) -> str | None:
         """See `Backend`."""
         from ..engine.api import MODULES, installed
+        from ..engine.fit import HOST_CODE
 
         if artifact.engine is None:
             return "none was built"
         if not artifact.path(self.file).is_file():
             return f"{self.file} is missing"
+        if artifact.engine.embeds_plugin:
+            return HOST_CODE
         if not gpus():
             return "no GPU is here"
         flavour = artifact.engine.flavour

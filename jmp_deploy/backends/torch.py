@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import ort
 from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError, engine_errors
+from ..core.outputs import PROBABILITIES
 from ..core.packages import importable
 from .base import Backend, Opened, Times, function_runner, guarded, noise
 
@@ -77,9 +78,20 @@ class TorchBackend(Backend):
         return TimedModel(artifact, threads)
 
 
+def with_output(model: Any, output: str) -> Any:
+    """A timm model that gives an artifact's output: with a softmax behind it for probabilities."""
+    import torch
+
+    if output != PROBABILITIES.name:
+        return model
+    return torch.nn.Sequential(model, torch.nn.Softmax(dim=-1))
+
+
 def torch_runner(model: Any, output: str, name: str = TorchBackend.name) -> Any:
     """A Polygraphy runner of a PyTorch model in FP32 on the CPU."""
     import torch
+
+    model = with_output(model, output)
 
     def forward(images: NDArray[np.float32]) -> dict[str, Any]:
         with torch.inference_mode():
@@ -122,7 +134,8 @@ class TimedModel:
         from ..core.artifact import Weights
         from ..jmp.models import restore_model
 
-        self.model: Any = restore_model(replace(artifact, weights=Weights("random", seed=0)))
+        untrained = restore_model(replace(artifact, weights=Weights("random", seed=0)))
+        self.model: Any = with_output(untrained, artifact.model.output)
         self.shape = artifact.image_shape
         self.on_gpu = torch.cuda.is_available()
         precision = TorchBackend().timed_precision(artifact)

@@ -136,10 +136,23 @@ def add(commands: Any) -> None:
         help="limit of the builder's scratch memory",
     )
     parser.add_argument(
+        "--embed-plugin",
+        action="store_true",
+        help="put the plugin into the engine, for runtimes that are told to allow host code "
+        "(engine_host_code_allowed; Triton: version-compatible=true). jmp_deploy never allows it: "
+        "run, bench and compare do not open such an engine, and it stays unchecked",
+    )
+    parser.add_argument(
         "--fold-normalization",
         action="store_true",
         help="put mean, standard deviation and 1/255 into the patch embedding, so that raw 0-255 "
         "RGB goes in: for DeepStream, which knows one scale",
+    )
+    parser.add_argument(
+        "--softmax",
+        action="store_true",
+        help="append a softmax in FP32, so that probabilities come out of a classifier rather than "
+        "logits",
     )
     flags.add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
     parser.add_argument(
@@ -431,7 +444,8 @@ def _engine(engine: EngineFacts) -> str:
     return (
         f"{engine.builder} {engine.version} for {', '.join(engine.targets)}, "
         f"{engine.bytes / 1e6:.1f} MB in {engine.seconds:.1f} s, "
-        f"{plugins} plugin layer{'s' if plugins != 1 else ''} ({engine.why})"
+        f"{plugins} plugin layer{'s' if plugins != 1 else ''}"
+        f"{', plugin embedded' if engine.embeds_plugin else ''} ({engine.why})"
     )
 
 

@@ -38,13 +38,15 @@ def add(commands: Any) -> None:
 
 def _inspect(given: argparse.Namespace) -> int:
     from ..core.artifact import Artifact
-    from .inspection import inspect_artifact, inspect_file
+    from .inspection import inspect_artifact, inspect_file, serving
 
     parts: list[RenderableType] = []
     if given.path.is_dir():
         found = Artifact.read(given.path)
         result = inspect_artifact(found)
+        result["serving"] = serving(found)
         parts += [*build.summary(found), show.styled("all files are as they were built", "green")]
+        parts.append(show.facts([("serving stacks", result["serving"])]))
     else:
         result = inspect_file(given.path)
     show.show(given, [*parts, *_summary(result)], result)

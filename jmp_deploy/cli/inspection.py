@@ -14,6 +14,7 @@ from ..core.errors import ArtifactError, JmpDeployError, MissingPackageError, in
 from ..engine import builder
 from ..export import graph
 from ..jmp import checkpoint
+from ..plugin.library import plugin_library, serving_words
 
 
 def inspect_artifact(found: artifact.Artifact) -> dict[str, Any]:
@@ -43,6 +44,21 @@ def inspect_artifact(found: artifact.Artifact) -> dict[str, Any]:
         result["engine"] = None
         result["missing"]["engine"] = found.no_engine
     return result
+
+
+def serving(found: Artifact) -> str:
+    """In one line, what a serving stack has to be told to open an artifact's engine."""
+    if found.jmp is None:
+        return "no plugin is needed: a dense model"
+    if found.engine is not None and found.engine.embeds_plugin:
+        return (
+            "the engine carries its plugin: allow host code (engine_host_code_allowed; Triton: "
+            "--backend-config=tensorrt,version-compatible=true)"
+        )
+    try:
+        return serving_words(plugin_library(build=False))
+    except JmpDeployError:
+        return serving_words(None)
 
 
 def inspect_file(path: Path) -> dict[str, Any]:

@@ -299,7 +299,7 @@ def _toolchain() -> Iterator[Check]:
 
 def _cache() -> Iterator[Check]:
     from ..core.paths import cache_dir
-    from ..plugin.library import plugin_library
+    from ..plugin.library import plugin_library, serving_words
 
     folder = cache_dir()
     try:
@@ -320,6 +320,7 @@ def _cache() -> Iterator[Check]:
         yield Check("plugin", "plugin library", "missing", error.message, fix)
     else:
         yield Check("plugin", "plugin library", "ok", str(library))
+        yield Check("plugin", "serving stacks", "ok", serving_words(library))
 
 
 # --- network -------------------------------------------------------------------------------------

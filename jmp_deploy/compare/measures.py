@@ -136,7 +136,8 @@ def measure(
     max_abs: float | None = None,
     near_ties: bool = True,
 ) -> Pair:
-    """Compares two outputs of shape [B, ...], in float64.
+    """Compares two outputs of shape [B, ...], in float64; probabilities as the logits that they
+    were (`outputs.Probabilities.judged`).
 
     Args:
         precision: which row of the tolerances holds.
@@ -154,6 +155,8 @@ def measure(
     if broken:
         words = [_say_not_finite(name, output, counts) for name, counts in broken.items()]
         return _hopeless(a, b, output, precision, *words, not_finite=broken)
+    kind = output_named(output)
+    x, y = kind.judged(x), kind.judged(y)
     cosine = cosines(x, y)
     difference = np.abs(x - y)
     largest = float(difference.max())
@@ -182,7 +185,7 @@ def measure(
         worst=int(np.argmin(cosine)),
         ok=not problems,
         problems=tuple(problems),
-        **output_named(output).differences(x, y),
+        **kind.differences(x, y),
     )
 
 

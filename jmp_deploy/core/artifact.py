@@ -222,10 +222,12 @@ class EngineOptions:
         targets: GPU architectures such as "sm_86" for TensorRT-RTX's ahead-of-time build; empty:
             the GPU at hand, or without one every architecture that TensorRT-RTX knows.
         workspace_mb: limit of the builder's scratch memory in MiB, or None for its default.
+        embed_plugin: the engine carries the plugin's library.
     """
 
     targets: tuple[Target, ...] = ()
     workspace_mb: Count | None = None
+    embed_plugin: bool = False
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,8 @@ class EngineFacts:
         layers, plugin_layers: of the network, and how many of them are our plugin.
         seconds: that the build took.
         typing: of the network: "weak" where a TensorRT before 10.6 refused it strongly typed.
+        embeds_plugin: it carries the plugin's library: host code, which a runtime has to allow and
+            `Engine` never does.
     """
 
     flavour: Flavour
@@ -278,6 +282,7 @@ class EngineFacts:
     checks: tuple[EngineCheck, ...] = ()
     unchecked: str = ""
     typing: Literal["strong", "weak"] = "strong"
+    embeds_plugin: bool = False
 
     @property
     def is_off(self) -> bool:

@@ -1,4 +1,4 @@
-"""What leaves a model: logits or features. How two of a kind are compared, how one is shown.
+"""What leaves a model: logits, probabilities, features. How two are compared, how one is shown.
 
 In core because a device, which runs engines without PyTorch, shows outputs too.
 """
@@ -34,6 +34,10 @@ class Output(ABC):
     name: str
     classifies: bool
     heading: str
+
+    def judged(self, values: NDArray[Any]) -> NDArray[Any]:
+        """What a comparison looks at, [B, D] in float64; `differences` gets this."""
+        return values
 
     @abstractmethod
     def differences(self, x: NDArray[Any], y: NDArray[Any]) -> dict[str, Any]:
@@ -85,9 +89,7 @@ class Logits(Output):
         multi_label: bool = False,
     ) -> dict[str, Any]:
         names = class_names or ()
-        values = np.asarray(row, dtype=np.float64)
-        # The softmax of one value is 1 whatever it is.
-        scores = sigmoid(values) if multi_label or len(values) == 1 else softmax(values)
+        scores = self._scores(np.asarray(row, dtype=np.float64), multi_label)
         return {
             "top": [
                 {
@@ -99,8 +101,26 @@ class Logits(Output):
             ]
         }
 
+    def _scores(self, values: NDArray[Any], multi_label: bool) -> NDArray[Any]:
+        # The softmax of one value is 1 whatever it is.
+        return sigmoid(values) if multi_label or len(values) == 1 else softmax(values)
+
     def words(self, answer: dict[str, Any]) -> str:
         return "\n".join(f"{entry['score']:6.1%}  {entry['label']}" for entry in answer["top"])
+
+
+class Probabilities(Logits):
+    """[B, classes] after the softmax: of a model that was built with it."""
+
+    def judged(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Their logarithms, centred: the logits but for a constant, so that the tolerances of
+        logits hold. (Of the probabilities themselves a cosine sees the largest alone, and of those
+        of untrained weights nothing.) What FP32 has as 0 counts as its smallest normal number."""
+        logs = np.log(np.maximum(values, np.finfo(np.float32).tiny))
+        return np.asarray(logs - logs.mean(axis=1, keepdims=True))
+
+    def _scores(self, values: NDArray[Any], multi_label: bool) -> NDArray[Any]:
+        return values
 
 
 class Features(Output):
@@ -127,8 +147,9 @@ class Features(Output):
 
 
 LOGITS = Logits("logits", classifies=True, heading="top classes")
+PROBABILITIES = Probabilities("probabilities", classifies=True, heading="top classes")
 FEATURES = Features("features", classifies=False, heading="features")
-OUTPUTS = {output.name: output for output in (LOGITS, FEATURES)}
+OUTPUTS = {output.name: output for output in (LOGITS, PROBABILITIES, FEATURES)}
 
 
 def output_of(model: Any) -> Output:

@@ -153,6 +153,12 @@ def workspace_limit(trt: Any, mebibytes: int) -> dict[Any, int]:
     return {trt.MemoryPoolType.WORKSPACE: mebibytes << 20}
 
 
+def embed_plugin(config: tensorrt.IBuilderConfig, library: str) -> None:
+    """Has an engine carry a plugin's library, which a runtime opens that allows host code
+    (`IBuilderConfig::setPluginsToSerialize`)."""
+    config.plugins_to_serialize = [library]
+
+
 def compute_capabilities(trt: Any) -> list[tuple[int, int]]:
     """What a TensorRT-RTX can build for: (major, minor), sorted."""
     names = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]

@@ -142,6 +142,7 @@ def build_engine(
                 "targets": [_capability(name) for name in options.targets],
                 "use_gpu": flavour == "rtx" and not options.targets and bool(gpus()),
                 "workspace_mb": options.workspace_mb,
+                "embed_plugin": options.embed_plugin and plugin is not None,
                 # Without a GPU nothing is timed; a cache would only fill the log with errors.
                 "timing_cache": str(timing_cache) if timing_cache and gpus() else None,
             },
@@ -149,7 +150,8 @@ def build_engine(
             on_progress=on_progress,
         )
     made["targets"] = tuple(made["targets"])
-    return EngineFacts(flavour=flavour, precision=spec.precision, **made)
+    embedded = options.embed_plugin and plugin is not None
+    return EngineFacts(flavour=flavour, precision=spec.precision, embeds_plugin=embedded, **made)
 
 
 def parse_network(model: Path, flavour: str, *, plugin: Path | None = None) -> dict[str, Any]:

@@ -17,6 +17,11 @@ from ..core.artifact import Artifact, EngineFacts, PluginFile
 from ..core.errors import ArtifactError, EngineError
 from .api import FLAVOURS, MODULES, TITLES, installed
 
+HOST_CODE = (
+    "it carries its plugin (--embed-plugin), host code that jmp_deploy never lets an engine run"
+)
+"""Why such an engine is for other runtimes."""
+
 
 @dataclass(frozen=True)
 class EngineFile:
@@ -130,6 +135,15 @@ def mismatches(
         expected, ours = engine.plugin.sha256[:12], plugin["sha256"][:12]
         found.append(Mismatch("plugin", f"sha256 {expected}...", f"{ours}... ({plugin['path']})"))
     return found
+
+
+def refuse_host_code(file: EngineFile) -> None:
+    """Raises EngineError for an engine that is known to carry its plugin."""
+    if file.facts is not None and file.facts.embeds_plugin:
+        raise EngineError(
+            f"{file.path} is for a runtime that allows host code: {HOST_CODE}",
+            "build without --embed-plugin to run it here, or use --backend onnxruntime",
+        )
 
 
 def require_fit(file: EngineFile, found: Sequence[Mismatch]) -> None:

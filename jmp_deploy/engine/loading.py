@@ -81,6 +81,7 @@ class LoadedEngine:
 
     def _load(self, plugin: Path | None, cuda_graph: bool, eager: bool) -> None:
         file = self._file
+        fit.refuse_host_code(file)
         trt = self._trt = api.load(file.flavour)
         self.captures_itself = api.captures_itself(trt)
         library = _find_plugin(file, plugin)

@@ -217,6 +217,8 @@ def _checked(
 ) -> EngineFile:
     """An engine with what it answered on the GPU that is here, or why it was not asked."""
     assert engine.facts is not None
+    if engine.facts.embeds_plugin:
+        return replace(engine, facts=replace(engine.facts, unchecked=fit.HOST_CODE))
     if not gpus():
         return replace(engine, facts=replace(engine.facts, unchecked="no GPU was here"))
     try:

@@ -81,6 +81,8 @@ def _built(trt: Any, request: dict[str, Any], *, strongly_typed: bool) -> dict[s
     started = time.monotonic()
     try:
         config = _config(trt, request, network)(**options)(builder, network)
+        if request["embed_plugin"]:
+            api.embed_plugin(config, request["plugin"])
         plan = engine_bytes_from_network(
             (builder, network, parser), config=lambda *_: config, save_timing_cache=cache
         )

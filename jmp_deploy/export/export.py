@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.errors import GraphError
 from ..core.images import INPUT
-from ..core.outputs import output_of
+from ..core.outputs import LOGITS, PROBABILITIES, output_of
 from ..jmp import node
 from ..jmp.families import family_of, written_out_attention
 from ..jmp.node import DOMAIN, OPSET, TokenReduce
 from ..jmp.patch import JMPBlocks
 from .body import add_bodies
-from .graph import reductions, save_model
+from .graph import load_model, reductions, save_model
 
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
@@ -57,6 +57,27 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     proto.producer_name, proto.producer_version = "jmp_deploy", __version__
     save_model(proto, path)
     return path
+
+
+def append_softmax(path: Path) -> None:
+    """Puts a softmax over the classes behind a portable classifier's logits, in place.
+
+    Behind what comes out, which is FP32 in a model of any precision: so is the softmax, and what
+    lowers precision or quantizes sees logits.
+
+    Raises:
+        GraphError: not a model whose one output is logits.
+        ArtifactError: the file cannot be written.
+    """
+    proto = load_model(path)
+    names = [value.name for value in proto.graph.output]
+    if names != [LOGITS.name]:
+        raise GraphError(f"a softmax belongs behind {LOGITS.name}, {path} gives {names}")
+    behind = PROBABILITIES.name
+    softmax = onnx.helper.make_node("Softmax", names, [behind], name="softmax", axis=-1)
+    proto.graph.node.append(softmax)
+    proto.graph.output[0].name = behind
+    save_model(proto, path)
 
 
 def to_proto(

@@ -684,7 +684,8 @@ def _preprocess(model: nn.Module, said: Mapping[str, Any]) -> Preprocess:
     family = family_of(model)
     channels = family.channels(model)
     base = getattr(model, "pretrained_cfg", None) or {}
-    found = {**resolve_data_config({}, pretrained_cfg=dict(base)), **said}
+    # timm asks for a model where it is told nothing else
+    found = {**resolve_data_config({}, pretrained_cfg=dict(base), model=model), **said}
     for name in ("mean", "std"):
         value = found[name]
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,)

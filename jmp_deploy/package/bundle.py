@@ -190,7 +190,10 @@ def _fill(
         folder=inner,
         engine=None,
         no_engine="it is built on the target",
-        engine_options=replace(artifact.engine_options, targets=(), workspace_mb=workspace),
+        # What is built there by jmp_deploy has to run in it.
+        engine_options=replace(
+            artifact.engine_options, targets=(), workspace_mb=workspace, embed_plugin=False
+        ),
     )
     Artifact.from_json(_without_paths(portable.to_json()), inner).write()
     if with_engine and target.engine:

@@ -16,7 +16,7 @@ from importlib.resources import files
 from .. import __version__
 from ..core.artifact import Artifact
 from ..core.images import INPUT
-from ..core.outputs import output_named
+from ..core.outputs import PROBABILITIES, output_named
 
 TRITON_IMAGES = {
     "10.0": "24.06-trtllm-python-py3",
@@ -41,6 +41,12 @@ ENGINE = "model.plan"
 DELAY_US = 2000
 """How long Triton waits for a fuller batch, in microseconds: to be tuned against the latency that
 is allowed."""
+
+
+SAME_INPUT = 1e-6
+"""Error of a normalised input up to which one scale for all channels is exact."""
+LEAST_PROBABILITY = 0.1
+"""Below which nvinfer's classifier gives a frame no class."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,8 @@ def _triton_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
         else "TAG: one with a TensorRT of 10.0 or newer; the engine is built in it."
     )
     plugins = f" --backend-config=tensorrt,plugins=/bundle/{PLUGIN}" if artifact.jmp else ""
+    if artifact.engine and artifact.engine.embeds_plugin:
+        plugins = " --backend-config=tensorrt,version-compatible=true"  # allows host code
     start = (
         f'docker run --rm --gpus all --network host -v "$PWD":/bundle -w /bundle '
         f"$REGISTRY/nvidia/tritonserver:{tag} "
@@ -218,10 +226,24 @@ def deepstream_scale(artifact: Artifact) -> tuple[float, tuple[float, ...], floa
     return 1 / (255 * std), tuple(255 * mean for mean in given.mean), max(errors)
 
 
+def deepstream_classifies(artifact: Artifact) -> bool:
+    """Whether nvinfer's own classifier is right: it takes what comes out for probabilities, wants
+    labels, and its one scale has to be the model's."""
+    exact = deepstream_scale(artifact)[2] <= SAME_INPUT
+    return exact and artifact.model.output == PROBABILITIES.name and labels(artifact) is not None
+
+
+def _deepstream_output(artifact: Artifact) -> dict[str, str]:
+    """Its classifier, or the tensor for the application."""
+    if deepstream_classifies(artifact):
+        return {"network-type": "1", "classifier-threshold": f"{LEAST_PROBABILITY}"}
+    return {"network-type": "100", "output-tensor-meta": "1"}
+
+
 def deepstream_config(artifact: Artifact) -> str:
     """nvinfer's configuration of a model on whole frames."""
     scale, offsets, error = deepstream_scale(artifact)
-    logits = labels(artifact)
+    names = labels(artifact)
     values: dict[str, str] = {
         "gpu-id": "0",
         "gie-unique-id": "1",
@@ -229,8 +251,8 @@ def deepstream_config(artifact: Artifact) -> str:
         "onnx-file": "artifact/model.trt.onnx",
         "model-engine-file": ENGINE,
         "batch-size": str(artifact.batch[1]),
-        # the types are in the ONNX: this only names them
-        "network-mode": {"fp32": "0", "int8": "1", "fp16": "2"}[artifact.precision],
+        # the types are in the ONNX: this only names them, and it has no name for BF16
+        "network-mode": {"int8": "1", "fp16": "2"}.get(artifact.precision, "0"),
         "infer-dims": ";".join(map(str, artifact.image_shape)),
         "model-color-format": "0",
         "net-scale-factor": f"{scale:.10g}",
@@ -238,15 +260,12 @@ def deepstream_config(artifact: Artifact) -> str:
         "maintain-aspect-ratio": "0",
         "scaling-filter": "1",
         "output-blob-names": artifact.model.output,
-        # Its classifier takes what comes for probabilities, which logits are not: the application
-        # gets the tensor.
-        "network-type": "100",
-        "output-tensor-meta": "1",
-        **({"labelfile-path": "labels.txt"} if logits else {}),
+        **_deepstream_output(artifact),
+        **({"labelfile-path": "labels.txt"} if names else {}),
         **({"custom-lib-path": PLUGIN} if artifact.jmp else {}),
     }
     lines = [f"# Made by jmp_deploy {__version__} for {artifact.model.name}."]
-    if error > 1e-6:
+    if error > SAME_INPUT:
         lines += [
             "# nvinfer knows one scale for all channels, this model has three: with their mean an",
             f"# input is off by up to {error:.2g} (they reach from -2.1 to 2.6). Exact:",
@@ -271,7 +290,11 @@ def _deepstream_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]
         "m.sink_0 nvstreammux name=m batch-size=1 width=1280 height=720 ! "
         "nvinfer config-file-path=config_infer.txt ! fakesink"
     )
-    return [(f"a video; {artifact.model.output} are NvDsInferTensorMeta of each frame", run)]
+    if deepstream_classifies(artifact):
+        meta = "each frame's class is NvDsClassifierMeta"
+    else:
+        meta = f"{artifact.model.output} are NvDsInferTensorMeta of each frame"
+    return [(f"a video; {meta}", run)]
 
 
 # --- Isaac ROS -----------------------------------------------------------------------------------

@@ -219,6 +219,15 @@ def plugin_info(path: Path) -> dict[str, Any]:
     return {"path": str(path), "sha256": digest, "bytes": len(content), **_sidecar(path)}
 
 
+def serving_words(library: Path | None) -> str:
+    """In one line, how serving stacks load the plugin; None: the library is yet to be built."""
+    path = str(library) if library else "what `python -m jmp_deploy plugin build` makes"
+    return (
+        f"dlopen registers it: {path} (Triton: --backend-config=tensorrt,plugins=; nvinfer: "
+        "custom-lib-path=; others: docs/serving.md)"
+    )
+
+
 # --- Loading -------------------------------------------------------------------------------------
 
 _loaded: dict[str, Path] = {}  # name of the TensorRT module -> library that it holds

@@ -59,7 +59,7 @@ def used_names(source: str, objects: dict[str, str]) -> set[str]:
                     found.add(".".join(path[1:]))
                 elif path and path[0] in known:
                     found.add(f"{known[path[0]]}.{path[1]}")
-    return {name for name in found if name not in MODULE_DUNDERS}
+    return {name for name in found if name.split(".")[0] not in MODULE_DUNDERS}
 
 
 def _scopes(tree: ast.Module) -> Iterator[ast.AST]:

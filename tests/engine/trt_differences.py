@@ -35,6 +35,7 @@ _TARGETS = (
     "TensorRT-RTX builds ahead of time for compute capabilities; TensorRT builds for the GPU "
     "that is here (10.13 stubs)"
 )
+_WEAK = "weakly typed networks, the fallback before 10.6, are gone in 11 (bindings of 11.1)"
 
 DIFFERENCES = (
     Difference(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -306,6 +307,28 @@ def test_deepstream_gets_keys_that_its_parser_knows(tmp_path: Path) -> None:
     raw = dataclasses.replace(artifact, preprocess=dataclasses.replace(base, **folded))
     text = targets.deepstream_config(raw)
     assert "net-scale-factor=1\n" in text and "offsets=0;0;0" in text and "fold" not in text
+
+
+def test_deepstream_classifies_what_comes_as_probabilities_of_a_true_input(tmp_path: Path) -> None:
+    """Else the application gets the tensor: nvinfer would take logits for probabilities."""
+    base = make_artifact(tmp_path)
+    three = dataclasses.replace(base.preprocess, **IMAGENET)
+    raw = dataclasses.replace(base.preprocess, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    names = ("tench", "a; b", "c")
+    for output in ("logits", "probabilities", "features"):
+        model = dataclasses.replace(base.model, output=output)
+        for given, labelled in itertools.product((raw, three), (names, None)):
+            made = dataclasses.replace(base, model=model, preprocess=given, class_names=labelled)
+            text = targets.deepstream_config(made)
+            rows = dict(re.findall(r"^([a-z-]+)=(.*)$", text, re.MULTILINE))
+            classifies = (output, given, labelled) == ("probabilities", raw, names)
+            assert rows["network-type"] == ("1" if classifies else "100")
+            assert ("output-tensor-meta" in rows) is not classifies
+            assert rows["output-blob-names"] == output and rows.keys() <= NVINFER_KEYS
+            ((say, _),) = targets.TARGETS["deepstream"].commands(made, "m")
+            assert ("NvDsClassifierMeta" in say) is classifies
+    bf16 = dataclasses.replace(base, precision="bf16")
+    assert "network-mode=0\n" in targets.deepstream_config(bf16)
 
 
 def test_isaac_ros_keeps_the_engine_that_it_is_given(tmp_path: Path) -> None:
