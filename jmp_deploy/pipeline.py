@@ -243,6 +243,7 @@ def _portable(
         if options.fold_normalization:
             loaded.preprocess = fold.fold_normalization(loaded.model, loaded.preprocess)
     on_model(loaded)
+    photos = _readable(photos, loaded.preprocess.channels)
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
@@ -441,18 +442,28 @@ def _refuse_contradictions(options: BuildOptions) -> None:
 
 
 def _photos(options: BuildOptions) -> list[Path]:
-    """The photos of the check that can be read, at most `CHECK_IMAGES` of those named; empty for
-    the sample photos. They are decoded once for it, and let go: memory is scarce on a device.
+    """The photos of the check, at most `CHECK_IMAGES` of those named; empty for the sample photos.
 
     Raises:
-        ImageError: none are there, or too many cannot be read.
+        ImageError: none are there.
     """
     paths = find_images(options.images) if options.images else []
     count = min(CHECK_IMAGES, len(paths))
+    return [paths[index * len(paths) // count] for index in range(count)]
+
+
+def _readable(photos: list[Path], channels: int) -> list[Path]:
+    """Those that can be read for a model of so many channels, before the long work starts.
+
+    They are decoded once for it, and let go: memory is scarce on a device.
+
+    Raises:
+        ImageError: too many cannot be read.
+    """
     found, unreadable = [], []
-    for path in (paths[index * len(paths) // count] for index in range(count)):
+    for path in photos:
         try:
-            open_image(path)
+            open_image(path, channels)
             found.append(path)
         except ImageError as error:
             unreadable.append(error.message)

@@ -97,12 +97,14 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
 
 
 def picture(model: nn.Module, path: Path, spec: Preprocess) -> Picture:
-    """One image file through a patched model."""
+    """One image file through a patched model; of many channels the first three are shown, of fewer
+    the first as grey."""
     from .families import family_of
 
     image = read_image(path, spec)
     mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
     seen = np.clip((image * std + mean) * 255, 0, 255).round().astype(np.uint8)
+    seen = seen[:3] if len(seen) > 2 else seen[[0, 0, 0]]
     (found,) = stages(trace_torch(model, image[None]).choices or ())
     rows, columns = family_of(model).patch_embed(model).grid_size
     return Picture(label(path), seen.transpose(1, 2, 0), (rows, columns), found)
