@@ -159,7 +159,10 @@ def build(
 
     if not isinstance(options, BuildOptions):
         name = type(options).__name__
-        options = BuildOptions(options, Path(out or Path("artifacts") / name), **fields)
+        out = Path(out or Path("artifacts") / name)
+        said = [name, repr(str(out)), *(f"{key}={value!r}" for key, value in fields.items())]
+        fields = {"rebuild": f"jmp_deploy.build({', '.join(said)})", **fields}
+        options = BuildOptions(options, out, **fields)
     elif out is not None or fields:
         raise TypeError("out and fields go with a module; BuildOptions has its own")
     least, best, most = options.batch
@@ -331,6 +334,7 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
     )
     return replace(
         schedules.to_manifest(schedule),
+        caution=schedules.caution(schedule, shape),
         strategy=options.strategy,
         tau=tau,
         granularity=options.granularity,
