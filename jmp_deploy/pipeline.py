@@ -164,7 +164,10 @@ def build(
 
     if not isinstance(options, BuildOptions):
         name = type(options).__name__
-        options = BuildOptions(options, Path(out or Path("artifacts") / name), **fields)
+        out = Path(out or Path("artifacts") / name)
+        said = [name, repr(str(out)), *(f"{key}={value!r}" for key, value in fields.items())]
+        fields = {"rebuild": f"jmp_deploy.build({', '.join(said)})", **fields}
+        options = BuildOptions(options, out, **fields)
     elif out is not None or fields:
         raise TypeError("out and fields go with a module; BuildOptions has its own")
     least, best, most = options.batch
@@ -251,6 +254,7 @@ def _portable(
             loaded.preprocess = fold.fold_normalization(loaded.model, loaded.preprocess)
         output = _output(loaded, options)
     on_model(loaded)
+    photos = _readable(photos, loaded.preprocess.channels)
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
@@ -358,6 +362,7 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
     )
     return replace(
         schedules.to_manifest(schedule),
+        caution=schedules.caution(schedule, shape),
         strategy=options.strategy,
         tau=tau,
         granularity=options.granularity,
@@ -475,18 +480,28 @@ def _refuse_contradictions(options: BuildOptions) -> None:
 
 
 def _photos(options: BuildOptions) -> list[Path]:
-    """The photos of the check that can be read, at most `CHECK_IMAGES` of those named; empty for
-    the sample photos. They are decoded once for it, and let go: memory is scarce on a device.
+    """The photos of the check, at most `CHECK_IMAGES` of those named; empty for the sample photos.
 
     Raises:
-        ImageError: none are there, or too many cannot be read.
+        ImageError: none are there.
     """
     paths = find_images(options.images) if options.images else []
     count = min(CHECK_IMAGES, len(paths))
+    return [paths[index * len(paths) // count] for index in range(count)]
+
+
+def _readable(photos: list[Path], channels: int) -> list[Path]:
+    """Those that can be read for a model of so many channels, before the long work starts.
+
+    They are decoded once for it, and let go: memory is scarce on a device.
+
+    Raises:
+        ImageError: too many cannot be read.
+    """
     found, unreadable = [], []
-    for path in (paths[index * len(paths) // count] for index in range(count)):
+    for path in photos:
         try:
-            open_image(path)
+            open_image(path, channels)
             found.append(path)
         except ImageError as error:
             unreadable.append(error.message)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..core.artifact import Artifact, EngineFacts, Fp32, Int8, Jmp, Large, Macs
     from ..core.images import Preprocess
-    from ..jmp.models import LoadedModel, OwnModel
+    from ..jmp.models import LoadedModel
 
 SHOWN_MORE = 5
 """Rows of the ranking behind the last layer that stays in FP16."""
@@ -225,7 +225,7 @@ def _build(given: argparse.Namespace) -> int:
             "--schedule, --keep-rate with --blocks, and --dense exclude each other", "choose one"
         )
     out = given.out or Path("artifacts") / (_folder(given.model) + "-dense" * ("dense" in given))
-    int8, own = flags.fill(Int8Options, given, "int8."), own_model(given)
+    int8, own = flags.fill(Int8Options, given, "int8."), flags.own_model(given)
     rebuild = _from_anywhere(given, out)
     asked = flags.fill(BuildOptions, given, out=out, int8=int8, own=own, rebuild=rebuild)
     with show.Progress() as progress:
@@ -263,14 +263,6 @@ def _from_anywhere(given: argparse.Namespace, out: Path) -> str:
     if all(Path(path).is_absolute() for path in named if path is not None):
         return command
     return f"cd {shlex.quote(str(Path.cwd()))} && {command}"
-
-
-def own_model(given: argparse.Namespace) -> OwnModel:
-    """What the flags say of a model of one's own."""
-    from ..jmp.models import OwnModel
-
-    kwargs = dict(getattr(given, "own.kwargs", None) or ())
-    return flags.fill(OwnModel, given, "own.", kwargs=kwargs)
 
 
 def _folder(name: str) -> str:
@@ -346,6 +338,8 @@ def summary(made: Artifact) -> list[RenderableType]:
         parts.append(show.styled(show.RANDOM_WARNING, "bold red"))
     for warning in made.int8.images["warnings"] if made.int8 else ():
         parts.append(show.styled(f"calibration: {warning}", "yellow"))
+    if made.jmp and made.jmp.caution:
+        parts.append(show.styled(f"schedule: {made.jmp.caution}", "yellow"))
     parts += [show.styled(text, "yellow") for text in known_faults(made)]
     return parts
 

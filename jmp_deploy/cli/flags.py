@@ -14,9 +14,12 @@ import os
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..backends import AUTO, AUTO_HELP, DEPLOYED
+
+if TYPE_CHECKING:
+    from ..jmp.models import OwnModel
 
 T = TypeVar("T")
 PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
@@ -157,6 +160,32 @@ def add_own_model(parser: argparse.ArgumentParser) -> None:
         metavar="PACKAGE.MODULE:FUNCTION",
         help="a function of your Python that returns the model; MODEL is then its name alone",
     )
+
+
+def own_model(given: argparse.Namespace) -> OwnModel:
+    """What the flags of `add_own_model` say."""
+    from ..jmp.models import OwnModel
+
+    kwargs = dict(getattr(given, "own.kwargs", None) or ())
+    return fill(OwnModel, given, "own.", kwargs=kwargs)
+
+
+def own_words(given: argparse.Namespace) -> list[str]:
+    """The flags of `add_own_model` and the image size as they were given, for another command."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_own_model(parser)
+    add_img_size(parser)
+    words: list[str] = []
+    for action in parser._actions:
+        value = getattr(given, action.dest, None)
+        if value is None:
+            continue
+        words.append(action.option_strings[-1])
+        if action.type is assignments:
+            words += [f"{name}={setting}" for name, setting in value]
+        elif value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return words
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

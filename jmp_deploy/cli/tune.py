@@ -98,13 +98,15 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on where an interrupted run of these flags ended"
     )
+    flags.add_own_model(parser)
 
 
 def _tune(given: argparse.Namespace) -> int:
     from ..tune.tune import TuneOptions, tune
 
     out = given.out or Path(f"{given.model.replace('/', '_')}-tuned.json")
-    asked = flags.fill(TuneOptions, given, out=out, curve=given.plot is not None)
+    curve, own = given.plot is not None, flags.own_model(given)
+    asked = flags.fill(TuneOptions, given, out=out, curve=curve, own=own)
     try:
         with show.Progress("loading") as progress:
 
@@ -121,7 +123,7 @@ def _tune(given: argparse.Namespace) -> int:
     build = ["python", "-m", "jmp_deploy", "build", asked.model]
     build += ["--schedule", str(out)]  # tau is in the file
     build += ["--weights", asked.weights] if asked.weights != "auto" else []
-    build += ["--img-size", str(asked.img_size)] if asked.img_size else []
+    build += flags.own_words(given)
     show.show(given, _summary(result, out, shlex.join(build)), result)
     if trouble:
         say(trouble)

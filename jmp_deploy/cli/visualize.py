@@ -50,13 +50,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--granularity", choices=("token", "sample"), help="(token)")
     flags.add_weights(parser, more="; an artifact's own")
     parser.add_argument("--seed", type=flags.seed, help="of random weights (0)")
+    flags.add_own_model(parser)
 
 
 def _visualize(given: argparse.Namespace) -> int:
     from ..core.artifact import Weights
     from ..jmp.visualize import VisualizeOptions, visualize
 
-    result = visualize(flags.fill(VisualizeOptions, given))
+    result = visualize(flags.fill(VisualizeOptions, given, own=flags.own_model(given)))
     numbers = ("block", "tokens", "kept", "merged", "pruned")
     table = show.table("", "image", *(f">{name}" for name in numbers))
     for record in result["images"][:PHOTOS]:

@@ -61,14 +61,15 @@ def by_itself(
         shown = [f"{choice.name}.{what}" for what in SHOWN] if choice else []
         feeds = _feeds(proto, a, place, index)
         attention = extract(proto, producers, feeds, [*dict.fromkeys(place[1:3]), *shown])
-        values = _run_part(attention, feeds, f"blocks.{index}")
         feeds[place.reduced] = ours.reduced
         mlp = extract(proto, producers, feeds, [place.out])
+        stored = _precision(attention, mlp)  # before running them uses them up
+        values = _run_part(attention, feeds, f"blocks.{index}")
         values |= _run_part(mlp, feeds, f"blocks.{index}.mlp")
         kept = len(ours.attended[0])  # the last block may compute the prefix tokens alone
         row: dict[str, Any] = {
             "stage": f"blocks.{index}",
-            "precision": _precision(attention, mlp) or precision,
+            "precision": stored or precision,
             "attention": _error(values[place.attended], ours.attended, ours.entry[:, :kept]),
             "reduction": None,
             "mlp": _error(values[place.out], ours.out, ours.reduced),
@@ -162,7 +163,7 @@ def _feeds(proto: onnx.ModelProto, a: Trace, place: Block, index: int) -> dict[s
     """What a block may read: its entry, the token sizes so far, and the images for their number."""
     feeds = {
         place.entry: a.blocks[index].entry,
-        INPUT: np.zeros((len(a.blocks[index].entry), 3, 1, 1), np.float32),
+        INPUT: np.zeros((len(a.blocks[index].entry), 1, 1, 1), np.float32),
     }
     for graph_node in reductions(proto):
         if graph_node.name == reduction_name(index):

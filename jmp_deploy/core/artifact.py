@@ -147,6 +147,7 @@ class Jmp:
 
     Attributes:
         schedule: (block, patch tokens kept), in block order.
+        caution: what is known against it for this model, or "".
     """
 
     schedule_name: str
@@ -158,6 +159,7 @@ class Jmp:
     strategy: Strategy = "jmp"
     granularity: Granularity = "token"
     proportional: bool = True
+    caution: str = ""
 
     def __post_init__(self) -> None:
         blocks = [block for block, _ in self.schedule]

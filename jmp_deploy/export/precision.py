@@ -168,18 +168,20 @@ def emulate(proto: onnx.ModelProto) -> onnx.ModelProto:
             proto.graph.initializer[position].CopyFrom(wide)
     nodes: list[onnx.NodeProto] = []
 
-    def rounded(exact: str, name: str) -> None:
-        nodes.append(_cast(exact, f"{name}.rounded", narrow[name], "round"))
+    def rounded(exact: str, name: str, kind: int) -> None:
+        nodes.append(_cast(exact, f"{name}.rounded", kind, "round"))
         nodes.append(_cast(f"{name}.rounded", name, TensorProto.FLOAT, "round"))
 
     for value in [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]:
         if value.type.tensor_type.elem_type in LOW.values():
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-    for value in proto.graph.input:
-        if value.name in narrow:
-            rounded(value.name, f"{value.name}.as_given")
+    given = {v.name: f"{v.name}.as_given" for v in proto.graph.input if v.name in narrow}
+    for name, as_given in given.items():
+        rounded(name, as_given, narrow[name])
     for node in proto.graph.node:
         nodes.append(node)
+        for position, name in enumerate(node.input):
+            node.input[position] = given.get(name, name)
         if node.op_type == "Cast" and node.output[0] in types:
             # What comes in has the other type's numbers, in FP32: a cast up changes nothing.
             node.op_type = "Identity"
@@ -189,7 +191,7 @@ def emulate(proto: onnx.ModelProto) -> onnx.ModelProto:
         for position, name in enumerate(node.output):
             if name in narrow:
                 node.output[position] = f"{name}.exact"
-                rounded(node.output[position], name)
+                rounded(node.output[position], name, narrow[name])
     _replace(proto.graph.node, nodes)
     return proto
 

@@ -41,6 +41,8 @@ IMAGENET = "imagenet"
 PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 TRAINED_ONLY = ("drop_rate", "drop_path_rate", "pretrained", "dynamic_img_size", "checkpoint_path")
 """Arguments of timm that mean nothing to a model that is deployed at one size."""
+NORM_EPS = "layer_norm_eps"
+"""Beside timm's arguments: what transformers' config says, 1e-12 for a ViT where timm has 1e-6."""
 TRANSFORMERS = {"vit": "", "deit": "", "dinov2": "", "dinov2_with_registers": ""}
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
@@ -311,6 +313,12 @@ def _of_transformers(folder: Path, config: dict[str, Any], file: Path) -> _Sourc
         )
     if config.get("hidden_act", "gelu") != "gelu" or config.get("use_swiglu_ffn"):
         raise ModelError(f"{folder}: only MLPs with gelu are supported, not what its config says")
+    if any("WithTeacher" in str(name) for name in config.get("architectures") or ()):
+        raise ModelError(
+            f"{folder} holds a distilled DeiT with two classifiers in transformers' form, which is "
+            "not supported",
+            "timm has those weights: build deit_s_distilled",
+        )
     width, dino = config["hidden_size"], kind.startswith("dinov2")
     size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(width, "base")
     known = width != 192
@@ -324,6 +332,7 @@ def _of_transformers(folder: Path, config: dict[str, Any], file: Path) -> _Sourc
         "mlp_ratio": config.get("mlp_ratio") or config["intermediate_size"] / width,
         "patch_size": config["patch_size"],
         "qkv_bias": config.get("qkv_bias", True),
+        NORM_EPS: config.get(NORM_EPS, 1e-6 if dino else 1e-12),
     }
     images = folder / "preprocessor_config.json"
     settings: dict[str, Any] = {"label_names": config.get("id2label")}
@@ -381,12 +390,14 @@ def _pair(size: Size) -> tuple[int, int]:
 
 def _create(timm_name: str, size: Size | None, **options: Any) -> nn.Module:
     import timm
+    from torch import nn
 
     if size is not None:
         options["img_size"] = size
+    eps = options.pop(NORM_EPS, None)
     try:
         with _quiet_timm():
-            return timm.create_model(timm_name, **options)
+            model = timm.create_model(timm_name, **options)
     except TypeError as error:
         # CNNs take no img_size
         what = "image size" if set(options) <= {"img_size", "pretrained"} else "such settings"
@@ -398,6 +409,11 @@ def _create(timm_name: str, size: Size | None, **options: Any) -> nn.Module:
         raise ModelError(
             f"{timm_name} cannot be made with {_words(options)}: {one_line(error)}"
         ) from error
+    if eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = float(eps)
+    return model
 
 
 def _words(options: Mapping[str, Any]) -> str:
@@ -683,14 +699,14 @@ def _preprocess(model: nn.Module, said: Mapping[str, Any]) -> Preprocess:
 
     family = family_of(model)
     channels = family.channels(model)
-    base = getattr(model, "pretrained_cfg", None) or {}
-    # timm asks for a model where it is told nothing else
-    found = {**resolve_data_config({}, pretrained_cfg=dict(base), model=model), **said}
+    size = family.patch_embed(model).img_size
+    # A class of timm's that the user called has no config: timm's defaults.
+    base = {**(getattr(model, "pretrained_cfg", None) or {}), "input_size": (channels, *size)}
+    found = {**resolve_data_config({}, pretrained_cfg=base), **said}
     for name in ("mean", "std"):
         value = found[name]
         value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         found[name] = value * channels if len(value) == 1 else value
-    size = family.patch_embed(model).img_size
     return Preprocess.from_timm({**found, "input_size": (channels, *size)})
 
 

@@ -99,7 +99,7 @@ class JMPBlocks(nn.Module):
                 "take JMP out with jmp_deploy.unpatch(model), give the model its image size "
                 "(timm: model.set_input_size(img_size=...)), and patch it again",
             )
-        if torch.onnx.is_in_onnx_export() and self.reduce in REDUCES.values():
+        if self.reduce in REDUCES.values() and _is_in_onnx_export():
             raise ModelError(
                 "a patched model does not go to ONNX by torch.onnx.export alone",
                 "jmp_deploy.build(model, DIR) with the model before it is patched, or "
@@ -214,6 +214,17 @@ def patch(
         num_tokens=shape.num_prefix + shape.num_patches,
     )
     return model
+
+
+def _is_in_onnx_export() -> bool:
+    """Asked for real where torch.export traces with dynamo, which takes PyTorch's own for False.
+
+    (`torch.compiler.assume_constant_result` sets this mark, and imports all of dynamo to do so.)
+    """
+    return torch.onnx.is_in_onnx_export()
+
+
+_is_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_own_forward(blocks: nn.Sequential, indices: set[int], family: Family) -> None:

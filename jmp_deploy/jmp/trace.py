@@ -126,7 +126,7 @@ class Picture:
 
     Attributes:
         name: of the file.
-        pixels: [H, W, 3] uint8, as the model sees it.
+        pixels: [H, W, 3] uint8, as the model sees it (see `visualize.picture`).
         grid: rows and columns of patches.
         stages: in the order of the blocks.
     """

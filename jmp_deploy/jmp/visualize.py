@@ -6,7 +6,7 @@ Loads a model, traces it (trace.py), and writes pictures and a page (draw.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, ScheduleError
 from ..core.files import atomic_path, write_bytes
 from ..core.images import Preprocess, find_images, label, read_image, suffixes
+from .models import OwnModel
 from .trace import Picture, stages, trace_torch
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class VisualizeOptions:
         source: model name, or artifact folder.
         images: files or folders.
         out: a folder for pictures and page, or one file: .png (one image, or `contact`) or .html.
-        weights, schedule, tau, granularity, img_size, seed: as for `build`; with an artifact only
-            `weights`, the rest is what it was built with. tau None: the schedule's.
+        weights, own, schedule, tau, granularity, img_size, seed: as for `build`; with an artifact
+            only `weights`, the rest is what it was built with. tau None: the schedule's.
         contact: one contact sheet in place of a picture for each image.
     """
 
@@ -39,10 +40,11 @@ class VisualizeOptions:
     images: tuple[Path, ...]
     out: Path = Path("pictures")
     weights: str | None = None
+    own: OwnModel = field(default_factory=OwnModel)
     schedule: str | None = None
     tau: float | None = None
     granularity: str | None = None
-    img_size: int | None = None
+    img_size: int | tuple[int, int] | None = None
     seed: int = 0
     contact: bool = False
 
@@ -97,12 +99,14 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
 
 
 def picture(model: nn.Module, path: Path, spec: Preprocess) -> Picture:
-    """One image file through a patched model."""
+    """One image file through a patched model; of many channels the first three are shown, of fewer
+    the first as grey."""
     from .families import family_of
 
     image = read_image(path, spec)
     mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (spec.mean, spec.std))
     seen = np.clip((image * std + mean) * 255, 0, 255).round().astype(np.uint8)
+    seen = seen[:3] if len(seen) > 2 else seen[[0, 0, 0]]
     (found,) = stages(trace_torch(model, image[None]).choices or ())
     rows, columns = family_of(model).patch_embed(model).grid_size
     return Picture(label(path), seen.transpose(1, 2, 0), (rows, columns), found)
@@ -129,9 +133,9 @@ def _load_artifact(
             "name an artifact with JMP, or a model",
         )
     given = ("schedule", "tau", "granularity", "img_size")
-    if any(getattr(options, name) is not None for name in given):
+    if options.own != OwnModel() or any(getattr(options, name) is not None for name in given):
         raise ScheduleError(
-            "an artifact has its own schedule, tau, granularity and image size",
+            "an artifact has its own schedule, tau, granularity, image size and model",
             f"leave those out, or name the model: visualize {found.model.name} ...",
         )
     about = {
@@ -149,7 +153,11 @@ def _load_model(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[
     from .patch import model_shape, patch
 
     loaded = load_model(
-        options.source, options.weights or "auto", img_size=options.img_size, seed=options.seed
+        options.source,
+        options.weights or "auto",
+        img_size=options.img_size,
+        seed=options.seed,
+        own=options.own,
     )
     spec = options.schedule or schedule.DEFAULT
     resolved = schedule.parse(spec, model_shape(loaded.model))

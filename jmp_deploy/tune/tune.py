@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from ..core.errors import ScheduleError, WeightsError
 from ..core.files import write_json
 from ..core.images import find_images, load_readable
 from ..jmp import latency, schedule
+from ..jmp.models import OwnModel
 from . import search
 from .measure import Evaluator, Meter, OnProgress, State, candidate, macs_of, pairs
 from .search import Keeps
@@ -44,7 +45,7 @@ class TuneOptions:
     """What `tune` is asked for; the command line's flags of the same names.
 
     Attributes:
-        model, weights, img_size: as for `build`.
+        model, weights, own, img_size: as for `build`.
         images: files or folders.
         out: schedule file to write.
         gmacs, latency_ms, speedup: the budget; exactly one of them. `speedup` is over the dense
@@ -64,7 +65,8 @@ class TuneOptions:
     images: tuple[Path, ...]
     out: Path
     weights: str = "auto"
-    img_size: int | None = None
+    own: OwnModel = field(default_factory=OwnModel)
+    img_size: int | tuple[int, int] | None = None
     gmacs: float | None = None
     latency_ms: float | None = None
     speedup: float | None = None
@@ -96,7 +98,11 @@ def tune(
     on_progress("loading", 0.0, None)
     paths = _choose(find_images(options.images), options.limit, options.seed)
     loaded = load_model(
-        options.model, options.weights, img_size=options.img_size, seed=options.seed
+        options.model,
+        options.weights,
+        img_size=options.img_size,
+        seed=options.seed,
+        own=options.own,
     )
     if loaded.origin.fallback_for:
         raise WeightsError(

@@ -163,7 +163,7 @@ def test_a_fault_in_a_reduction_is_found(half):
     rows = {row["stage"]: row for row in debug.by_itself(proto, a, "fp16", 0.999)}
     assert any(row["same_set"] is not None and not row["ok"] for row in rows.values())
     for row in rows.values():
-        assert row["attention"] < 0.01 and row["mlp"] < 0.01
+        assert row["attention"] < 0.01 and row["mlp"] < 0.01 and row["precision"] == "fp16"
         assert row["ok"] == (row["reduction"] is None or row["reduction"] < 0.01)
 
 

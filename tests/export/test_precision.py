@@ -113,6 +113,19 @@ def test_the_emulation_rounds_as_single_operators_in_fp16_do(planted):
     assert np.abs(got - want).mean() <= 0.25 * np.abs(exact - want).mean()
 
 
+def test_an_input_in_fp16_is_rounded_too():
+    """A block by itself, as `compare --debug` cuts it out, has one."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        part (float16[n] x) => (float16[n] y) { y = Mul (x, x) }"""
+    )
+    x = np.array([1 + 2**-12, 300.0, 3.0], np.float32)
+    (y,) = onnxruntime.InferenceSession(
+        precision.emulate(proto).SerializeToString(), ort_quiet()
+    ).run(None, {"x": x})
+    assert y.tolist() == [1.0, np.inf, 9.0]
+
+
 @pytest.mark.parametrize("fault", ["activation", "stream"])
 def test_fp16_overflows_where_onnx_runtime_alone_does_not_see_it(planted, fault):
     _, path = planted(fault, "dense")

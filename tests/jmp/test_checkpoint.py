@@ -250,11 +250,17 @@ def test_a_folder_of_timm_brings_its_settings_and_names(tmp_path):
         load_model(f"local-dir:{tmp_path}")
 
 
-def test_a_folder_of_transformers(tmp_path):
-    """The names and the config that transformers 5.24 writes for ViTForImageClassification."""
+@pytest.mark.parametrize("kind", ["vit", "deit"])
+def test_a_folder_of_transformers(tmp_path, kind):
+    """The names and the config that transformers 5.24 writes for ViTForImageClassification; a
+    DeiT's has a distillation token besides, which no head reads."""
     torch.manual_seed(0)
     options = {"embed_dim": 48, "depth": 4, "num_heads": 3, "patch_size": 8, "img_size": 32}
+    options |= {"reg_tokens": 1, "no_embed_class": False} if kind == "deit" else {}
     model = timm.create_model("vit_base_patch16_224", num_classes=2, **options).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-3  # large, so that it is seen
     state = collections.OrderedDict()
     swaps = (
         ("blocks.", "vit.encoder.layer."),
@@ -265,6 +271,7 @@ def test_a_folder_of_transformers(tmp_path):
         ("mlp.fc2.", "output.dense."),
         ("patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
         ("cls_token", "vit.embeddings.cls_token"),
+        ("reg_token", "vit.embeddings.distillation_token"),
         ("pos_embed", "vit.embeddings.position_embeddings"),
         ("head.", "classifier."),
     )
@@ -278,9 +285,11 @@ def test_a_folder_of_transformers(tmp_path):
                 state[key] = piece.clone()
         else:
             state[name] = value
+    state = {name.replace("vit.", f"{kind}.", 1): value for name, value in state.items()}
     save_file(state, tmp_path / "model.safetensors")
     config = {
-        "model_type": "vit",
+        "model_type": kind,
+        "layer_norm_eps": 1e-3,
         "hidden_size": 48,
         "num_hidden_layers": 4,
         "num_attention_heads": 3,
@@ -298,6 +307,12 @@ def test_a_folder_of_transformers(tmp_path):
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(x), model(x))
+    again = load_model(loaded.name, loaded.origin.path, own=OwnModel(kwargs=loaded.settings))
+    assert again.model.norm.eps == 1e-3  # as `restore_model` makes it
+    config["architectures"] = ["DeiTForImageClassificationWithTeacher"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="two classifiers"):
+        load_model(str(tmp_path))
 
 
 def test_labels_and_imagenets_only_where_they_are_known(tmp_path):

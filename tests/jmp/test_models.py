@@ -176,3 +176,8 @@ def test_names_in_a_checkpoint_reach_no_terminal_as_they_are(tmp_path, capsys):
     assert main([*arguments, "--engine", "none"]) == 2
     shown = capsys.readouterr().err
     assert "unexpected keys" in shown and "\x1b" not in shown and "\r" not in shown
+
+
+def test_the_channels_of_a_hybrid_are_those_of_its_images():
+    loaded = models.load_model("vit_tiny_r_s16_p8_224", "random")
+    assert loaded.preprocess.channels == 3

@@ -121,15 +121,22 @@ def test_short_models(depth, schedule):
     assert patch(model, schedule)(X).isfinite().all()
 
 
-def test_the_users_own_export_is_told_the_way(tmp_path):
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_the_users_own_export_is_told_the_way(tmp_path, dynamo):
     model = patch(tiny_vit(), "spread")
     with pytest.raises(Exception) as caught:
-        torch.onnx.export(model, (X,), tmp_path / "x.onnx", dynamo=False)
+        torch.onnx.export(model, (X,), tmp_path / "x.onnx", dynamo=dynamo)
     chain = [error := caught.value]
     while error := error.__cause__ or error.__context__:
         chain.append(error)
     found = [error for error in chain if isinstance(error, ModelError)]
     assert found and "jmp_deploy.build" in found[0].hint
+
+
+def test_torch_export_alone_takes_a_patched_model():
+    model = patch(tiny_vit(), "spread")
+    program = torch.export.export(model, (X,), strict=True)
+    assert torch.equal(program.module()(X), model(X))
 
 
 def test_dropout_is_off_in_an_export_and_the_mode_stays(tmp_path):

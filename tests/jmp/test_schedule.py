@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -203,3 +204,15 @@ def test_a_model_too_small_to_spread_is_told_so():
     shape = ModelShape(**{**vars(DEIT_S), "num_patches": 4})
     with pytest.raises(ScheduleError, match="too few blocks"):
         schedule.parse("spread", shape)
+
+
+def test_models_with_little_to_give_are_warned_of_spread_alone():
+    few = replace(DEIT_S, num_patches=36)
+    for shape, spec, warned in (
+        (few, "spread", True),
+        (replace(DEIT_S, depth=6), "spread:60", True),
+        (few, "spread:80", False),
+        (few, "3:20", False),
+        (DEIT_S, "spread", False),
+    ):
+        assert bool(schedule.caution(schedule.parse(spec, shape), shape)) == warned

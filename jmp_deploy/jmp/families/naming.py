@@ -28,7 +28,7 @@ _TRANSFORMERS = (
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"embeddings\.position_embeddings$", "pos_embed"),
     (r"embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
-    (r"embeddings\.distillation_token$", "dist_token"),
+    (r"embeddings\.distillation_token$", "reg_token"),  # its head reads the class token alone
     (r"encoder\.layer\.", "blocks."),
     (r"attention\.attention\.(query|key|value)\.", r"attn.\1."),
     (r"attention\.output\.dense\.", "attn.proj."),

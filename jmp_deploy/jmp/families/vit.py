@@ -176,7 +176,7 @@ class ViT:
         return fitted
 
     def channels(self, model: Any) -> int:
-        return int(model.patch_embed.proj.in_channels)
+        return _channels(model.patch_embed)
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
         x = model._pos_embed(model.patch_embed(images))
@@ -254,6 +254,12 @@ def attention(
     return out, packed
 
 
+def _channels(stem: nn.Module) -> int:
+    """Of the images: what the first convolution takes (a hybrid's `proj` comes after a network)."""
+    first = next(module for module in stem.modules() if isinstance(module, nn.Conv2d))
+    return int(first.in_channels)
+
+
 def _stem_macs(stem: Any) -> int:
     """MACs per image of a patch embedding; that of a hybrid holds a whole network, which is run
     without numbers in it and counted by PyTorch."""
@@ -261,7 +267,7 @@ def _stem_macs(stem: Any) -> int:
         return int(stem.num_patches * stem.proj.weight.numel())
     empty = deepcopy(stem).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        empty(torch.empty(1, 3, *stem.img_size, device="meta"))
+        empty(torch.empty(1, _channels(stem), *stem.img_size, device="meta"))
     return int(counter.get_total_flops()) // 2
 
 
