@@ -141,6 +141,12 @@ def add(commands: Any) -> None:
         help="put mean, standard deviation and 1/255 into the patch embedding, so that raw 0-255 "
         "RGB goes in: for DeepStream, which knows one scale",
     )
+    parser.add_argument(
+        "--inline",
+        action="store_true",
+        help="write model.inlined.onnx too: the portable model without local functions, for "
+        "OpenVINO and other engines and tools that know none",
+    )
     flags.add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
     parser.add_argument(
         "--seed", type=flags.seed, help="of random weights and of the calibration sample (0)"
