@@ -1,7 +1,7 @@
 """Portable ONNX <-> deployable ONNX, and portable ONNX -> inlined ONNX.
 
-The first two hold the same JMPTokenReduce nodes. The portable model defines them as an ONNX local function;
-the deployable one drops the definition and names our TensorRT plugin instead, because TensorRT
+The first two hold the same JMPTokenReduce nodes. The portable model defines them as an ONNX local
+function; the deployable one drops the definition and names our TensorRT plugin instead, because TensorRT
 10.0 to 10.6 expands a local function rather than ask for a plugin of the same name, and no parser
 before or after takes the body as it is meant.
 
@@ -118,12 +118,11 @@ def to_inlined(source: Path, target: Path) -> None:
 
 def _write_as_tensor(constant: onnx.NodeProto) -> None:
     """A number or a list of numbers of a Constant as the tensor that it stands for."""
-    types = {"value_float": np.float32, "value_floats": np.float32}
-    types |= {"value_int": np.int64, "value_ints": np.int64}
     (attribute,) = constant.attribute
-    if attribute.name in types:
+    if attribute.name in ("value_float", "value_floats", "value_int", "value_ints"):
         number = onnx.helper.get_attribute_value(attribute)
-        tensor = numpy_helper.from_array(np.array(number, types[attribute.name]))
+        kind = np.dtype("int64" if attribute.name.startswith("value_int") else "float32")
+        tensor = numpy_helper.from_array(np.array(number, kind))
         attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
 
 
