@@ -1,9 +1,9 @@
 """Portable ONNX <-> deployable ONNX, and portable ONNX -> inlined ONNX.
 
 The first two hold the same JMPTokenReduce nodes. The portable model defines them as an ONNX local
-function; the deployable one drops the definition and names our TensorRT plugin instead, because TensorRT
-10.0 to 10.6 expands a local function rather than ask for a plugin of the same name, and no parser
-before or after takes the body as it is meant.
+function; the deployable one drops the definition and names our TensorRT plugin instead, because
+TensorRT 10.0 to 10.6 expands a local function rather than ask for a plugin of the same name, and no
+parser before or after takes the body as it is meant.
 
 The plugin's name, version and namespace stand in the node's attributes (all that importers before
 10.10 read) and its domain is the namespace too (what later ones read).
