@@ -101,6 +101,7 @@ class BuildOptions:
             not.
         fold_normalization: the model takes 0-255 RGB and normalises it itself.
         softmax: probabilities come out, not logits.
+        inline: write `model.inlined.onnx` too, the portable model without local functions.
         images: photos for the check; empty takes sample photos.
         seed: of random weights, and of the draw of calibration images.
     """
@@ -128,6 +129,7 @@ class BuildOptions:
     embed_plugin: bool = False
     fold_normalization: bool = False
     softmax: bool = False
+    inline: bool = False
     images: tuple[Path, ...] = ()
     seed: int = 0
     rebuild: str = field(default="python -m jmp_deploy build", compare=False)
@@ -199,6 +201,8 @@ def build(
             # builder on a device with little memory starts.
             gc.collect()
             _deployable(staging, clock, reductions)
+            if options.inline:
+                _inlined(staging, clock)
             made = replace(made, engine_options=engine_options)
             made = make_engines(
                 made,
@@ -444,6 +448,13 @@ def _deployable(staging: Path, clock: Clock, reductions: list[TokenReduce]) -> N
             if (staging / portable).is_file():
                 to_deployable(staging / portable, staging / deployable, expected=reductions)
         (staging / _TWIN).unlink(missing_ok=True)
+
+
+def _inlined(staging: Path, clock: Clock) -> None:
+    from .export.fuse import to_inlined
+
+    with clock("inline"):
+        to_inlined(staging / artifact.PORTABLE, staging / artifact.INLINED)
 
 
 def _refuse_contradictions(options: BuildOptions) -> None:

@@ -154,6 +154,12 @@ def add(commands: Any) -> None:
         help="append a softmax in FP32, so that probabilities come out of a classifier rather than "
         "logits",
     )
+    parser.add_argument(
+        "--inline",
+        action="store_true",
+        help="write model.inlined.onnx too: the portable model without local functions, for "
+        "OpenVINO and other engines and tools that know none",
+    )
     flags.add_images(parser, "photos for the check (those that scikit-image and scikit-learn ship)")
     parser.add_argument(
         "--seed", type=flags.seed, help="of random weights and of the calibration sample (0)"

@@ -167,6 +167,7 @@ LABELS = {
     "bf16": "converting to BF16",
     "check": "checking ONNX against PyTorch",
     "fuse": "replacing reductions by the plugin",
+    "inline": "writing the reductions out",
     "plugin": "compiling the plugin (the first time only)",
     "engine": "building the engine",
     "twin engine": "building the FP16 twin's engine",

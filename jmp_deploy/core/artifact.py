@@ -41,6 +41,8 @@ MOST_REFERENCE = 1 << 30
 
 PORTABLE = "model.onnx"
 DEPLOYABLE = "model.trt.onnx"
+INLINED = "model.inlined.onnx"
+"""The portable model without local functions (`build --inline`)."""
 ENGINE = "model.engine"
 REFERENCE = "reference.npz"
 TIMING_CACHE = "timing.cache"
@@ -53,7 +55,7 @@ TWIN_ENGINE = "model.fp16.engine"
 INT8 engine has the name below."""
 INT8_ENGINE = "model.int8.engine"
 LISTED = (
-    *(PORTABLE, DEPLOYABLE, ENGINE, REFERENCE, CALIBRATION),
+    *(PORTABLE, DEPLOYABLE, INLINED, ENGINE, REFERENCE, CALIBRATION),
     *(TWIN_DEPLOYABLE, TWIN_ENGINE, INT8_ENGINE),
 )
 """The files that a manifest can name: those whose content is promised."""

@@ -26,6 +26,8 @@ What the definition's steps become, and why:
   must stay there: an index out of range would fail the whole batch, and a sort of NaN among numbers
   can leave its array. Softmax makes either all importances of a sample NaN or none, which sorts;
   ratings have no NaN; and TopK, not ArgMax, finds the most similar token.
+- A number of its own is a Constant's `value`, a tensor with its type: onnx-graphsurgeon's folding
+  makes float64 of a `value_float`. What stands in the node's attributes has no such form.
 - ONNX Runtime walks a [B, L, 1] element by element where it meets a single number: such steps are
   done on [B, L], or by operators that take the number as a bound (Clip, Relu).
 
@@ -56,13 +58,13 @@ _CONSTANTS = """
   end = Constant <value_ints = [9223372036854775807]> ()
   zero_s = Constant <value_int = 0> ()
   one_s = Constant <value_int = 1> ()
-  zero_f = Constant <value_float = 0.0> ()
-  infinite = Constant <value_float = inf> ()
-  tiny = Constant <value_float = 1e-12> ()
-  least = Constant <value_float = 1e-37> ()
+  zero_f = Constant <value = float {0.0}> ()
+  infinite = Constant <value = float {inf}> ()
+  tiny = Constant <value = float {1e-12}> ()
+  least = Constant <value = float {1e-37}> ()
   always = Cast <to = 9> (one_s)
-  lowest = Constant <value_float = -1.0> ()
-  highest = Constant <value_float = 1.0> ()
+  lowest = Constant <value = float {-1.0}> ()
+  highest = Constant <value = float {1.0}> ()
   prefix_s = Constant <value_int: int = @num_prefix> ()
   keep_s = Constant <value_int: int = @num_keep> ()
   heads_s = Constant <value_int: int = @num_heads> ()
@@ -209,8 +211,8 @@ _MERGE = """
   size_rest = GatherND <batch_dims = 1> (size_col, rest)
   weight = Where (merged, size_rest, zero_f)
   target_row = Squeeze (target, two)
-  zero_or_one = Constant <value_floats = [0.0, 1.0]> ()
-  routes = OneHot <axis = 1> (target_row, places, zero_or_one)
+  zero_or_one = Constant <value = float[2] {0.0, 1.0}> ()
+  routes = OneHot <axis = 1> (target_row, places_s, zero_or_one)
   taken_in = MatMul (routes, weight)
   size_new = Add (size_place, taken_in)
 

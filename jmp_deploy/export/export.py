@@ -1,7 +1,7 @@
 """PyTorch -> portable ONNX: standard operators, and one JMPTokenReduce node per reduction.
 
-The portable model carries the node's body as an ONNX local function, so ONNX Runtime and other
-engines run it as it is; `fuse.py` makes the form that TensorRT takes with our plugin.
+The portable model carries the node's body as an ONNX local function, so ONNX Runtime runs it as it
+is; `fuse.py` makes the form that TensorRT takes with our plugin, and one without local functions.
 """
 
 from __future__ import annotations

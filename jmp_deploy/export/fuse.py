@@ -1,26 +1,32 @@
-"""Portable ONNX <-> deployable ONNX.
+"""Portable ONNX <-> deployable ONNX, and portable ONNX -> inlined ONNX.
 
-Both hold the same JMPTokenReduce nodes. The portable model defines them as an ONNX local function;
-the deployable one drops the definition and names our TensorRT plugin instead, because TensorRT
-10.0 to 10.6 expands a local function rather than ask for a plugin of the same name, and no parser
-before or after takes the body as it is meant.
+The first two hold the same JMPTokenReduce nodes. The portable model defines them as an ONNX local
+function; the deployable one drops the definition and names our TensorRT plugin instead, because
+TensorRT 10.0 to 10.6 expands a local function rather than ask for a plugin of the same name, and no
+parser before or after takes the body as it is meant.
 
 The plugin's name, version and namespace stand in the node's attributes (all that importers before
 10.10 read) and its domain is the namespace too (what later ones read).
+
+The inlined model has the body's operators in the node's place, for engines and tools that know no
+local functions (OpenVINO).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx import numpy_helper
+from onnx.inliner import inline_local_functions
 
 from ..core.errors import GraphError
 from ..jmp import node
 from ..jmp.node import DOMAIN, OP_TYPE, TokenReduce
 from .body import QKV_PARTS, add_bodies, body
-from .graph import is_reduction, load_model, save_model
+from .graph import is_reduction, load_model, reductions, save_model
 
 PLUGIN_ATTRIBUTES = {"plugin_version": str(node.VERSION), "plugin_namespace": DOMAIN}
 
@@ -85,6 +91,39 @@ def to_portable(source: Path, target: Path) -> list[TokenReduce]:
     add_bodies(portable)
     save_model(portable, target)
     return found
+
+
+def to_inlined(source: Path, target: Path) -> None:
+    """Portable model -> the same model of standard operators alone: no local functions.
+
+    Its constants are whole tensors (`value`): folding by onnx-graphsurgeon, and by what is built on
+    it, makes float64 of a `value_float`, which no operator beside it takes.
+
+    Raises:
+        GraphError: the model is not portable; nothing is written.
+    """
+    proto = load_model(source)
+    _refuse_foreign_functions(proto)
+    if reductions(proto) and not proto.functions:
+        raise GraphError(f"{source} has {OP_TYPE} nodes without their body: is it deployable?")
+    proto = inline_local_functions(proto)
+    for graph_node in proto.graph.node:
+        if graph_node.op_type == "Constant":
+            _write_as_tensor(graph_node)
+    standard = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
+    del proto.opset_import[:]
+    proto.opset_import.extend(standard)
+    save_model(proto, target)
+
+
+def _write_as_tensor(constant: onnx.NodeProto) -> None:
+    """A number or a list of numbers of a Constant as the tensor that it stands for."""
+    (attribute,) = constant.attribute
+    if attribute.name in ("value_float", "value_floats", "value_int", "value_ints"):
+        number = onnx.helper.get_attribute_value(attribute)
+        kind = np.dtype("int64" if attribute.name.startswith("value_int") else "float32")
+        tensor = numpy_helper.from_array(np.array(number, kind))
+        attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
 
 
 def _reductions(graph: gs.Graph) -> list[gs.Node]:

@@ -79,6 +79,7 @@ def test_options_reach_the_model(tmp_path):
     command = ["build", "deit_t", "--weights", "random", "--engine", "none", "--precision", "fp32"]
     options = ["--keep-rate", "0.5", "--blocks", "3,6", "--strategy", "merge", "--batch", "4"]
     options += ["--granularity", "sample", "--no-proportional", "--img-size", "160"]
+    options += ["--inline"]
     assert main([*command, *options, "-o", str(tmp_path / "a")]) == 0
     data = Artifact.read(tmp_path / "a").to_json()
     assert data["jmp"]["schedule"] == [[3, 50], [6, 25]] and data["jmp"]["tau"] == -1.0
@@ -87,6 +88,8 @@ def test_options_reach_the_model(tmp_path):
     found = graph.load_model(tmp_path / "a" / "model.onnx")
     keeps = [graph.read_node(n) for n in found.graph.node if n.domain == "jmp_deploy"]
     assert [a.num_keep for a in keeps] == [50, 25] and keeps[0].tau == -1.0
+    assert "model.inlined.onnx" in data["files"]
+    assert not graph.load_model(tmp_path / "a" / "model.inlined.onnx").functions
 
 
 def test_run_gives_classes(built, photos, tmp_path, capsys):

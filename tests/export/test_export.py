@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.reference
+import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
 import timm
@@ -261,6 +263,49 @@ def test_the_way_back_takes_only_deployable_models(plain, tmp_path):
     _, folder = plain
     with pytest.raises(GraphError, match="portable already"):
         fuse.to_portable(folder / "model.onnx", tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("name", ["model", "half"])
+def test_inlined_needs_no_local_functions_and_answers_the_same(exported, images, tmp_path, name):
+    _, folder = exported
+    fuse.to_inlined(folder / f"{name}.onnx", tmp_path / "inlined.onnx")
+    proto = onnx.load(tmp_path / "inlined.onnx")
+    onnx.checker.check_model(proto)
+    assert not proto.functions and {entry.domain for entry in proto.opset_import} == {""}
+    want = run(folder / f"{name}.onnx", images)
+    np.testing.assert_array_equal(run(tmp_path / "inlined.onnx", images), want)
+
+
+def test_inlined_by_another_engine(plain, images, tmp_path):
+    model, folder = plain
+    fuse.to_inlined(folder / "model.onnx", tmp_path / "inlined.onnx")
+    engine = onnx.reference.ReferenceEvaluator(str(tmp_path / "inlined.onnx"))
+    (found,) = engine.run(None, {INPUT: images})
+    want = model(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("is_inlined", [False, True])
+def test_folding_by_graphsurgeon_keeps_the_types(plain, images, tmp_path, is_inlined):
+    _, folder = plain
+    source = folder / "model.onnx"
+    if is_inlined:
+        fuse.to_inlined(source, source := tmp_path / "inlined.onnx")
+    proto = onnx.load(source)
+    folded = gs.export_onnx(gs.import_onnx(proto).fold_constants().cleanup(), do_type_check=False)
+    folded.ir_version = proto.ir_version
+    del folded.opset_import[:]  # it leaves out the domain of the reductions
+    folded.opset_import.extend(proto.opset_import)
+    onnx.save(folded, tmp_path / "folded.onnx")
+    want = run(folder / "model.onnx", images)
+    np.testing.assert_allclose(run(tmp_path / "folded.onnx", images), want, atol=1e-5)
+
+
+def test_only_portable_models_are_inlined(plain, tmp_path):
+    _, folder = plain
+    with pytest.raises(GraphError, match="without their body"):
+        fuse.to_inlined(folder / "model.trt.onnx", tmp_path / "a.onnx")
+    assert not (tmp_path / "a.onnx").exists()
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
