@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import ort
 from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError, engine_errors
-from ..core.outputs import PROBABILITIES
 from ..core.packages import importable
 from .base import Backend, Opened, Times, function_runner, guarded, noise
 
@@ -81,6 +80,8 @@ class TorchBackend(Backend):
 def with_output(model: Any, output: str) -> Any:
     """A timm model that gives an artifact's output: with a softmax behind it for probabilities."""
     import torch
+
+    from ..core.outputs import PROBABILITIES  # numpy is not for --help
 
     if output != PROBABILITIES.name:
         return model

@@ -16,7 +16,6 @@ from ..core.errors import GraphError
 from ..core.images import INPUT
 from ..core.ort import session_runner
 from ..export.graph import SHOWN, as_planned, block_tensors, reductions, show_choices
-from ..export.precision import emulate, float_types
 from ..jmp.node import reduction_name
 from ..jmp.trace import Block, Trace, make_choice
 from .measures import TOLERANCES, relative
@@ -108,6 +107,8 @@ def extract(
     """
     import onnx
 
+    from ..export.precision import float_types
+
     needed: set[int] = set()
     inputs: set[str] = set()
     weights = {i.name: i for i in proto.graph.initializer}
@@ -191,6 +192,8 @@ def _precision(*parts: onnx.ModelProto) -> str:
 def _run_part(
     part: onnx.ModelProto, feeds: Mapping[str, NDArray[Any]], name: str
 ) -> dict[str, NDArray[Any]]:
+    from ..export.precision import emulate
+
     with session_runner(emulate(part), name) as runner:
         values = runner.infer({i.name: feeds[i.name] for i in part.graph.input})
         return {key: np.array(value) for key, value in values.items()}

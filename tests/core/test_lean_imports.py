@@ -19,7 +19,7 @@ HEAVY = {
         "jmp.reduction",
         "jmp.torch_op",
     ),
-    *("jmp.models", "export.export", "export.fp16", "export.fuse"),
+    *("jmp.models", "export.export", "export.fuse", "export.numerics", "export.precision"),
 }
 """Modules that work on PyTorch or ONNX models and may import them at once."""
 RUNS = {"__main__"}  # on import; the help tests are its own
