@@ -40,6 +40,7 @@ from .core.errors import (
 )
 from .core.files import atomic_path, make_writable_dir, staging_dir
 from .core.images import (
+    ARRAYS,
     MAX_SIDE,
     find_images,
     in_channels,
@@ -494,11 +495,13 @@ def _photos(options: BuildOptions) -> list[Path]:
     """The photos of the check, at most `CHECK_IMAGES` of those named; empty for the sample photos.
 
     Raises:
-        ImageError: none are there.
+        ImageError: none are there, or too many are no images, whatever channels the model takes.
     """
     paths = find_images(options.images) if options.images else []
     count = min(CHECK_IMAGES, len(paths))
-    return [paths[index * len(paths) // count] for index in range(count)]
+    found = [paths[index * len(paths) // count] for index in range(count)]
+    _readable([path for path in found if path.suffix.lower() != ARRAYS], 3)
+    return found
 
 
 def _readable(photos: list[Path], channels: int) -> list[Path]:

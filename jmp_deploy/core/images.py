@@ -70,6 +70,8 @@ class Preprocess:
         crop_mode: "center" or "squash".
         mean, std: per channel, on [0, 1]; three are RGB, one is grey, others are channels of .npy
             arrays.
+        folded: the (mean, std) that the model itself applies (`build --fold-normalization`); None
+            where it does not.
     """
 
     height: int
@@ -80,6 +82,7 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize_width: int | None = None
+    folded: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def __post_init__(self) -> None:
         sizes = (self.height, self.width, self.resize, self.resize_width or 1)

@@ -20,7 +20,7 @@ MEAN, STD = (0.0,) * 3, (1 / 255,) * 3
 
 def is_folded(preprocess: Preprocess) -> bool:
     """Whether a model with these images normalises them itself."""
-    return (preprocess.mean, preprocess.std) == (MEAN, STD)
+    return preprocess.folded is not None
 
 
 def fold_normalization(model: nn.Module, preprocess: Preprocess) -> Preprocess:
@@ -60,4 +60,5 @@ def fold_normalization(model: nn.Module, preprocess: Preprocess) -> Preprocess:
         (weight / (255 * std)[:, None, None]).to(dtype), requires_grad=False
     )
     stem.bias = torch.nn.Parameter((bias - shift).to(dtype), requires_grad=False)
-    return replace(preprocess, mean=MEAN, std=STD)
+    folded = (preprocess.mean, preprocess.std)
+    return replace(preprocess, mean=MEAN, std=STD, folded=folded)

@@ -208,11 +208,12 @@ def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
 
     origin, jmp = artifact.weights, artifact.jmp
     about, size = artifact.model, (artifact.preprocess.height, artifact.preprocess.width)
+    mean, std = artifact.preprocess.folded or (artifact.preprocess.mean, artifact.preprocess.std)
     own = OwnModel(
         weights_key=origin.key or None,
         kwargs=about.settings,
-        mean=artifact.preprocess.mean,
-        std=artifact.preprocess.std,
+        mean=mean,
+        std=std,
         function=about.function or None,
     )
     if origin.kind == "python" and not about.function:

@@ -103,6 +103,8 @@ def insert(
     proto: onnx.ModelProto, scales: Mapping[str, float], *, keep_float: Collection[str] = ()
 ) -> list[Layer]:
     """`quantize` on a model in memory, in place; the rest stays in FP32."""
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
     found = find_layers(proto)
     kept = select(found, keep_float)
     chosen = [layer for layer in found if layer.name in scales and layer.name not in kept]
@@ -112,6 +114,8 @@ def insert(
     _run_quantizer(proto, chosen, scales)
     _undo_foreign_readers(proto, chosen)
     _refuse_quantized_reductions(proto)
+    # The quantizer appends its nodes; who reads types off the operators needs them in order.
+    ONNXModel(proto).topological_sort()
     return chosen
 
 

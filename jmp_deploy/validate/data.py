@@ -202,16 +202,16 @@ def _read_table(table: Path, root: Path) -> Listing:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{table} cannot be read as a table of labels: {reason}", hint) from error
-    if rows and rows[0][0].lower() in HEADERS and not (root / rows[0][0]).is_file():
+    if rows and rows[0][0].lower() in HEADERS and not _is_file(root, rows[0][0]):
         rows = rows[1:]
     if not rows:
         raise ImageError(f"{table} holds no labels", "expected lines such as folder/photo.jpg,3")
     seen: dict[str, str] = {}
     for name, label in rows:
-        path = name if (root / name).is_file() else _with_suffix(root, name)
+        path = name if _is_file(root, name) else _with_suffix(root, name)
         if seen.setdefault(path, label) != label:
             raise ImageError(f"{table} gives {path} two labels: {seen[path]} and {label}")
-    missing = [path for path in seen if not os.path.isfile(root / path)]  # noqa: PTH113
+    missing = [path for path in seen if not _is_file(root, path)]
     if missing:
         raise ImageError(
             f"{len(missing)} of {len(seen)} files that {table} names are not in {root}: "
@@ -221,11 +221,16 @@ def _read_table(table: Path, root: Path) -> Listing:
     return sorted(seen.items())
 
 
+def _is_file(root: Path, name: str) -> bool:
+    """Path.is_file raises for a name that is too long, before Python 3.14."""
+    return os.path.isfile(root / name)  # noqa: PTH113
+
+
 def _with_suffix(root: Path, name: str) -> str:
     """The file that a table names without its ending; the name itself where there is none."""
     for suffix in suffixes():
         for ending in (suffix, suffix.upper()):
-            if (root / (name + ending)).is_file():
+            if _is_file(root, name + ending):
                 return name + ending
     return name
 

@@ -100,5 +100,5 @@ def test_what_is_no_result_of_bench_is_one_message(
     out = tmp_path / "r.html"
     flags = ["--html", str(out), "--bench", str(tmp_path / "bench.json")]
     assert main(["report", str(folder), *flags]) == 2
-    assert "not a result of `bench --json`" in capsys.readouterr().err and not out.exists()
+    assert "not a result of `bench`" in capsys.readouterr().err and not out.exists()
     assert main(["report", str(folder), *flags[2:]]) == 2  # of use for the page alone

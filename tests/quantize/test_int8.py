@@ -70,8 +70,7 @@ def build(out, *, engine="none", precision="int8", schedule="0:12,1:7", dense=Fa
             model="tiny",
             out=out,
             precision=precision,
-            schedule=schedule,
-            dense=dense,
+            **({"dense": True} if dense else {"schedule": schedule}),
             engine=engine,
             int8=Int8Options(**settings) if precision == "int8" else None,
         )
@@ -98,7 +97,7 @@ def test_the_artifact_is_whole_and_a_cache_rebuilds_it_bit_for_bit(tiny, tmp_pat
     assert 0.5 < found["macs_share"] < 1
     assert found["activations_bytes"]["int8"] < 0.7 * found["activations_bytes"]["fp16"]
     types_ = graph.weight_types(onnx.load(tmp_path / "a" / "model.onnx"))
-    assert types_ == found["weights_bytes"] and set(types_) == {"INT8", "FLOAT16", "INT64"}
+    assert types_ == found["weights_bytes"] and set(types_) == {"INT8", "FLOAT", "FLOAT16", "INT64"}
 
     cache = tmp_path / "a" / "calibration.json"
     again = build(tmp_path / "b", calib=None, cache=cache)
@@ -158,12 +157,15 @@ def test_both_engines_are_built_and_speed_is_not_claimed(tiny, tmp_path):
 
 def test_layers_that_cost_too_much_stay_in_fp16_and_in_the_cache(tiny, tmp_path, monkeypatch):
     asked = {}
+    measured = {"ranking": [], "groups": [], "all_int8": {"noise": 0.0, "points": 0.0}}
+    measured |= {"measure": "m", "images": 16, "flips": None, "drop": 0.1, "budget": 0.3}
+    measured |= {"macs_share": 0.9}
 
     def choose(model, scales, images, *, max_drop, keep_float, on_progress):
         asked.update(max_drop=max_drop, keep=set(keep_float), scales=dict(scales), n=len(images))
         on_progress(1, 1)
         return types.SimpleNamespace(
-            keep_fp16={"blocks.1.fc2": "costs 4 points"}, drop=0.1, result={"ranking": []}
+            keep_fp16={"blocks.1.fc2": "costs 4 points"}, drop=0.1, result=measured
         )
 
     module = types.SimpleNamespace(choose=choose)
@@ -174,7 +176,7 @@ def test_layers_that_cost_too_much_stay_in_fp16_and_in_the_cache(tiny, tmp_path,
     assert len(asked["scales"]) == 14 and asked["n"] == 16
     # what was measured stands in place of the recipe's list
     assert data["int8"]["keep_fp16"] == {"blocks.1.fc2": "costs 4 points"}
-    assert data["int8"]["layers_int8"] == 13 and data["int8"]["sensitivity"] == {"ranking": []}
+    assert data["int8"]["layers_int8"] == 13 and data["int8"]["sensitivity"] == measured
     build(tmp_path / "b", calib=None, cache=tmp_path / "a" / "calibration.json")
     assert (tmp_path / "b/model.onnx").read_bytes() == (tmp_path / "a/model.onnx").read_bytes()
 
