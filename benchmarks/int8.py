@@ -207,14 +207,14 @@ class Models:
 
     def make(self, precision: str) -> tuple[Path, dict[str, Any]]:
         """The model to run, and the facts about it."""
-        from jmp_deploy.export import precision
+        from jmp_deploy.export.precision import to_low
 
         if precision == "FP32":
             return self.fp32, {}
         if precision == "FP16":
             target = self.store.folder / f"{self.key}-fp16.onnx"
             if not target.is_file():
-                precision.to_low(self.fp32, target, "fp16")
+                to_low(self.fp32, target, "fp16")
             return target, {}
         return self._int8(mixed=precision == "INT8 mixed")
 
