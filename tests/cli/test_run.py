@@ -161,7 +161,8 @@ def test_rebuild_makes_the_engine_anew_only_where_it_does_not_fit(
     choice = builder.Choice("tensorrt", "it is here")
     monkeypatch.setattr(builder, "choose", lambda wanted: choice)
     code, _, err = run(capsys, folder, pictures, "--rebuild")
-    assert code == 0 and built == [("tensorrt", (1, 4, 8), (3, 4, 4), None)]
+    assert code == 0, err
+    assert built == [("tensorrt", (1, 4, 8), (3, 4, 4), None)]
     assert "made anew: TensorRT version: expected 10.3.0.26, found 10.13.0.35" in err
     new = Artifact.read(folder)
     new.verify()
