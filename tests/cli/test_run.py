@@ -18,6 +18,7 @@ from PIL import Image
 from jmp_deploy import backends
 from jmp_deploy.backends import engine as engine_backend
 from jmp_deploy.cli.main import main
+from jmp_deploy.compare import check
 from jmp_deploy.core import artifact, device
 from jmp_deploy.core.artifact import Artifact, EngineFacts
 from jmp_deploy.core.errors import EngineError
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("gpu")
 def gpu(monkeypatch, request):
     if "real_machine" in request.keywords:
         return
-    for module in (engine_backend, device, stage):
+    for module in (engine_backend, device, stage, check):
         monkeypatch.setattr(module, "gpus", lambda: (HERE,))
     monkeypatch.setattr(api, "installed", lambda flavour: True)
 
