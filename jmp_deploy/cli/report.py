@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import JmpDeployError
-from ..core.files import read_json, write_bytes
+from ..core.files import of_form, read_json, write_bytes
 from . import build, compare, flags, show
 
 if TYPE_CHECKING:
@@ -104,15 +103,13 @@ class _Benched:
 
 def _read_bench(path: Path) -> dict[str, Any]:
     """A result of `bench --json`, checked as far as the page shows it."""
-    checked = partial(
-        read_json,
-        path,
-        what="result of `bench`",
-        hint="make one with `bench DIR --json FILE`",
-        error=JmpDeployError,
-    )
-    checked(_Benched)
-    result: dict[str, Any] = checked(dict[str, Any])
+    about: dict[str, Any] = {
+        "what": "result of `bench`",
+        "hint": "make one with `bench DIR --json FILE`",
+        "error": JmpDeployError,
+    }
+    result = read_json(path, dict[str, Any], **about)
+    of_form(result, _Benched, path, **about)
     return result
 
 

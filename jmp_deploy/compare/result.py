@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..core.artifact import Meta, Natural
 from ..core.errors import JmpDeployError
-from ..core.files import read_json
+from ..core.files import of_form, read_json
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -18,14 +17,13 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         JmpDeployError: it is something else.
     """
-    checked = partial(
-        read_json,
-        what="result of `compare`",
-        hint="make one with `compare DIR --json FILE`",
-        error=JmpDeployError,
-    )
-    checked(path, _Compared)
-    result: dict[str, Any] = checked(path, dict[str, Any])
+    about: dict[str, Any] = {
+        "what": "result of `compare`",
+        "hint": "make one with `compare DIR --json FILE`",
+        "error": JmpDeployError,
+    }
+    result = read_json(path, dict[str, Any], **about)
+    of_form(result, _Compared, path, **about)
     return result
 
 

@@ -192,6 +192,28 @@ def read_json(
         raise error(f"{path} is not a {what}: {failure}", hint) from failure
 
 
+def of_form(
+    data: Any,
+    kind: type[T],
+    path: Path,
+    *,
+    what: str,
+    hint: str | None = None,
+    error: type[JmpDeployError] = ArtifactError,
+) -> T:
+    """What `read_json` read as something looser, as `kind`.
+
+    Raises:
+        error: it is of another form; with the field's path.
+    """
+    import msgspec
+
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as failure:
+        raise error(f"{path} is not a {what}: {one_line(failure)}", hint) from failure
+
+
 def parse_json(content: bytes | str, kind: type[T]) -> T:
     """JSON as `kind` has it.
 

@@ -18,13 +18,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..core.artifact import Calibrated, Meta, refuse_odd_strings, tool_versions
 from ..core.errors import CalibrationError
-from ..core.files import read_json, write_json
+from ..core.files import of_form, read_json, write_json
 from .ranges import Range
 
 if TYPE_CHECKING:
@@ -143,13 +142,12 @@ def read(path: Path) -> Calibration:
     Raises:
         CalibrationError: missing, truncated, changed, or of another format.
     """
-    read = partial(
-        read_json,
-        what="calibration cache",
-        hint="take a whole copy, or make one with `build ... --calib DIR`",
-        error=CalibrationError,
-    )
-    data = read(path, dict[str, Any])
+    about: dict[str, Any] = {
+        "what": "calibration cache",
+        "hint": "take a whole copy, or make one with `build ... --calib DIR`",
+        "error": CalibrationError,
+    }
+    data = read_json(path, dict[str, Any], **about)
     if data.get("format") != FORMAT:
         raise CalibrationError(
             f"{path} has format {data.get('format')!r:.20}, this version reads {FORMAT}",
@@ -161,7 +159,7 @@ def read(path: Path) -> Calibration:
             f"{path} was changed after it was written",
             "scales that were edited by hand are not what was measured: calibrate again",
         )
-    found = read(path, _File)
+    found = of_form(data, _File, path, **about)
     refuse_odd_strings(data, path)
     return Calibration(
         identity=found.identity,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +13,7 @@ import numpy as np
 
 from ..core.artifact import Count, Meta, Natural
 from ..core.errors import ArtifactError, CheckError
-from ..core.files import atomic_path, json_text, parse_json, read_arrays, read_json
+from ..core.files import atomic_path, json_text, of_form, parse_json, read_arrays, read_json
 from ..core.images import UNREADABLE_LIMIT
 from .score import COLUMNS, DENSE_COLUMNS, score
 
@@ -345,12 +344,12 @@ class _Part:
 
 
 def _read_part(path: Path) -> dict[str, Any]:
-    read = partial(
-        read_json,
-        what="partial result of `validate`",
-        hint="make one with `validate DIR --data DIR --shard i/n --json FILE`",
-    )
-    part, found = read(path, dict[str, Any]), read(path, _Part)
+    about: dict[str, Any] = {
+        "what": "partial result of `validate`",
+        "hint": "make one with `validate DIR --data DIR --shard i/n --json FILE`",
+    }
+    part = read_json(path, dict[str, Any], **about)
+    found = of_form(part, _Part, path, **about)
     shard, rows = found.shard, found.shard.rows
     lengths = {len(column) for column in rows.values()}
     columns = {*COLUMNS, *(DENSE_COLUMNS if found.against else ())}
