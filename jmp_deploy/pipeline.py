@@ -45,11 +45,12 @@ from .core.images import (
     find_images,
     in_channels,
     label,
-    load_batch,
+    load_readable,
     open_image,
     preprocess,
     require_readable,
     sample_photos,
+    spread,
 )
 from .core.outputs import LOGITS, PROBABILITIES, output_of
 from .engine import builder
@@ -259,7 +260,7 @@ def _portable(
             loaded.preprocess = fold.fold_normalization(loaded.model, loaded.preprocess)
         output = _output(loaded, options)
     on_model(loaded)
-    photos = _readable(photos, loaded.preprocess.channels)
+    names, images = _load(photos, loaded)
     with clock("patch"):
         jmp = None if options.dense else _patch(loaded, options)
     size = (loaded.preprocess.height, loaded.preprocess.width)
@@ -267,7 +268,6 @@ def _portable(
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
         export.export_onnx(loaded.model, fp32, image_size=size)
-    names, images = _load(photos, loaded)
     kept = None
     if options.precision != "fp32":
         with clock("magnitudes"):
@@ -387,9 +387,14 @@ def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
 
 
 def _load(photos: list[Path], loaded: LoadedModel) -> tuple[list[str], NDArray[np.float32]]:
-    """What the model is checked on: names, and images [B, 3, H, W]."""
+    """What the model is checked on: names, and images [B, C, H, W].
+
+    Raises:
+        ImageError: too many cannot be read for a model of so many channels.
+    """
     if photos:
-        return [label(path) for path in photos], load_batch(photos, loaded.preprocess)
+        batch = load_readable(photos, loaded.preprocess)
+        return [label(photos[k]) for k in batch.kept], batch.require()
     samples, spec = sample_photos(), loaded.preprocess
     fitting = [in_channels(photo, spec.channels) for _, photo in samples]
     return [name for name, _ in samples], np.stack([preprocess(photo, spec) for photo in fitting])
@@ -497,29 +502,15 @@ def _photos(options: BuildOptions) -> list[Path]:
     Raises:
         ImageError: none are there, or too many are no images, whatever channels the model takes.
     """
-    paths = find_images(options.images) if options.images else []
-    count = min(CHECK_IMAGES, len(paths))
-    found = [paths[index * len(paths) // count] for index in range(count)]
-    _readable([path for path in found if path.suffix.lower() != ARRAYS], 3)
-    return found
-
-
-def _readable(photos: list[Path], channels: int) -> list[Path]:
-    """Those that can be read for a model of so many channels, before the long work starts.
-
-    They are decoded once for it, and let go: memory is scarce on a device.
-
-    Raises:
-        ImageError: too many cannot be read.
-    """
-    found, unreadable = [], []
-    for path in photos:
+    found = spread(find_images(options.images), CHECK_IMAGES) if options.images else []
+    pictures = [path for path in found if path.suffix.lower() != ARRAYS]
+    unreadable = []
+    for path in pictures:  # before a model is loaded; any picture can be had in three channels
         try:
-            open_image(path, channels)
-            found.append(path)
+            open_image(path)
         except ImageError as error:
             unreadable.append(error.message)
-    require_readable(unreadable, len(found))
+    require_readable(unreadable, len(pictures) - len(unreadable))
     return found
 
 

@@ -27,6 +27,7 @@ from ..core.images import (
     join,
     load_readable,
     split,
+    spread,
 )
 from .measures import TABLE, TOLERANCES, Pair, coarser, measure
 
@@ -188,15 +189,14 @@ def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
     Raises:
         ImageError: none can be read.
     """
-    count = min(limit, len(paths))
-    spread = [paths[index * len(paths) // count] for index in range(count)]
-    batch = load_readable(spread, spec, on_image=interrupt.check)
-    unreadable = tuple((str(spread[position]), why) for position, why in batch.unreadable)
+    tried = spread(paths, limit)
+    batch = load_readable(tried, spec, on_image=interrupt.check)
+    unreadable = tuple((str(tried[position]), why) for position, why in batch.unreadable)
     if not batch.kept:
         why = unreadable[0][1]
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise ImageError(f"no image can be read: {why}{more}", UNREADABLE_HINT)
-    return Photos(batch.images, tuple(str(spread[k]) for k in batch.kept), unreadable)
+    return Photos(batch.images, tuple(str(tried[k]) for k in batch.kept), unreadable)
 
 
 def _input(

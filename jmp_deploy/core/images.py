@@ -356,6 +356,12 @@ def find_images(paths: Iterable[Path | str]) -> list[Path]:
     return found
 
 
+def spread(paths: Sequence[Path], most: int) -> list[Path]:
+    """At most so many of them, evenly over the whole."""
+    count = min(most, len(paths))
+    return [paths[index * len(paths) // count] for index in range(count)]
+
+
 def images_below(folders: Sequence[Path]) -> list[list[Path]]:
     """For each folder the image files in it and in those below, sorted; one rule for all commands.
 
