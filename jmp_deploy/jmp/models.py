@@ -11,7 +11,6 @@ import copy
 import difflib
 import hashlib
 import importlib
-import json
 import logging
 import socket
 import sys
@@ -26,7 +25,7 @@ from urllib.parse import urlsplit
 from ..core.artifact import Artifact, Weights
 from ..core.classes import SYNSET, LabelOrder, of_json, read_labels
 from ..core.errors import ModelError, WeightsError, one_line
-from ..core.files import sha256
+from ..core.files import parse_json, sha256, size_of
 from ..core.images import Preprocess
 from . import checkpoint
 
@@ -112,7 +111,8 @@ class _Source:
         name: timm's, or "hf-hub:...".
         size: image size that a short name stands for, if it is not timm's.
         kwargs, config: arguments of `timm.create_model`, and timm's `pretrained_cfg`, of a folder.
-        file: the folder's weights.
+        file: the folder's weights, or the checkpoint that was named.
+        checkpoint: what is in that checkpoint.
     """
 
     name: str
@@ -120,6 +120,7 @@ class _Source:
     kwargs: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
+    checkpoint: checkpoint.Checkpoint | None = None
 
 
 def resolve_name(name: str) -> tuple[str, int | None]:
@@ -175,9 +176,10 @@ def load_model(
     own = own or OwnModel()
     if own.function or not isinstance(name, str):
         return _from_python(name, img_size, own)
-    source = _source_of(name)
+    of_its_own = weights in ("auto", "pretrained")
+    source = _source_of(name, own.weights_key if of_its_own else None)
     path = source.file
-    if weights not in ("auto", "pretrained"):
+    if not of_its_own:
         path = None if weights == "random" else Path(weights)
     if path is not None:
         return _from_file(source, path, img_size, own)
@@ -257,7 +259,7 @@ def weights_digest(model: nn.Module) -> str:
 # --- what a name leads to ------------------------------------------------------------------------
 
 
-def _source_of(name: str) -> _Source:
+def _source_of(name: str, weights_key: str | None = None) -> _Source:
     if name.startswith(HUB):
         return _Source(name)
     if name.startswith(FOLDER):
@@ -268,13 +270,13 @@ def _source_of(name: str) -> _Source:
     if path.suffix in checkpoint.SUFFIXES and path.is_file():
         from .families import roots
 
-        found = checkpoint.read(path, roots).architecture
-        if found is None:
+        found = checkpoint.read(path, roots, weights_key)
+        if found.architecture is None:
             raise ModelError(
                 f"{path} does not say which model it is of",
                 f"name it: build MODEL --weights {path}",
             )
-        return replace(_source_of(found), file=path)
+        return replace(_source_of(found.architecture), file=path, checkpoint=found)
     return _Source(*resolve_name(name))
 
 
@@ -282,7 +284,7 @@ def _of_folder(folder: Path) -> _Source:
     """A folder that timm's or transformers' `save_pretrained` made."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = _read_config(path)
         file = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
         if file is None:
             raise ModelError(
@@ -302,6 +304,12 @@ def _of_folder(folder: Path) -> _Source:
         ) from error
     name, size = resolve_name(architecture)
     return _Source(name, size, dict(kwargs or {}), dict(settings), file)
+
+
+def _read_config(path: Path) -> Any:
+    """A JSON object; raises OSError or ValueError."""
+    size_of(path)  # of a file, not of a pipe
+    return parse_json(path.read_bytes(), dict[str, Any])
 
 
 def _of_transformers(folder: Path, config: dict[str, Any], file: Path) -> _Source:
@@ -345,7 +353,7 @@ def _of_transformers(folder: Path, config: dict[str, Any], file: Path) -> _Sourc
         *((side, side) if isinstance(side, int) else side),
     )
     if images.is_file():
-        found = json.loads(images.read_text(encoding="utf-8"))
+        found = _read_config(images)
         settings["mean"], settings["std"] = found.get("image_mean"), found.get("image_std")
         settings["interpolation"] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(
             found.get("resample")
@@ -462,7 +470,9 @@ def _pretrained(
 def _from_file(source: _Source, path: Path, img_size: Size | None, own: OwnModel) -> LoadedModel:
     from .families import family_of, roots
 
-    found = checkpoint.read(path, roots, own.weights_key)
+    found = source.checkpoint
+    if found is None or found.path != path:
+        found = checkpoint.read(path, roots, own.weights_key)
     asked = {**_trained_with(found.trainer), **source.kwargs, **own.kwargs}
     told = asked.pop("img_size", None) or _told_size(source.config, found.trainer)
     default = _refuse_early(source.name, None, asked)

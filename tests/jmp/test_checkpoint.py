@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from jmp_deploy.core.errors import ModelError, WeightsError
+from jmp_deploy.jmp import checkpoint
 from jmp_deploy.jmp.models import OwnModel, load_model
 
 NAME = "test_vit"
@@ -133,6 +134,14 @@ def test_a_checkpoint_that_says_its_architecture_needs_no_name(tmp_path):
     torch.save(STATE, tmp_path / "bare.pth")
     with pytest.raises(ModelError, match="does not say which model it is of"):
         load_model(str(tmp_path / "bare.pth"))
+
+
+def test_such_a_checkpoint_is_read_once(tmp_path, monkeypatch):
+    torch.save(FORMS["timm"], tmp_path / "w.pth.tar")
+    reads, genuine = [], checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda path: reads.append(path) or genuine(path))
+    load_model(str(tmp_path / "w.pth.tar"))
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize(
