@@ -372,8 +372,8 @@ def fp32_rows(found: Fp32 | None) -> list[tuple[str, str]]:
         "65504"
         for place, one in list(by_place.items())[:SHOWN_PLACES]
     ]
-    if left := len(by_place) - SHOWN_PLACES:
-        lines += [f"... and {left} more parts"] if left > 0 else []
+    if (left := len(by_place) - SHOWN_PLACES) > 0:
+        lines.append(f"... and {left} more parts")
     if found.weights:
         names = ", ".join(found.weights[:SHOWN_PLACES])
         lines.append(f"weights beyond 65504: {names}")
