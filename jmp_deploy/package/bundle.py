@@ -119,12 +119,12 @@ def verify_bundle(path: Path, unpack_to: Path | None = None) -> Bundle:
         CheckError: a file is missing, altered, or too many; nothing is unpacked then.
     """
     if path.is_dir():
-        found = {}
-        for name in _listed(_read_sums(path / SUMS)):
+        text, found = _read_sums(path / SUMS), {}
+        for name in _listed(text):
             file = path / name
             if file.is_file() and not file.is_symlink():
                 found[name] = (sha256(file), file.stat().st_size)
-        return _checked(path, _read_sums(path / SUMS), found)
+        return _checked(path, text, found)
     if unpack_to is not None and unpack_to.exists():
         raise ArtifactError(f"{unpack_to} exists already", "choose another folder with -o")
     try:
