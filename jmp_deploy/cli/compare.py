@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ..backends import NAMES
 from ..backends.engine import EngineBackend
+from ..core.errors import say
 from . import checked, flags, show
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _compare(given: argparse.Namespace) -> int:
         # on record anew: whoever mended something asks here
         verdict = checked.check_first([given.folder], [EngineBackend.name], again=True)
         for words in verdict.notes:
-            print(f"note: {words}", file=sys.stderr)
+            say(f"note: {words}")
     with show.Progress("comparing", transient=True):
         result = flags.fill(compare_artifact, given, images=images)
     show.show(given, summary(result), result)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 
+from ..backends.base import Outputs
 from ..core.artifact import Artifact, EngineCheck, Reference
 from ..core.device import gpus
 from ..core.errors import EngineError, GpuMemoryError, engine_errors, in_words
@@ -54,9 +55,7 @@ def check_engine(
             Engine(engine, check_finite=False, max_batch=size) as opened,
         ):
             is_open = True
-            answers = opened.infer({INPUT: reference.images})
-            if output not in answers:
-                raise EngineError(f"the engine has no output {output!r}")
+            answer = Outputs(opened.infer({INPUT: reference.images}))[output]
     except EngineError as error:
         if not is_open or isinstance(error, GpuMemoryError):
             raise
@@ -65,7 +64,7 @@ def check_engine(
         *NAMES,
         output,
         reference.output,
-        answers[output],
+        answer,
         precision,
         near_ties=artifact.jmp is not None,
     )

@@ -13,14 +13,13 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.device import cpu_count, driver_cuda
-from ..core.errors import ToolchainError, install_command
+from ..core.errors import ToolchainError, install_command, say
 
 # Those of a release; plugins/CMakeLists.txt has the same list. 87 is Orin, 100 B200, 110 Thor.
 ARCHITECTURES = ("75", "80", "86", "87", "89", "90", "100", "110", "120")
@@ -285,7 +284,7 @@ def find_cxx() -> Path:
 
 def announce(line: str) -> None:
     """Tells of a compilation, which makes a command take long: on stderr, results go to stdout."""
-    print(line, file=sys.stderr, flush=True)
+    say(line)
 
 
 def compile_time(architectures: int) -> str:
