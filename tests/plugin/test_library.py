@@ -65,6 +65,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 NVCC_SCRIPT = """#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release 12.4, V{version}";;
+  --dryrun) ;;
   --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_86\\nsm_90\\nsm_90a\\n';;
   *) echo "$@" >> {count}
      while [ $# -gt 1 ]; do shift; done
