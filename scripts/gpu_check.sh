@@ -2,7 +2,7 @@
 # Everything about the kernel that needs a GPU: tests against the oracle, compute-sanitizer, and the
 # benchmarks of the reduction alone and of whole models (benchmarks/README.md).
 #
-#   scripts/gpu_check.sh            a few models and rows: some minutes
+#   scripts/gpu_check.sh            a few models and rows: some four minutes
 #   scripts/gpu_check.sh --full     all rows of both benchmarks: most of an hour
 #
 # Results go to ${OUT:-benchmarks/results}: gpu_check_<GPU>.json, kernel-<GPU>.*, endtoend-<GPU>.*
