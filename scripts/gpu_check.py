@@ -35,6 +35,8 @@ SANITIZED: dict[str, dict[str, Any]] = {
     "tuned, by importance": {"selection": oracle.IMPORTANCE, "head_dim": 32},
     "tuned, distinct": {"selection": oracle.DISTINCT, "head_dim": 64},
 }
+# They watch what memory and power the GPU has, which others' tests change.
+ALONE = ("test_bench_gpu.py", "test_runtime_gpu.py")
 SANITIZERS = {
     "memcheck": ["--leak-check", "full"],
     "racecheck": [],
@@ -101,21 +103,29 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 
 def run_tests(folder: Path, library: Path) -> dict[str, int]:
-    """The tests marked gpu. The repository's pytest options need plugins that may be missing."""
-    junit = folder / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts="]
-    command += ["-p", "no:cacheprovider", f"--junitxml={junit}", "tests/gpu"]
-    if find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    environment = os.environ | {"JMP_KERNEL_LIBRARY": str(library)}
-    subprocess.run(command, cwd=REPO, env=environment, check=False)
-    if not junit.is_file():
-        return {"passed": 0, "failed": 1, "skipped": 0}
-    suite = next(ElementTree.parse(junit).getroot().iter("testsuite"))
-    count = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
-    failed = count["failures"] + count["errors"]
-    skipped = count["skipped"]
-    return {"passed": count["tests"] - failed - skipped, "failed": failed, "skipped": skipped}
+    """The tests marked gpu: those of the kernel side by side, then those that watch the memory."""
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") is not None else []
+    kernel = sorted(str(path) for path in (REPO / "tests/gpu").glob("test_*.py"))
+    alone = [path for path in kernel if Path(path).name in ALONE]
+    kernel = [path for path in kernel if path not in alone]
+    for name, options in (("kernel", [*workers, *kernel]), ("alone", alone)):
+        # The repository's pytest options need plugins that may be missing.
+        junit = folder / f"{name}.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-o", "addopts="]
+        command += ["-p", "no:cacheprovider", f"--junitxml={junit}", *options]
+        environment = os.environ | {"JMP_KERNEL_LIBRARY": str(library)}
+        subprocess.run(command, cwd=REPO, env=environment, check=False)
+        if not junit.is_file():
+            counts["failed"] += 1
+            continue
+        suite = next(ElementTree.parse(junit).getroot().iter("testsuite"))
+        found = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
+        failed = found["failures"] + found["errors"]
+        counts["failed"] += failed
+        counts["skipped"] += found["skipped"]
+        counts["passed"] += found["tests"] - failed - found["skipped"]
+    return counts
 
 
 def run_sanitizers(folder: Path, driver: Path) -> list[dict[str, Any]]:
