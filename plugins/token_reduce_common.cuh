@@ -11,11 +11,15 @@
 #ifdef JMP_CUDA_ON_HOST
 #include "tests/cuda_on_host.h"
 #define JMP_UNROLL
+#define JMP_UNROLL_4
+#define JMP_NO_UNROLL
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define JMP_UNROLL _Pragma("unroll")
+#define JMP_UNROLL_4 _Pragma("unroll 4")
+#define JMP_NO_UNROLL _Pragma("unroll 1")  // where code is dearer than a loop
 #endif
 
 namespace {
@@ -90,28 +94,46 @@ __device__ inline float distinct_rating(float importance, float redundancy) {
 
 // --- Launch --------------------------------------------------------------------------------------
 
-// `overlap`: the kernel may start while the one before it in the stream still runs; it then has to
-// call wait_for_previous() before it reads what that one wrote.
+// How the blocks of a launch stand to each other and to the launch before it.
+struct Grid {
+  int64_t blocks;
+  size_t shared_bytes;
+  // The kernel may start while the one before it in the stream still runs; it then has to call
+  // wait_for_previous() before it reads what that one wrote.
+  bool overlap = false;
+  int cluster = 1;  // blocks that run at the same time and may wait for each other
+};
+
 #ifdef JMP_CUDA_ON_HOST
 template <typename... Formal, typename... Actual>
-cudaError_t launch(void (*kernel)(Formal...), int64_t blocks, int threads, size_t shared_bytes,
-                   bool /*overlap*/, cudaStream_t /*stream*/, Actual... arguments) {
-  return cuda_on_host::launch(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
+cudaError_t launch(void (*kernel)(Formal...), const Grid& grid, int threads,
+                   cudaStream_t /*stream*/, Actual... arguments) {
+  return cuda_on_host::launch(grid.blocks, threads, grid.shared_bytes,
+                              [=] { kernel(arguments...); });
 }
 #else
 template <typename... Formal, typename... Actual>
-cudaError_t launch(void (*kernel)(Formal...), int64_t blocks, int threads, size_t shared_bytes,
-                   bool overlap, cudaStream_t stream, Actual... arguments) {
+cudaError_t launch(void (*kernel)(Formal...), const Grid& grid, int threads, cudaStream_t stream,
+                   Actual... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
+  config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (grid.overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 #endif

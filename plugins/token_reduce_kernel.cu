@@ -5,7 +5,8 @@
 //
 // This file is the host side: it checks, counts scratch memory, chooses and launches. Two versions
 // of the same definition (README.md):
-//   tuned  measure, rate, match, merge: three launches, four for JMP_DISTINCT (token_reduce_*.cuh)
+//   tuned  one launch where a sample fits shared memory (token_reduce_resident.cuh), else measure,
+//          rate, match, merge: three launches, four for JMP_DISTINCT (token_reduce_*.cuh)
 //   plain  nine small kernels, to be read, for whatever the tuned one does not take
 //          (token_reduce_reference.cuh)
 #include "token_reduce_kernel.h"
@@ -20,6 +21,7 @@
 #include "token_reduce_match.cuh"
 #include "token_reduce_merge.cuh"
 #include "token_reduce_reference.cuh"
+#include "token_reduce_resident.cuh"
 
 #ifndef JMP_TEST_SUBSET  // 1: float32 and float16, heads of up to 32 columns; compiles in half the time
 #define JMP_TEST_SUBSET 0
@@ -83,21 +85,32 @@ cudaError_t check_memory(std::initializer_list<const void*> tensors, const void*
 
 // What launches have to know of the device that is current.
 struct Device {
-  bool overlap;       // our launches may overlap
-  int enough_blocks;  // that fill it: two per multiprocessor
+  bool overlap;          // our launches may overlap
+  bool clusters;         // blocks may wait for each other
+  int enough_blocks;     // that fill it: two per multiprocessor
+  uint32_t shared_bytes; // that a block may be allowed
 };
 
 #if defined(JMP_CUDA_ON_HOST)
 #ifndef JMP_ENOUGH_BLOCKS
 #define JMP_ENOUGH_BLOCKS 256
 #endif
-Device this_device() { return {false, JMP_ENOUGH_BLOCKS}; }
+#ifndef JMP_SHARED_BYTES  // 0: no sample fits
+#define JMP_SHARED_BYTES 101376
+#endif
+Device this_device() { return {false, false, JMP_ENOUGH_BLOCKS, JMP_SHARED_BYTES}; }
 #else
 
-// Launches that overlap cut the gaps between our kernels. What decides is the code that runs: the
-// wait for the launch before is in kernels compiled for 9.0 and newer alone, while PTX of 8.x, which
-// a driver translates for any newer GPU, lacks it and would read what is not there yet. A driver
-// older than CUDA 12.3 cannot capture such launches into a graph.
+// Launches that overlap cut the gaps between our kernels, and clusters make them one. What decides
+// is the code that runs: the wait for the launch before, and for the other blocks, is in kernels
+// compiled for 9.0 and newer alone, while PTX of 8.x, which a driver translates for any newer GPU,
+// lacks it and would read what is not there yet. A driver older than CUDA 12.3 cannot capture
+// launches that overlap into a graph.
+bool waits() {
+  cudaFuncAttributes code{};
+  return cudaFuncGetAttributes(&code, match_kernel<2>) == cudaSuccess && code.ptxVersion >= 90;
+}
+
 bool may_overlap() {
 #if CUDART_VERSION < 12030
   return false;
@@ -105,45 +118,126 @@ bool may_overlap() {
   const char* const wish = getenv("JMP_DEPLOY_OVERLAP");
   if (wish != nullptr && strcmp(wish, "0") == 0) return false;
   int driver = 0;
-  cudaFuncAttributes code{};
-  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
-         cudaFuncGetAttributes(&code, match_kernel<2>) == cudaSuccess && code.ptxVersion >= 90;
+  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 && waits();
 #endif
 }
 
+int ask(cudaDeviceAttr what, int device, int otherwise) {
+  int found = 0;
+  return cudaDeviceGetAttribute(&found, what, device) == cudaSuccess ? found : otherwise;
+}
+
 Device ask_device(int device) {
-  int multiprocessors = 0;
-  if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) !=
-      cudaSuccess) {
-    multiprocessors = 128;
-  }
-  return {may_overlap(), 2 * multiprocessors};
+#if defined(JMP_NO_CLUSTERS)  // tests of the other way on a GPU that has them
+  const bool clusters = false;
+#else
+  const bool clusters = waits();
+#endif
+  const int multiprocessors = ask(cudaDevAttrMultiProcessorCount, device, 128);
+  const int shared = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, 0);
+  return {may_overlap(), clusters, 2 * multiprocessors, static_cast<uint32_t>(shared)};
 }
 
 // Asked once for each device.
 Device this_device() {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 2 * enough_blocks + overlap; 0: not asked yet
+  // Bit 0: asked; 1: overlap; 2: clusters; from 3 and 32 on: the numbers.
+  static std::atomic<uint64_t> known[kDevices];
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return {false, 256};
+  if (cudaGetDevice(&device) != cudaSuccess) return {false, false, 256, 0};
   if (device < 0 || device >= kDevices) return ask_device(device);
-  int packed = known[device].load(std::memory_order_relaxed);
+  uint64_t packed = known[device].load(std::memory_order_relaxed);
   if (packed == 0) {
     const Device found = ask_device(device);
-    packed = 2 * found.enough_blocks + (found.overlap ? 1 : 0);
+    packed = 1u | (found.overlap ? 2u : 0u) | (found.clusters ? 4u : 0u) |
+             static_cast<uint32_t>(found.enough_blocks) << 3 |
+             static_cast<uint64_t>(found.shared_bytes) << 32;
     known[device].store(packed, std::memory_order_relaxed);
   }
-  return {packed % 2 == 1, packed / 2};
+  return {(packed & 2u) != 0, (packed & 4u) != 0, static_cast<int>(packed >> 3 & 0x1fffffffu),
+          static_cast<uint32_t>(packed >> 32)};
 }
 #endif
+
+// Lets a kernel have as much shared memory as the device has for a block. Once for each device.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, std::atomic<uint64_t>& allowed, const Device& device) {
+#if defined(JMP_CUDA_ON_HOST)
+  static_cast<void>(kernel), static_cast<void>(allowed), static_cast<void>(device);
+  return cudaSuccess;
+#else
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = current < 64 ? uint64_t{1} << current : 0;
+  if ((allowed.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  cudaFuncAttributes code{};
+  error = cudaFuncGetAttributes(&code, kernel);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(device.shared_bytes - code.sharedSizeBytes));
+  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+#endif
+}
+
+// --- A sample in shared memory ---------------------------------------------------------------------
+
+bool is_resident(const Params& p, const Device& device) {
+  if (p.head_dim > kResidentHeadDim || patch_tokens(p) > kResidentPatches) return false;
+  const ResidentLayout at =
+      p.head_dim <= 32 ? ResidentLayout::of<2>(p) : ResidentLayout::of<4>(p);
+  return static_cast<uint32_t>(at.bytes + kStaticShared) <= device.shared_bytes;
+}
+
+// Blocks that a sample is divided among: while each has a multiprocessor of its own, up to a portable
+// cluster.
+int choose_groups(const Params& p, const Device& device) {
+#if defined(JMP_GROUPS)
+  static_cast<void>(p), static_cast<void>(device);
+  return JMP_GROUPS;
+#else
+  int groups = 8;
+  while (groups > 1 && 2 * product(p.batch, groups) > device.enough_blocks) groups /= 2;
+  return groups;
+#endif
+}
+
+template <typename T, int kSteps>
+cudaError_t run_resident(const Params& p, const Device& device, const T* x, const T* qkv,
+                         const T* size, T* y, T* out_size, T* log_size, int32_t* destination,
+                         const Scratch& w, cudaStream_t stream) {
+  const int groups = choose_groups(p, device);
+  Grid grid{product(p.batch, groups), static_cast<size_t>(ResidentLayout::of<kSteps>(p).bytes)};
+  const auto start = [&](auto kernel, std::atomic<uint64_t>& allowed) {
+    const cudaError_t error = allow_shared(kernel, allowed, device);
+    if (error != cudaSuccess) return error;
+    return launch(kernel, grid, kThreads, stream, p, x, qkv, size, w, y, out_size, log_size,
+                  destination, groups);
+  };
+  static std::atomic<uint64_t> allowed[6];
+  if (groups == 1) return start(resident_kernel<T, kSteps, kAlone>, allowed[4]);
+  if (device.clusters) {
+    grid.cluster = groups;
+    return start(resident_kernel<T, kSteps, kCluster>, allowed[5]);
+  }
+  cudaError_t error = start(resident_kernel<T, kSteps, kMeasure>, allowed[0]);
+  if (error == cudaSuccess && p.selection == JMP_DISTINCT) {
+    error = start(resident_kernel<T, kSteps, kRate>, allowed[1]);
+  }
+  if (error == cudaSuccess) error = start(resident_kernel<T, kSteps, kMatch>, allowed[2]);
+  if (error == cudaSuccess) error = start(resident_kernel<T, kSteps, kMerge>, allowed[3]);
+  return error;
+}
+
+// --- A sample in device memory ---------------------------------------------------------------------
 
 template <typename T, int kLanes>
 cudaError_t launch_measure(const Params& p, const T* qkv, const T* size, const Scratch& w,
                            cudaStream_t stream) {
   const int64_t blocks = p.batch * divide_up(p.tokens, kThreads / kLanes);
   const size_t shared = sizeof(float) * static_cast<size_t>(p.num_heads * p.head_dim);
-  return launch(measure_kernel<T, kLanes>, blocks, kThreads, shared, false, stream, p, qkv, size,
-                w);
+  return launch(measure_kernel<T, kLanes>, Grid{blocks, shared}, kThreads, stream, p, qkv, size, w);
 }
 
 // Tiles of columns that a block goes through; 0 for all. With a small batch more blocks take fewer
@@ -164,12 +258,14 @@ cudaError_t launch_decide(const Params& p, const Scratch& w, const Device& devic
     const int span = choose_span<kSteps>(p, device.enough_blocks);
     const int units = static_cast<int>(rate_units<kSteps>(patch_tokens(p), span));
     const cudaError_t error =
-        launch(rate_kernel<kSteps>, product(p.batch, units), kThreads,
-               rate_shared(p, kTileBytes<kSteps>), device.overlap, stream, p, w, span, units);
+        launch(rate_kernel<kSteps>,
+               Grid{product(p.batch, units), rate_shared(p, kTileBytes<kSteps>), device.overlap},
+               kThreads, stream, p, w, span, units);
     if (error != cudaSuccess) return error;
   }
-  return launch(match_kernel<kSteps>, product(p.batch, match_groups(p)), kThreads,
-                match_shared(p, kTileBytes<kSteps>), device.overlap, stream, p, w);
+  const Grid grid{product(p.batch, match_groups(p)), match_shared(p, kTileBytes<kSteps>),
+                  device.overlap};
+  return launch(match_kernel<kSteps>, grid, kThreads, stream, p, w);
 }
 
 template <typename T>
@@ -177,6 +273,13 @@ cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, 
                       T* log_size, int32_t* destination, char* scratch, cudaStream_t stream) {
   const Scratch w(p, scratch);
   const Device device = this_device();
+  if (is_resident(p, device)) {
+    auto run = &run_resident<T, 2>;
+#if !JMP_TEST_SUBSET
+    if (p.head_dim > 32) run = &run_resident<T, 4>;
+#endif
+    return run(p, device, x, qkv, size, y, out_size, log_size, destination, w, stream);
+  }
   cudaError_t error = cudaErrorInvalidValue;
   if (p.head_dim <= 32) {
     error = launch_measure<T, 4>(p, qkv, size, w, stream);
@@ -195,7 +298,7 @@ cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, 
 #endif
   if (error != cudaSuccess) return error;
   const int64_t blocks = divide_up(product(p.batch, p.num_prefix + p.num_keep), kWarps);
-  return launch(merge_kernel<T>, blocks, kThreads, size_t{0}, device.overlap, stream, p, x, size, w, y,
+  return launch(merge_kernel<T>, Grid{blocks, 0, device.overlap}, kThreads, stream, p, x, size, w, y,
                 out_size, log_size, destination);
 }
 

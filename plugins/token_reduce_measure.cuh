@@ -161,9 +161,11 @@ __device__ inline void softmax_stats(const Params& p, const float* logits, float
   for (int head = warp_index(); head < p.num_heads; head += kWarps) {
     const float* row = logits + product(head, p.tokens);
     float top = -FLT_MAX;
+    JMP_UNROLL_4
     for (int t = lane_index(); t < p.tokens; t += kWarpSize) top = fmaxf(top, row[t]);
     top = max_lanes<kWarpSize>(top);
     float sum = 0.0f;
+    JMP_NO_UNROLL
     for (int t = lane_index(); t < p.tokens; t += kWarpSize) sum += expf(row[t] - top);
     sum = sum_lanes<kWarpSize>(sum);
     if (lane_index() == 0) {
@@ -178,6 +180,7 @@ __device__ inline void softmax_stats(const Params& p, const float* logits, float
 __device__ inline float importance_of(const Params& p, const float* logits, const float* stats,
                                       int patch) {
   float sum = 0.0f;
+  JMP_NO_UNROLL
   for (int head = 0; head < p.num_heads; ++head) {
     const float logit = logits[product(head, p.tokens) + p.num_prefix + patch];
     sum += expf(logit - stats[2 * head]) * stats[2 * head + 1];

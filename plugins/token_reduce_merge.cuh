@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kMergeBlocks)
       if (mixes) content = to_float(own_size) + p.merge_weight * taken_in;
       if (lane_index() == 0) {
         const float total = to_float(own_size) + taken_in;
-        out_size[out] = from_float<T>(total);
+        out_size[out] = any ? from_float<T>(total) : own_size;
         log_size[out] = from_float<T>(logf(total));
       }
     }

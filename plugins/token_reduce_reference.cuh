@@ -373,7 +373,7 @@ cudaError_t run_plain(const Params& p, const T* x, const T* qkv, const T* size, 
   const auto blocks_for = [](int64_t threads) { return divide_up(threads, kPlainThreads); };
   cudaError_t error = cudaSuccess;
 #define JMP_STEP(kernel, blocks, ...)                                                         \
-  error = launch(kernel, (blocks), kPlainThreads, size_t{0}, false, stream, p, __VA_ARGS__); \
+  error = launch(kernel, Grid{(blocks), 0}, kPlainThreads, stream, p, __VA_ARGS__); \
   if (error != cudaSuccess) return error
   JMP_STEP(softmax_stats_kernel<T>, rows, qkv, size, w.stats);
   JMP_STEP(importance_kernel<T>, blocks_for(patches), qkv, size, w.stats, w.importance);

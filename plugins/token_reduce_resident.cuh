@@ -1,0 +1,765 @@
+// Tuned version for samples that fit: the unit keys of a sample stay in shared memory, and the whole
+// reduction is one launch. Up to 256 patch tokens, heads of up to 64 columns.
+//
+// Four steps: measure the tokens, rate them, match those that go with those that stay, merge. With
+// many samples each has one block, which keeps everything (kAlone). With few, `groups` blocks share
+// a sample: each does a part of every step, and what others need of it goes through device memory.
+// Blocks of a cluster wait for each other (kCluster; compute capability 9.0 and newer); elsewhere
+// every step is a launch of its own. How a sample is cut changes no sum and no operand's side: the
+// bits are the same for any number of blocks.
+#ifndef JMP_TOKEN_REDUCE_RESIDENT_CUH
+#define JMP_TOKEN_REDUCE_RESIDENT_CUH
+
+#include "token_reduce_merge.cuh"
+#include "token_reduce_select.cuh"
+
+namespace {
+
+constexpr int kResidentPatches = 256;
+constexpr int kResidentHeadDim = 64;
+constexpr int kStaticShared = 64;  // bytes
+
+// Steps, to be combined.
+constexpr int kMeasure = 1;
+constexpr int kRate = 2;
+constexpr int kMatch = 4;
+constexpr int kMerge = 8;
+constexpr int kAlone = 15;
+constexpr int kCluster = 31;
+
+// Where things lie in a block's shared memory, in bytes.
+struct ResidentLayout {
+  int rows, keys, importance, query, logits, stats, nearest, source, kept, row_of, token_of, bytes;
+
+  template <int kSteps>
+  __host__ __device__ static ResidentLayout of(const Params& p) {
+    ResidentLayout at{};
+    const int patches = (patch_tokens(p) + 15) / 16 * 16;
+    int end = 0;
+    const auto take = [&end](int bytes) {
+      const int from = end;
+      end += (bytes + 15) / 16 * 16;
+      return from;
+    };
+    at.rows = take(patches * kStride<kSteps>);
+    at.nearest = take(patches * 8);
+    at.keys = take(patches * 4);
+    at.importance = take(patches * 4);
+    at.source = take(patches * 4);
+    at.query = take(p.num_heads * p.head_dim * 4);
+    at.logits = take(p.num_heads * p.tokens * 4);
+    at.stats = take(p.num_heads * 8);
+    at.kept = take(patches * 2);
+    at.row_of = take(patches * 2);
+    at.token_of = take(patches * 2);
+    at.bytes = end;
+    return at;
+  }
+};
+
+// The blocks of a sample wait for each other, and see what the others wrote to device memory.
+template <int kDo>
+__device__ inline void wait_for_sample() {
+  if constexpr (kDo == kAlone) __syncthreads();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (kDo == kCluster) {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  }
+#endif
+}
+
+// Four 8x8 matrices of halves: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(uint32_t (&to)[4], const char* row) {
+#ifdef JMP_CUDA_ON_HOST
+  const char* const* rows = cuda_on_host::exchange(row, __LINE__);
+  for (int m = 0; m < 4; ++m) {
+    to[m] = word_at(rows[m * 8 + lane_index() / 4] + lane_index() % 4 * 4);
+  }
+#else
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(at));
+#endif
+}
+
+// Sixteen rows; `row`: address of row lane % 16.
+template <int kSteps>
+__device__ inline void load_rows(RowTile<kSteps>& tile, const char* row) {
+  const char* const at = row + lane_index() / 16 * 16;
+  JMP_UNROLL
+  for (int s = 0; s < kSteps; ++s) {
+    load_matrices(tile.hi[s], at + s * 32);
+    load_matrices(tile.lo[s], at + s * 32 + 32 * kSteps);
+  }
+}
+
+// 16 rows x 16 columns in the order of `multiply`; `column`: address of column lane % 8, `next` of
+// column lane % 8 + 8.
+template <int kSteps>
+__device__ inline void multiply_16(const RowTile<kSteps>& rows, const char* column,
+                                   const char* next, float (&dots)[2][4]) {
+  const int offset = lane_index() / 8 % 2 * 16 + lane_index() / 16 * 32 * kSteps;
+  JMP_UNROLL
+  for (int t = 0; t < 2; ++t) {
+    JMP_UNROLL
+    for (int e = 0; e < 4; ++e) dots[t][e] = 0.0f;
+  }
+  JMP_UNROLL
+  for (int s = 0; s < kSteps; ++s) {
+    uint32_t a[4];
+    uint32_t b[4];
+    load_matrices(a, column + offset + s * 32);
+    load_matrices(b, next + offset + s * 32);
+    multiply_tile(dots[0], rows.lo[s], a[0], a[1]);
+    multiply_tile(dots[1], rows.lo[s], b[0], b[1]);
+    multiply_tile(dots[0], rows.hi[s], a[2], a[3]);
+    multiply_tile(dots[1], rows.hi[s], b[2], b[3]);
+    multiply_tile(dots[0], rows.hi[s], a[0], a[1]);
+    multiply_tile(dots[1], rows.hi[s], b[0], b[1]);
+  }
+}
+
+// rank[t]: how many of keys[0, patches) come before key t: larger first, then the lower index. `keys`
+// goes on with zeros up to a multiple of 16. `holder` [patches] and `ties` are scratch. Begins and
+// ends with a barrier.
+__device__ inline void rank_keys(const uint32_t* keys, int patches, uint16_t* rank,
+                                 uint16_t* holder, int* ties) {
+  const int padded = (patches + 15) / 16 * 16;
+  if (threadIdx.x == 0) *ties = 0;
+  __syncthreads();
+  JMP_NO_UNROLL
+  for (int t = static_cast<int>(threadIdx.x); t < patches; t += kThreads) {
+    const uint32_t mine = keys[t];
+    int larger = 0;
+    JMP_UNROLL_4
+    for (int j = 0; j < padded; j += 4) {
+      const uint4 k = load_16(keys + j);
+      larger += k.x > mine ? 1 : 0;
+      larger += k.y > mine ? 1 : 0;
+      larger += k.z > mine ? 1 : 0;
+      larger += k.w > mine ? 1 : 0;
+    }
+    rank[t] = static_cast<uint16_t>(larger);
+    holder[larger] = static_cast<uint16_t>(t);
+  }
+  __syncthreads();
+  JMP_NO_UNROLL
+  for (int t = static_cast<int>(threadIdx.x); t < patches; t += kThreads) {
+    if (holder[rank[t]] != t) *ties = 1;  // another has the same key
+  }
+  __syncthreads();
+  if (*ties == 0) return;
+  JMP_NO_UNROLL
+  for (int t = static_cast<int>(threadIdx.x); t < patches; t += kThreads) {
+    int equal = 0;
+    JMP_NO_UNROLL
+    for (int j = 0; j < t; ++j) equal += keys[j] == keys[t] ? 1 : 0;
+    rank[t] = static_cast<uint16_t>(rank[t] + equal);
+  }
+  __syncthreads();
+}
+
+// A better candidate is a larger number: larger similarity, then lower slot. 0: none.
+__device__ inline unsigned long long candidate(float similarity, int slot) {
+  return static_cast<unsigned long long>(ordered(similarity + 0.0f)) << 32 |
+         (0xffffffffu - static_cast<uint32_t>(slot));
+}
+
+// Units 0 to `units` are divided among the warps of a block: those of this one.
+__device__ inline void my_units(int units, int* from, int* to) {
+  *from = units * warp_index() / kWarps;
+  *to = units * (warp_index() + 1) / kWarps;
+}
+
+// --- Step 1 --------------------------------------------------------------------------------------
+
+// Logits of the class token and unit vectors of the head-mean keys, as in measure_kernel, for tokens
+// `begin` to `end`. The loads of the next round are under way while one is worked on.
+template <typename T, int kSteps, typename Unit>
+__device__ inline void measure_tokens(const Params& p, const T* qkv, const T* size, int sample,
+                                      int begin, int end, float* query, float* logits, Unit unit) {
+  constexpr int kLanes = 2 * kSteps;
+  constexpr int kTokens = kThreads / kLanes;
+  constexpr int kLoads = static_cast<int>(8 * sizeof(T) / 16);
+  constexpr int kBatch = kLanes < 8 ? 4 : 6 / kLoads;  // heads whose loads are under way at once
+  const int me = static_cast<int>(threadIdx.x);
+  const int part = me % kLanes;
+  const bool column = part * 8 < p.head_dim;  // lanes may outnumber the columns
+  uint4 raw[kBatch][kLoads];
+  const auto fetch = [&](int token, int first) {
+    const bool here = column && token < end;
+    const T* keys = key_of(p, qkv, sample, here ? token : 0, 0) + (here ? part * 8 : 0);
+    JMP_UNROLL
+    for (int u = 0; u < kBatch; ++u) {
+      JMP_UNROLL
+      for (int l = 0; l < kLoads; ++l) {
+        raw[u][l] = uint4{0u, 0u, 0u, 0u};
+        if (here && first + u < p.num_heads) {
+          raw[u][l] = load_16(keys + (first + u) * p.head_dim + l * kPerLoad<T>);
+        }
+      }
+    }
+  };
+  fetch(begin + me / kLanes, 0);
+
+  // The class token's query: of every head first the columns 0-3, 8-11, ... and then the others, so
+  // that neighbouring lanes read neighbouring 16 bytes.
+  const T* row = query_of(p, qkv, sample, 0, 0);
+  const int inner = p.num_heads * p.head_dim;
+  JMP_NO_UNROLL
+  for (int c = me * kPerLoad<T>; c < inner; c += kThreads * kPerLoad<T>) {
+    float values[kPerLoad<T>];
+    unpack<T>(load_16(row + c), values);
+    const int of_head = c % p.head_dim;
+    float* const to = query + (c - of_head) + of_head / 8 * 4;
+    JMP_UNROLL
+    for (int i = 0; i < kPerLoad<T>; i += 4) {
+      store_16(to + (of_head + i) % 8 / 4 * (p.head_dim / 2), pack<float>(values + i));
+    }
+  }
+  __syncthreads();
+
+  const float share = 1.0f / static_cast<float>(p.num_heads);
+  for (int base = begin; base < end; base += kTokens) {  // the whole block
+    const int token = base + me / kLanes;
+    const bool there = token < end;
+    const bool here = there && column;
+    const float log_size =
+        p.proportional && there ? logf(to_float(size_of(p, size, sample, token))) : 0.0f;
+    float mean[8] = {};
+    for (int first = 0; first < p.num_heads; first += kBatch) {
+      uint4 now[kBatch][kLoads];
+      memcpy(now, raw, sizeof raw);
+      const bool last = first + kBatch >= p.num_heads;
+      fetch(last ? token + kTokens : token, last ? 0 : first + kBatch);
+      float logit = 0.0f;  // of head first + part
+      JMP_UNROLL
+      for (int u = 0; u < kBatch; ++u) {
+        float dot = 0.0f;
+        if (here && first + u < p.num_heads) {
+          const float* at = query + (first + u) * p.head_dim + part * 4;
+          float q[8];
+          unpack<float>(load_16(at), q);
+          unpack<float>(load_16(at + p.head_dim / 2), q + 4);
+          float values[8];
+          JMP_UNROLL
+          for (int l = 0; l < kLoads; ++l) unpack<T>(now[u][l], values + l * kPerLoad<T>);
+          JMP_UNROLL
+          for (int i = 0; i < 8; ++i) {
+            dot += q[i] * values[i];
+            mean[i] += values[i];
+          }
+        }
+        dot = sum_lanes<kLanes>(dot);
+        if (part == u) logit = dot;
+      }
+      if (part < kBatch && first + part < p.num_heads && there) {
+        logits[(first + part) * p.tokens + token] = p.scale * logit + log_size;
+      }
+    }
+    float squares = 0.0f;
+    JMP_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      mean[i] *= share;
+      squares += mean[i] * mean[i];
+    }
+    const float inverse = 1.0f / fmaxf(sqrtf(sum_lanes<kLanes>(squares)), 1e-12f);
+    if (!there || token < p.num_prefix) continue;
+    float lost[8];
+    JMP_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      mean[i] *= inverse;
+      lost[i] = mean[i] - __half2float(__float2half_rn(mean[i]));
+    }
+    char* const to = unit(token - p.num_prefix) + part * 16;
+    store_16(to, pack<__half>(mean));
+    store_16(to + 32 * kSteps, pack<__half>(lost));
+  }
+}
+
+// --- Step 4 --------------------------------------------------------------------------------------
+
+// Rows of x for outputs that take no content in: bit for bit, one warp each, some at a time so that
+// enough loads are under way. `row_of(place)`: the token, negative for an output to leave out.
+template <typename T, typename Row>
+__device__ inline void copy_outputs(const Params& p, const T* x, int sample, int first, int stride,
+                                    T* y, Row row_of) {
+  constexpr int kPieces = 2;  // of 16 bytes, that a lane has under way at once for an output
+  constexpr int kOutputs = 4;  // rows whose loads are under way at once, of two accesses each
+  const int places = p.num_prefix + p.num_keep;
+  const int pieces = p.channels / kPerLoad<T>;
+  const T* const from = x + token_row(p, sample, 0) * p.channels;
+  T* const to = y + product(sample, places, p.channels);
+  for (int place = first; place < places; place += kOutputs * stride) {
+    for (int base = lane_index(); base < pieces; base += kPieces * kWarpSize) {
+      uint4 raw[kOutputs][kPieces];
+      int row[kOutputs];
+      JMP_UNROLL
+      for (int u = 0; u < kOutputs; ++u) {
+        const int at = place + u * stride;
+        row[u] = at < places ? row_of(at) : -1;
+        JMP_UNROLL
+        for (int k = 0; k < kPieces; ++k) {
+          const int piece = base + k * kWarpSize;
+          if (row[u] >= 0 && piece < pieces) {
+            raw[u][k] = load_16(from + product(row[u], p.channels) + piece * kPerLoad<T>);
+          }
+        }
+      }
+      JMP_UNROLL
+      for (int u = 0; u < kOutputs; ++u) {
+        JMP_UNROLL
+        for (int k = 0; k < kPieces; ++k) {
+          const int piece = base + k * kWarpSize;
+          if (row[u] >= 0 && piece < pieces) {
+            store_16(to + product(place + u * stride, p.channels) + piece * kPerLoad<T>, raw[u][k]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The output of `slot`, which takes others in. `source`: of every other token index | slot << 16,
+// ascending; kNobody for the slot of a pruned one. By a whole warp.
+template <typename T>
+__device__ inline void mix_output(const Params& p, const T* x, const T* sizes, int sample, int self,
+                                  int slot, const uint32_t* source, int rest, T* y, T* out_size,
+                                  T* log_size) {
+  constexpr int kPieces = 2;
+  constexpr int kAhead = 3;  // rows whose loads are under way at once
+  const int pieces = p.channels / kPerLoad<T>;
+  const T* const from = x + token_row(p, sample, p.num_prefix) * p.channels;
+  const int64_t out = product(sample, p.num_prefix + p.num_keep) + p.num_prefix + slot;
+  const bool mixes = p.merge_weight != 0.0f;  // else only the size grows
+  JMP_NO_UNROLL
+  for (int base = lane_index(); base < pieces + lane_index(); base += kPieces * kWarpSize) {
+    float sums[kPieces][kPerLoad<T>];
+    JMP_UNROLL
+    for (int k = 0; k < kPieces; ++k) {
+      JMP_UNROLL
+      for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] = 0.0f;
+    }
+    // Its own token first, then what it takes in.
+    int rows[kAhead] = {self};
+    int count = 1;
+    bool is_own = true;
+    float own_size = 0.0f;
+    float taken_in = 0.0f;  // sizes
+    const auto add_rows = [&] {
+      uint4 raw[kAhead][kPieces];
+      float weights[kAhead];
+      JMP_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        weights[u] = u < count ? to_float(sizes[p.num_prefix + rows[u]]) : 0.0f;
+        JMP_UNROLL
+        for (int k = 0; k < kPieces; ++k) {
+          raw[u][k] = uint4{0u, 0u, 0u, 0u};
+          const int piece = base + k * kWarpSize;
+          if (mixes && u < count && piece < pieces) {
+            raw[u][k] = load_16(from + product(rows[u], p.channels) + piece * kPerLoad<T>);
+          }
+        }
+      }
+      JMP_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        if (u >= count) break;
+        if (is_own) {
+          is_own = false;
+          own_size = weights[u];
+        } else {
+          taken_in += weights[u];
+          weights[u] *= p.merge_weight;
+        }
+        JMP_UNROLL
+        for (int k = 0; k < kPieces; ++k) {
+          float values[kPerLoad<T>];
+          unpack<T>(raw[u][k], values);
+          JMP_UNROLL
+          for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] += weights[u] * values[i];
+        }
+      }
+      count = 0;
+    };
+    JMP_NO_UNROLL
+    for (int first = 0; first < rest; first += kWarpSize) {
+      const int mine = first + lane_index();
+      const uint32_t word = mine < rest ? source[mine] : kNobody << 16;
+      unsigned hits = __ballot_sync(kAll, word >> 16 == static_cast<uint32_t>(slot));
+      JMP_NO_UNROLL
+      while (hits != 0u) {
+        const int lane = __ffs(static_cast<int>(hits)) - 1;
+        hits &= hits - 1u;
+        const int token = static_cast<int>(__shfl_sync(kAll, word, lane) & 0xffffu);
+        JMP_UNROLL
+        for (int u = 0; u < kAhead; ++u) rows[u] = u == count ? token : rows[u];
+        if (++count == kAhead) add_rows();
+      }
+    }
+    if (count != 0) add_rows();
+    const float content = own_size + p.merge_weight * taken_in;
+    const float inverse = 1.0f / content;
+    const bool tiny = inverse > FLT_MAX;  // content is 1e-40, say
+    JMP_UNROLL
+    for (int k = 0; k < kPieces; ++k) {
+      JMP_UNROLL
+      for (int i = 0; i < kPerLoad<T>; ++i) {
+        sums[k][i] *= tiny ? 1e20f : inverse;
+        if (tiny) sums[k][i] *= 1.0f / (1e20f * content);
+      }
+      const int piece = base + k * kWarpSize;
+      if (mixes && piece < pieces) {
+        store_16(y + out * p.channels + piece * kPerLoad<T>, pack<T>(sums[k]));
+      }
+    }
+    if (base == 0) {  // the first lane
+      out_size[out] = from_float<T>(own_size + taken_in);
+      log_size[out] = from_float<T>(logf(own_size + taken_in));
+    }
+  }
+}
+
+// Where every token went, by one block.
+__device__ inline void record_sample(const Params& p, const uint16_t* kept, const uint32_t* source,
+                                     int rest, int32_t* places) {
+  const int me = static_cast<int>(threadIdx.x);
+  JMP_NO_UNROLL
+  for (int i = me; i < p.num_prefix; i += kThreads) places[i] = i;
+  JMP_NO_UNROLL
+  for (int i = me; i < p.num_keep; i += kThreads) {
+    places[p.num_prefix + kept[i]] = p.num_prefix + i;
+  }
+  JMP_NO_UNROLL
+  for (int i = me; i < rest; i += kThreads) {
+    const uint32_t slot = source[i] >> 16;
+    places[p.num_prefix + static_cast<int>(source[i] & 0xffffu)] =
+        slot == kNobody ? kPruned : p.num_prefix + static_cast<int>(slot);
+  }
+}
+
+// --- The kernel ----------------------------------------------------------------------------------
+
+template <typename T, int kSteps, int kDo>
+__global__ void __launch_bounds__(kThreads, 2)
+    resident_kernel(Params p, const T* x, const T* qkv, const T* size, Scratch w, T* y, T* out_size,
+                    T* log_size, int32_t* destination, int groups) {
+  JMP_DYNAMIC_SHARED(shared);
+  __shared__ uint32_t words[kResidentPatches / kWarpSize];
+  __shared__ int flag;
+  constexpr bool kOwn = kDo == kAlone;
+  constexpr int kPieces = 4 * kSteps;  // of 16 bytes, of a unit vector
+  const ResidentLayout at = ResidentLayout::of<kSteps>(p);
+  char* const rows = shared + at.rows;
+  uint32_t* const keys = reinterpret_cast<uint32_t*>(shared + at.keys);
+  float* const importance = reinterpret_cast<float*>(shared + at.importance);
+  float* const logits = reinterpret_cast<float*>(shared + at.logits);
+  float* const stats = reinterpret_cast<float*>(shared + at.stats);
+  auto* const nearest = reinterpret_cast<unsigned long long*>(shared + at.nearest);
+  uint32_t* const source = reinterpret_cast<uint32_t*>(shared + at.source);
+  uint16_t* const kept = reinterpret_cast<uint16_t*>(shared + at.kept);
+  uint16_t* const row_of = reinterpret_cast<uint16_t*>(shared + at.row_of);
+  uint16_t* const token_of = reinterpret_cast<uint16_t*>(shared + at.token_of);
+  const int me = static_cast<int>(threadIdx.x);
+  const int sample = kOwn ? static_cast<int>(blockIdx.x) : static_cast<int>(blockIdx.x) / groups;
+  const int group = kOwn ? 0 : static_cast<int>(blockIdx.x) % groups;
+  if (kOwn) groups = 1;
+  const int patches = patch_tokens(p);
+  const int padded = (patches + 15) / 16 * 16;
+  const int rest = patches - p.num_keep;
+  const bool distinct = p.selection == JMP_DISTINCT;
+  // What the blocks of a sample tell each other.
+  float* const their_logits = w.logits + product(sample, p.num_heads, p.tokens);
+  uint32_t* const their_keys = w.redundancy + product(sample, patches);
+  uint32_t* const their_source = w.source + product(sample, rest);
+  __half* const their_rows = w.metric + product(sample, patches, kPieces * 8);
+
+  if constexpr ((kDo & kMeasure) != 0) {
+    const int share = static_cast<int>(divide_up(p.tokens, groups));
+    const int begin = group * share;
+    const int end = begin + share < p.tokens ? begin + share : p.tokens;
+    measure_tokens<T, kSteps>(p, qkv, size, sample, begin, end,
+                              reinterpret_cast<float*>(shared + at.query),
+                              kOwn ? logits : their_logits, [=](int patch) {
+                                return kOwn ? rows + patch * kStride<kSteps>
+                                            : reinterpret_cast<char*>(their_rows +
+                                                                      patch * kPieces * 8);
+                              });
+    wait_for_sample<kDo>();
+  }
+
+  if constexpr (!kOwn && (kDo & (kRate | kMatch)) != 0) {
+    const __half* from = their_rows + me * 8;
+    char* to = rows + me / kPieces * kStride<kSteps> + me % kPieces * 16;
+    for (int i = me; i < patches * kPieces; i += kThreads) {
+      copy_16(to, from);
+      from += kThreads * 8;
+      to += kThreads / kPieces * kStride<kSteps>;
+    }
+    commit_copies();
+  }
+  // Importance. Each block finds it for itself.
+  if ((kDo & kRate) != 0 || ((kDo & kMatch) != 0 && !distinct)) {
+    if constexpr (!kOwn) {
+      JMP_NO_UNROLL
+    for (int i = me; i < p.num_heads * p.tokens; i += kThreads) logits[i] = their_logits[i];
+      __syncthreads();
+    }
+    softmax_stats(p, logits, stats);
+    JMP_NO_UNROLL
+    for (int t = me; t < padded; t += kThreads) {
+      const float value = t < patches ? importance_of(p, logits, stats, t) : 0.0f;
+      importance[t] = value;
+      keys[t] = t < patches ? sort_key(value) : 0u;
+    }
+  }
+
+  // How much each token resembles a more important one.
+  if constexpr ((kDo & kRate) != 0) {
+    if (distinct) {
+      uint32_t* const most = reinterpret_cast<uint32_t*>(nearest);  // by row; 0: none
+      JMP_NO_UNROLL
+      for (int r = me; r < padded; r += kThreads) most[r] = 0u;
+      if constexpr (kOwn) {
+        // The rows move into the order of importance: then row tile t meets column tiles 0 to t.
+        rank_keys(keys, patches, row_of, token_of, &flag);
+        constexpr int kMoves = kResidentPatches * kPieces / kThreads;
+        uint4 moved[kMoves];
+        JMP_UNROLL
+        for (int k = 0; k < kMoves; ++k) {
+          const int i = me + k * kThreads;
+          if (i < patches * kPieces) {
+            moved[k] = load_16(rows + i / kPieces * kStride<kSteps> + i % kPieces * 16);
+          }
+        }
+        JMP_NO_UNROLL
+        for (int t = me; t < patches; t += kThreads) token_of[row_of[t]] = static_cast<uint16_t>(t);
+        __syncthreads();
+        JMP_UNROLL
+        for (int k = 0; k < kMoves; ++k) {
+          const int i = me + k * kThreads;
+          if (i < patches * kPieces) {
+            store_16(rows + row_of[i / kPieces] * kStride<kSteps> + i % kPieces * 16, moved[k]);
+          }
+        }
+      } else {
+        JMP_WAIT_COPIES(0);
+      }
+      __syncthreads();
+      const int tiles = padded / kTileRows;
+      const auto across = [=](int t) { return kOwn ? t + 1 : tiles; };
+      int units = 0;
+      JMP_NO_UNROLL
+      for (int t = group; t < tiles; t += groups) units += across(t);
+      int unit = 0;
+      int end = 0;
+      my_units(units, &unit, &end);
+      int first = 0;  // unit of the tile
+      for (int t = group; t < tiles && unit < end; first += across(t), t += groups) {
+        if (unit >= first + across(t)) continue;
+        RowTile<kSteps> mine;
+        load_rows(mine, rows + (t * kTileRows + lane_index() % 16) * kStride<kSteps>);
+        const int row = t * kTileRows + lane_index() / 4;
+        const uint32_t my_keys[2] = {keys[row], keys[row + 8]};
+        float best[2] = {-INFINITY, -INFINITY};
+        for (; unit < end && unit < first + across(t); ++unit) {
+          const int tile = unit - first;
+          const char* const column = rows + (tile * kTileRows + lane_index() % 8) * kStride<kSteps>;
+          float dots[2][4];
+          multiply_16(mine, column, column + 8 * kStride<kSteps>, dots);
+          JMP_UNROLL
+          for (int k = 0; k < 2; ++k) {
+            const int other = tile * kTileRows + k * 8 + lane_index() % 4 * 2;
+            JMP_UNROLL
+            for (int e = 0; e < 4; ++e) {
+              const int its = other + e % 2;
+              const int of_row = row + e / 2 * 8;
+              const bool elder =
+                  kOwn ? tile < t || its < of_row
+                       : its < patches && keys[its] >= my_keys[e / 2] + (its >= of_row ? 1u : 0u);
+              if (elder) best[e / 2] = fmaxf(best[e / 2], dots[k][e]);  // drops a NaN
+            }
+          }
+        }
+        JMP_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          best[r] = max_lanes<4>(best[r]);
+          if (lane_index() % 4 == 0 && best[r] > -INFINITY) {
+            atomicMax(most + row + 8 * r, ordered(best[r]));
+          }
+        }
+      }
+      __syncthreads();
+      JMP_NO_UNROLL
+      for (int r = me; r < patches; r += kThreads) {
+        if (r / kTileRows % groups != group) continue;
+        const int token = kOwn ? token_of[r] : r;
+        (kOwn ? keys : their_keys)[token] =
+            sort_key(distinct_rating(importance[token], redundancy_of(most[r])));
+      }
+      wait_for_sample<kDo>();
+    }
+  }
+
+  // The K largest ratings, and every other token's nearest of these.
+  if constexpr ((kDo & kMatch) != 0) {
+    uint16_t* const others = token_of;
+    uint16_t* const ranks = kept;  // until the selection is known
+    const bool moved = kOwn && distinct;  // rows lie in the order of importance
+    if (!kOwn && distinct) {
+      JMP_NO_UNROLL
+      for (int t = me; t < padded; t += kThreads) keys[t] = t < patches ? their_keys[t] : 0u;
+    }
+    if (!kOwn) JMP_WAIT_COPIES(0);
+    rank_keys(keys, patches, ranks, others, &flag);
+    JMP_NO_UNROLL
+    for (int first = warp_index() * kWarpSize; first < patches; first += kThreads) {
+      const int t = first + lane_index();
+      const unsigned word = __ballot_sync(kAll, t < patches && ranks[t] < p.num_keep);
+      if (lane_index() == 0) words[first / kWarpSize] = word;
+    }
+    JMP_NO_UNROLL
+    for (int i = me; i < rest; i += kThreads) nearest[i] = 0u;
+    __syncthreads();
+    JMP_NO_UNROLL
+    for (int t = me; t < patches; t += kThreads) {
+      const uint32_t word = words[t / kWarpSize];
+      int slot = __popc(word & ((1u << t % kWarpSize) - 1u));
+      JMP_NO_UNROLL
+      for (int i = 0; i < t / kWarpSize; ++i) slot += __popc(words[i]);
+      if ((word >> t % kWarpSize & 1u) != 0u) {
+        kept[slot] = static_cast<uint16_t>(t);
+        if ((kDo & kMerge) == 0 && group == 0) w.kept[product(sample, p.num_keep) + slot] = t;
+      } else {
+        others[t - slot] = static_cast<uint16_t>(t);
+      }
+    }
+    __syncthreads();
+    const int tiles = static_cast<int>(divide_up(rest, kTileRows));
+    const int across = static_cast<int>(divide_up(p.num_keep, kTileRows));
+    const int my_tiles = tiles > group ? static_cast<int>(divide_up(tiles - group, groups)) : 0;
+    int unit = 0;
+    int end = 0;
+    my_units(my_tiles * across, &unit, &end);
+    while (unit < end) {
+      const int t = group + unit / across * groups;
+      const int stop = unit / across * across + across;
+      const auto row_at = [=](int token) {
+        return rows + (moved ? row_of[token] : token) * kStride<kSteps>;
+      };
+      RowTile<kSteps> mine;
+      const int row_here = t * kTileRows + lane_index() % 16;
+      load_rows(mine, row_at(others[row_here < rest ? row_here : rest - 1]));
+      float best[2] = {-2.0f, -2.0f};
+      int slots[2] = {0, 0};
+      for (; unit < end && unit < stop; ++unit) {
+        const int first = unit % across * kTileRows;
+        const char* columns[2];
+        JMP_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          const int slot = first + k * 8 + lane_index() % 8;
+          columns[k] = row_at(kept[slot < p.num_keep ? slot : p.num_keep - 1]);
+        }
+        float dots[2][4];
+        multiply_16(mine, columns[0], columns[1], dots);
+        JMP_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          JMP_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            const int slot = first + k * 8 + lane_index() % 4 * 2 + e % 2;
+            float dot = dots[k][e];
+            dot = dot > 1.0f ? 1.0f : dot;  // not fminf: a NaN must stay one, and lose below
+            dot = dot < -1.0f ? -1.0f : dot;
+            if (slot < p.num_keep && dot > best[e / 2]) {
+              best[e / 2] = dot;
+              slots[e / 2] = slot;
+            }
+          }
+        }
+      }
+      JMP_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const int row = t * kTileRows + lane_index() / 4 + 8 * r;
+        if (row < rest && best[r] > -2.0f) atomicMax(nearest + row, candidate(best[r], slots[r]));
+      }
+    }
+    __syncthreads();
+    JMP_NO_UNROLL
+    for (int i = me; i < rest; i += kThreads) {
+      if (i / kTileRows % groups != group) continue;
+      const bool none = nearest[i] == 0u;
+      const float similarity = redundancy_of(static_cast<uint32_t>(nearest[i] >> 32));
+      const bool pruned = p.granularity == JMP_PER_TOKEN && !(similarity >= p.tau);
+      const uint32_t slot = 0xffffffffu - static_cast<uint32_t>(nearest[i] & 0xffffffffu);
+      (kOwn ? source : their_source)[i] = others[i] | (none || pruned ? kNobody : slot) << 16;
+      if (p.granularity == JMP_PER_SAMPLE) {
+        w.similarity[product(sample, rest) + i] = none ? NAN : similarity;
+      }
+    }
+    wait_for_sample<kDo>();
+  }
+
+  if constexpr ((kDo & kMerge) != 0) {
+    // In `taken` every slot that takes content in, in `mixed` these slots.
+    uint32_t* const taken = words;
+    uint16_t* const mixed = row_of;
+    if constexpr ((kDo & kMatch) == 0) {
+      JMP_NO_UNROLL
+      for (int i = me; i < p.num_keep; i += kThreads) {
+        kept[i] = static_cast<uint16_t>(w.kept[product(sample, p.num_keep) + i]);
+      }
+    }
+    for (int i = me; i < kResidentPatches / kWarpSize; i += kThreads) taken[i] = 0u;
+    const bool merges = p.granularity == JMP_PER_TOKEN || sample_merges(p, w, sample, rest);
+    __syncthreads();
+    JMP_NO_UNROLL
+    for (int i = me; i < rest; i += kThreads) {
+      uint32_t word = (kOwn ? source : their_source)[i];
+      if (!merges) word |= kNobody << 16;
+      source[i] = word;
+      const uint32_t slot = word >> 16;
+      if (slot != kNobody) atomicOr(taken + slot / kWarpSize, 1u << slot % kWarpSize);
+    }
+    __syncthreads();
+    const auto takes_in = [=](int slot) {
+      return (taken[slot / kWarpSize] >> slot % kWarpSize & 1u) != 0u;
+    };
+    int count = 0;
+    for (int i = 0; i < kResidentPatches / kWarpSize; ++i) {
+      const uint32_t word = taken[i];
+      const int slot = i * kWarpSize + lane_index();
+      if (warp_index() == 0 && (word >> lane_index() & 1u) != 0u) {
+        mixed[count + __popc(word & lanes_below())] = static_cast<uint16_t>(slot);
+      }
+      count += __popc(word);
+    }
+    if (destination != nullptr && group == 0) {
+      record_sample(p, kept, source, rest, destination + token_row(p, sample, 0));
+    }
+    const T* const sizes = size + (p.size_batch == 1 ? 0 : token_row(p, sample, 0));
+    const int places = p.num_prefix + p.num_keep;
+    const int warp = group * kWarps + warp_index();
+    __syncthreads();  // `mixed` is there
+    for (int i = warp; i < count; i += groups * kWarps) {
+      const int slot = mixed[i];
+      mix_output(p, x, sizes, sample, kept[slot], slot, source, rest, y, out_size, log_size);
+    }
+    copy_outputs(p, x, sample, warp, groups * kWarps, y, [=](int place) {
+      if (place < p.num_prefix) return place;
+      const int slot = place - p.num_prefix;
+      return p.merge_weight != 0.0f && takes_in(slot) ? -1 : p.num_prefix + kept[slot];
+    });
+    JMP_NO_UNROLL
+    for (int place = group * kThreads + me; place < places; place += groups * kThreads) {
+      const int slot = place - p.num_prefix;
+      if (slot >= 0 && takes_in(slot)) continue;
+      const T own = sizes[slot < 0 ? place : p.num_prefix + kept[slot]];
+      out_size[product(sample, places) + place] = own;
+      log_size[product(sample, places) + place] = from_float<T>(logf(to_float(own)));
+    }
+  }
+}
+
+}  // namespace
+
+#endif  // JMP_TOKEN_REDUCE_RESIDENT_CUH
