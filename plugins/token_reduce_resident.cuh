@@ -60,7 +60,9 @@ struct ResidentLayout {
 // The blocks of a sample wait for each other, and see what the others wrote to device memory.
 template <int kDo>
 __device__ inline void wait_for_sample() {
-  if constexpr (kDo == kAlone) __syncthreads();
+  if constexpr (kDo == kAlone) {
+    __syncthreads();
+  }
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (kDo == kCluster) {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
@@ -441,9 +443,9 @@ __device__ inline void record_sample(const Params& p, const uint16_t* kept, cons
 // --- The kernel ----------------------------------------------------------------------------------
 
 template <typename T, int kSteps, int kDo>
-__global__ void __launch_bounds__(kThreads, 2)
-    resident_kernel(Params p, const T* x, const T* qkv, const T* size, Scratch w, T* y, T* out_size,
-                    T* log_size, int32_t* destination, int groups) {
+__device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv, const T* size,
+                                       const Scratch& w, T* y, T* out_size, T* log_size,
+                                       int32_t* destination, int groups) {
   JMP_DYNAMIC_SHARED(shared);
   __shared__ uint32_t words[kResidentPatches / kWarpSize];
   __shared__ int flag;
@@ -485,6 +487,16 @@ __global__ void __launch_bounds__(kThreads, 2)
                                             : reinterpret_cast<char*>(their_rows +
                                                                       patch * kPieces * 8);
                               });
+    if constexpr (kDo == kCluster) {
+      // x is read last, and comes into the second level cache meanwhile. Not where the device is
+      // full: its memory is what such a batch waits for, and other lines would have to go.
+      const int64_t bytes = product(p.tokens, p.channels, sizeof(T));
+      const char* const from = reinterpret_cast<const char*>(x) + product(sample, bytes);
+      for (int64_t i = 128 * (product(group, kThreads) + me); i < bytes;
+           i += 128 * product(groups, kThreads)) {
+        prefetch(from + i);
+      }
+    }
     wait_for_sample<kDo>();
   }
 
@@ -757,6 +769,25 @@ __global__ void __launch_bounds__(kThreads, 2)
       out_size[product(sample, places) + place] = own;
       log_size[product(sample, places) + place] = from_float<T>(logf(to_float(own)));
     }
+  }
+}
+
+// Where there are clusters nobody launches the steps one by one, and nobody clusters elsewhere: that
+// machine code is left out.
+#if !defined(__CUDA_ARCH__) || defined(JMP_NO_CLUSTERS)
+template <int kDo>
+constexpr bool kWanted = true;
+#else
+template <int kDo>
+constexpr bool kWanted = kDo == kAlone || (kDo == kCluster) == (__CUDA_ARCH__ >= 900);
+#endif
+
+template <typename T, int kSteps, int kDo>
+__global__ void __launch_bounds__(kThreads, 2)
+    resident_kernel(Params p, const T* x, const T* qkv, const T* size, Scratch w, T* y, T* out_size,
+                    T* log_size, int32_t* destination, int groups) {
+  if constexpr (kWanted<kDo>) {
+    reduce_resident<T, kSteps, kDo>(p, x, qkv, size, w, y, out_size, log_size, destination, groups);
   }
 }
 

@@ -35,12 +35,25 @@ DISASSEMBLER_HINT = (
 
 # Instructions that each tuned kernel must have: the beginnings of their names.
 WIDE_LOAD, WIDE_STORE, MATRIX, COPY = "LDG.E.128", "STG.E.128", "HMMA", "LDGSTS.E.BYPASS.128"
+ROWS, CLUSTER = "LDSM", "UCGABAR_WAIT"
 MEANT: dict[str, tuple[str, ...]] = {
     "measure_kernel": (WIDE_LOAD, WIDE_STORE),
     "rate_kernel": (MATRIX, COPY),
     "match_kernel": (MATRIX, COPY),
     "merge_kernel": (WIDE_LOAD, WIDE_STORE),
+    "resident_kernel": (),
 }
+# Of resident_kernel by its last argument: a step, all of them in one block, or in a cluster. The
+# steps are for GPUs without clusters.
+STEPS: dict[str, tuple[str, ...]] = {
+    "1": (WIDE_LOAD, WIDE_STORE),
+    "2": (MATRIX, ROWS, COPY),
+    "4": (MATRIX, ROWS, COPY),
+    "8": (WIDE_LOAD, WIDE_STORE),
+    "15": (MATRIX, ROWS, WIDE_LOAD, WIDE_STORE),
+    "31": (MATRIX, ROWS, COPY, WIDE_LOAD, WIDE_STORE, CLUSTER),
+}
+CLUSTERS_SINCE = 90
 ASYNC_COPY_SINCE = 80  # before, a tile goes through registers
 LOCAL_MEMORY = re.compile(r"(LDL|STL)\b")
 OVERLAP_SINCE = 90
@@ -63,6 +76,15 @@ class Kernel:
     @property
     def family(self) -> str:
         return self.name.split("<")[0]
+
+    @property
+    def meant(self) -> tuple[str, ...]:
+        """Instructions that it must have."""
+        if self.family != "resident_kernel":
+            return MEANT[self.family] if self.tuned else ()
+        step = self.name.rstrip(">").split(", ")[-1]
+        left_out = step != "15" and (step == "31") != (int(self.arch) >= CLUSTERS_SINCE)
+        return () if left_out else STEPS[step]
 
 
 # --- Compiling and reading -----------------------------------------------------------------------
@@ -155,12 +177,13 @@ def problems(kernel: Kernel) -> list[str]:
         return found
     if local := [name for name in kernel.instructions if LOCAL_MEMORY.match(name)]:
         found.append(f"{where}: local memory ({', '.join(local)})")
-    for wanted in MEANT[kernel.family] if kernel.tuned else ():
+    for wanted in kernel.meant:
         if wanted == COPY and int(kernel.arch) < ASYNC_COPY_SINCE:
             wanted = WIDE_LOAD
         if not any(name.startswith(wanted) for name in kernel.instructions):
             found.append(f"{where}: no {wanted}")
-    follows = kernel.tuned and kernel.family != "measure_kernel"  # another of our launches
+    # another of our launches
+    follows = kernel.family in ("rate_kernel", "match_kernel", "merge_kernel")
     if follows and int(kernel.arch) >= OVERLAP_SINCE and OVERLAP not in kernel.instructions:
         found.append(f"{where}: does not wait for the launch before it ({OVERLAP})")
     return found

@@ -33,6 +33,7 @@ MEASURE = (
     f"{PREFIX}14measure_kernelI13__nv_bfloat16Li8EEEv20JmpTokenReduceParamsPKT_S5_NS_7ScratchE"
 )
 RATE = f"{PREFIX}11rate_kernelILi4EEEv20JmpTokenReduceParamsNS_7ScratchEii"
+RESIDENT = f"{PREFIX}15resident_kernelI6__halfLi4ELi31EEEv20JmpTokenReduceParamsPKT_S5_S5_"
 DECIDE = f"{PREFIX}5plain13decide_kernelE20JmpTokenReduceParamsPKiPKfS3_Pi"
 
 
@@ -51,6 +52,7 @@ def report_of(symbol: str, spilled: int = 0) -> str:
         (PLAIN, "plain::metric_kernel<f32>"),
         (MEASURE, "measure_kernel<bf16, 8>"),
         (RATE, "rate_kernel<4>"),
+        (RESIDENT, "resident_kernel<f16, 4, 31>"),
         (DECIDE, "plain::decide_kernel"),
     ],
 )
@@ -82,6 +84,21 @@ def test_what_the_disassembly_must_show(check: ModuleType) -> None:
     assert problems("90") == ""  # nothing disassembled: nothing said of it
 
 
+def test_a_cluster_has_a_barrier_and_machine_code_where_there_are_clusters(
+    check: ModuleType,
+) -> None:
+    def problems(arch: str, step: int, *instructions: str) -> str:
+        kernel = check.Kernel(arch, f"resident_kernel<f16, 4, {step}>", tuned=True)
+        kernel.instructions = dict.fromkeys(("EXIT", *instructions), 1)
+        return " ".join(check.problems(kernel))
+
+    good = ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128")
+    assert problems("90", 31, *good, "UCGABAR_WAIT") == ""
+    assert "UCGABAR_WAIT" in problems("90", 31, *good) and problems("87", 31) == ""
+    assert "no HMMA" in problems("87", 2, *good[1:]) and problems("90", 2) == ""
+    assert "no LDSM" in problems("87", 15, "HMMA", *good[2:])
+
+
 def test_a_kernel_that_is_gone_is_missed(check: ModuleType) -> None:
     kernels = check.read_report("90", report_of(MERGE) + report_of(PLAIN))
     missing = " ".join(check.missing_kernels("90", kernels))
@@ -111,4 +128,4 @@ def test_our_kernels_are_as_meant(
     assert code == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     tuned = [kernel for kernel in report["kernels"] if kernel["tuned"]]
-    assert len(tuned) == 2 * (9 + 4 + 4 + 3) and all(k["registers"] <= 128 for k in tuned)
+    assert len(tuned) == 2 * (9 + 4 + 4 + 3 + 36) and all(k["registers"] <= 128 for k in tuned)
