@@ -71,13 +71,16 @@ def test_a_grey_module_in_hand_from_build_to_validate(data, tmp_path, capsys):
 
 @pytest.mark.parametrize(("function", "channels"), [("grey", 1), ("many", 4)])
 def test_pictures_and_tune_of_a_users_function(tmp_path, capsys, function, channels):
-    levels = np.random.default_rng(0).integers(0, 256, (40, 40, channels), dtype=np.uint8)
-    np.save(tmp_path / "x.npy", levels)
+    (data := tmp_path / "data").mkdir()
+    for number in range(12):
+        random = np.random.default_rng(number)
+        levels = random.integers(0, 256, (40, 40, channels), dtype=np.uint8)
+        np.save(data / f"{number}.npy", levels)
     own = ["--from", f"{__name__}:{function}", "--mean", "0.5", "--std", "0.25"]
-    image = str(tmp_path / "x.npy")
+    image = str(data / "0.npy")
     assert main(["visualize", "mine", image, "-o", str(tmp_path / "x.png"), *own]) == 0
     assert Image.open(tmp_path / "x.png").mode == "RGB"
     out = ["-o", str(tmp_path / "t.json"), "--speedup", "1.3", "--passes", "3"]
-    assert main(["tune", "mine", "--images", image, *out, *own]) == 0
+    assert main(["tune", "mine", "--images", str(data), *out, *own]) == 0
     words = "".join(capsys.readouterr().out.split())
     assert f"--from{__name__}:{function}" in words and "--std0.25" in words
