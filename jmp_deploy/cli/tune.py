@@ -135,11 +135,11 @@ def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableT
     from ..core.artifact import Weights
 
     unit = result["budget"]["unit"]
-    dense = result["dense_cost"]
+    dense = result["dense_cost"]["value"]
     chosen, held = result["chosen"], result["images"]["held_back"]
     parts = {"choosing": result["images"]["count"] - held, "held_back": held}
-    columns = ["1e4 x distance", f">on the {parts['choosing']} that chose", f">on {held} held back"]
-    columns += [f">{unit}", ">of dense"]
+    columns = ["1e4 x distance", f">{parts['choosing']} that chose", f">{held} held back"]
+    columns += [">their mean", f">{unit}"]
     if unit != "GMACs":
         columns.append(">GMACs")
     table = show.table("", *columns)
@@ -147,25 +147,24 @@ def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableT
         if entry is None:
             table.add_row(name, "cannot meet the budget")
             continue
-        cost = entry["cost"]
         cells = [
             name,
-            *(_interval(entry[part], 1e4, "") for part in parts),
-            f"{cost['value']:.3f}",
-            f"{cost['value'] / dense['value']:.1%}",
-            f"{cost['gmacs']:.3f}",
+            *(_interval(entry[part]["geometric"], 1e4) for part in parts),
+            _interval(entry["held_back"]["mean"], 1e4),
+            f"{entry['cost']['value']:.3f}",
+            f"{entry['cost']['gmacs']:.3f}",
         ]
         table.add_row(*cells[: len(columns)], style="bold" if name == chosen else None)
-    gain = {part: _interval(result["gain"][part], 100, "+") for part in parts}
+    gain = {part: _interval(result["gain"][part]["geometric"], 100, "+") for part in parts}
     steps = ", ".join(f"{block}:{keep}" for block, keep in result["steps"])
     measured = result["measurements"]
     lines = [
-        ("distance", f"{result['objective']} (95 % interval over files)"),
-        ("tuned gains", f"{gain['choosing']} % of spread's distance where it was chosen"),
-        ("held back", f"{gain['held_back']} %: {_verdict(chosen)}"),
+        ("distance", f"{result['objective']}; geometric mean over files, 95 % interval"),
+        ("tuned gains", f"{gain['choosing']} % over spread on the images that chose"),
+        ("held back", f"{gain['held_back']} %: {_verdict(result)}"),
         ("schedule", f"{path}: {steps}"),
         ("tau", _tau(result["tau"])),
-        ("budget", f"{result['budget']['value']:.4g} {unit}{_device(result)}"),
+        ("budget", f"{result['budget']['value']:.4g} {unit}{_device(result)}, of {dense:.4g}"),
         ("images", f"{result['images']['count']}, seed {result['seed']}"),
         ("weights", show.weights(Weights(**result["weights"]))),
         ("measured", f"{measured['run']} times, {measured['resumed']} taken from before"),
@@ -174,15 +173,19 @@ def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableT
     return [table, show.facts(lines), *show.warnings(result)]
 
 
-def _verdict(chosen: str) -> str:
-    if chosen == "tuned":
-        return "beyond the interval, so tuned is written"
-    return "not beyond the interval, so the plain schedule, spread, is written"
+def _verdict(result: dict[str, Any]) -> str:
+    if result["chosen"] == "tuned":
+        return "beyond chance, so tuned is written"
+    held = result["gain"]["held_back"]
+    why = "not beyond chance"
+    if held["geometric"]["low"] > 0:
+        why = f"but the mean is {-held['mean']['value']:.1%} worse"
+    return f"{why}, so the plain schedule, spread, is written"
 
 
-def _interval(value: dict[str, float], scale: float, sign: str) -> str:
-    mean, low, high = (f"{scale * value[key]:{sign}.1f}" for key in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
+def _interval(figure: dict[str, float], scale: float, sign: str = "") -> str:
+    value, low, high = (f"{scale * figure[key]:{sign}.1f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def plot(result: dict[str, Any], target: Path) -> str | None:
@@ -199,7 +202,7 @@ def plot(result: dict[str, Any], target: Path) -> str | None:
     }
     unit = result["budget"]["unit"]
     tuned = result["candidates"]["tuned"]
-    own = (tuned["cost"]["value"], tuned["held_back"]["mean"])
+    own = (tuned["cost"]["value"], tuned["held_back"]["geometric"]["value"])
     with show.plot(target) as axes:
         for form, (label, colour, marker) in styles.items():
             points = sorted(
@@ -215,7 +218,7 @@ def plot(result: dict[str, Any], target: Path) -> str | None:
         axes.set_yscale("log")
         per = "image" if unit == "GMACs" else "inference"
         axes.set_xlabel(f"{unit} per {per}{_device(result)}")
-        axes.set_ylabel("1 - cosine to the dense model")
+        axes.set_ylabel("1 - cosine to the dense model, geometric mean")
         held = result["images"]["held_back"]
         axes.set_title(f"{result['model']}, {held} images held back", fontsize=11)
         axes.legend(frameon=False)

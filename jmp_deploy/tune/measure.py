@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 PREFIX_BYTES = 512 << 20
 """Memory for kept block inputs of the dense model."""
+LEAST = 1e-6
+"""Distance below which float32 outputs say nothing."""
 
 OnProgress = Callable[[str, float, "float | None"], None]
 """(phase, share done, best distance so far)"""
@@ -159,7 +162,7 @@ class Meter:
 
     def measure(self, keeps: Keeps, tau: float) -> float:
         """See `search.Measure`."""
-        value = float(self.distances(keeps, tau, self.choosing).mean())
+        value = math.exp(logs(self.distances(keeps, tau, self.choosing)).mean())
         self.best = value if self.best is None else min(self.best, value)
         self.on_progress("searching", min(1.0, self.spent / self.passes), self.best)
         return value
@@ -179,6 +182,11 @@ class Meter:
             self.spent += share * len(images) / len(self.choosing)
             self.seen[name] = np.array(self.state.known[name])
         return self.seen[name]
+
+
+def logs(distances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Natural logarithms, whose mean is that of the geometric mean."""
+    return np.log(np.maximum(distances, LEAST))
 
 
 def macs_of(keeps: Keeps, shape: schedule.ModelShape) -> int:

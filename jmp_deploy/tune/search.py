@@ -20,7 +20,7 @@ from ..core.errors import ScheduleError
 
 Keeps = tuple[int, ...]
 Measure = Callable[[Keeps, float], float]
-"""(keeps, tau) -> distance from the dense model on the images that choose."""
+"""(keeps, tau) -> what is to be small: distance from the dense model on the images that choose."""
 
 TAUS = (0.8, -1.0, 0.7, 0.9)
 """Thresholds to choose from; on equal distance the earlier stays. -1 merges all."""

@@ -1,13 +1,15 @@
 """`tune`: the schedule and tau that change a model's answers least, within a budget.
 
-Objective: the mean over unlabelled images of 1 - cosine between the model's output (logits, or
-features where there is no classifier) with JMP and without. Budget: MACs in closed form, or
-latency from a table measured on the device (`jmp.latency`). The search is in `search.py`, the
-measuring in `measure.py`.
+Objective: the geometric mean over unlabelled images of 1 - cosine between the model's output
+(logits, or features where there is no classifier) with JMP and without. (The mean is decided by a
+few images whose distance jumps from one candidate to the next: what was chosen by it was worse than
+`spread` on other photos, docs/method.md.) Budget: MACs in closed form, or latency from a table
+measured on the device (`jmp.latency`). The search is in `search.py`, the measuring in `measure.py`.
 
 What was chosen on some images looks better there than it is. So a third of the files is held back
-from the search and judges its answer: unless the answer is better than `spread` on them beyond
-their 95 % interval (bootstrap over files), `spread` at the same budget is what is written.
+from the search and judges its answer. Only if the geometric mean is smaller there than that of
+`spread`, beyond the 95 % interval (bootstrap over files), and the mean no larger, the answer is
+written; else `spread` at the same budget is.
 
 What makes it affordable: the dense model runs once, and its block inputs are kept, so that a
 candidate runs only from its first reduction on; a candidate has three numbers and tau; every
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,7 +36,7 @@ from ..core.stats import bootstrap
 from ..jmp import latency, schedule
 from ..jmp.models import OwnModel
 from . import search
-from .measure import Evaluator, Meter, OnProgress, State, candidate, macs_of, pairs
+from .measure import Evaluator, Meter, OnProgress, State, candidate, logs, macs_of, pairs
 from .search import Found, Keeps
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 
     from ..jmp.models import LoadedModel
 
-OBJECTIVE = "mean of 1 - cosine between the outputs with and without JMP"
+OBJECTIVE = "1 - cosine between the outputs with and without JMP"
 ALIKE = 1e-3
 HELD_BACK = 3
 """One file in so many is held back."""
@@ -136,7 +139,9 @@ def tune(
     meter = Meter(evaluator, state, choosing, held_back, options.passes, on_progress)
     found = search.search(problem, meter.measure, tau=options.tau, exhausted=meter.exhausted)
     candidates, gain = _judge(problem, meter, found, options.tau)
-    chosen = "tuned" if gain["held_back"]["low"] > 0 else "spread"
+    shown = gain["held_back"]
+    holds = shown["geometric"]["low"] > 0 and shown["mean"]["value"] >= 0
+    chosen = "tuned" if holds else "spread"
     best = candidate(candidates[chosen]["steps"], shape)
     result: dict[str, Any] = {
         "model": shape.name,
@@ -177,9 +182,9 @@ def _judge(
     """The found schedule and the plain ones on the images that chose and on those held back.
 
     Returns:
-        For "tuned", "spread" and "paper" the steps, tau, cost, and mean distances with their
-        intervals (None where a budget cannot be met); and how much smaller the distance of "tuned"
-        is, as a share of that of "spread".
+        For "tuned", "spread" and "paper" the steps, tau, cost, and on both parts the geometric mean
+        and the mean of the distances with their intervals (None where a budget cannot be met); and
+        how much smaller they are for "tuned", as shares of those for "spread".
     """
     shape, plain, paper = meter.evaluator.shape, search.plain(problem, tau), None
     if keeps := search.paper_like(problem):
@@ -198,19 +203,31 @@ def _judge(
             "steps": pairs(entry[0], shape.num_patches),
             "tau": entry[1],
             "cost": _costs(entry[0], problem, shape),
-            **{part: _interval(measured[name, part]) for part in parts},
+            **{part: _figures(measured[name, part]) for part in parts},
         }
     gain = {}
     for part in parts:
-        before = measured["spread", part]
-        gain[part] = _interval((before - measured["tuned", part]) / (before.mean() or 1.0))
+        before, after = measured["spread", part], measured["tuned", part]
+        ratio = _interval(logs(before) - logs(after))
+        gain[part] = {
+            "geometric": {key: 1 - math.exp(-value) for key, value in ratio.items()},
+            "mean": _interval((before - after) / (before.mean() or 1.0)),
+        }
     return candidates, gain
+
+
+def _figures(distances: NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    geometric = _interval(logs(distances))
+    return {
+        "geometric": {key: math.exp(value) for key, value in geometric.items()},
+        "mean": _interval(distances),
+    }
 
 
 def _interval(values: NDArray[np.float64]) -> dict[str, float]:
     """The mean over files with its 95 % interval."""
     low, high = bootstrap(values)
-    return {"mean": float(values.mean()), "low": low, "high": high}
+    return {"value": float(values.mean()), "low": low, "high": high}
 
 
 def make_problem(options: TuneOptions, shape: schedule.ModelShape) -> tuple[search.Problem, str]:
@@ -257,7 +274,9 @@ def _curve(problem: search.Problem, meter: Meter, found: Found) -> list[dict[str
                 "form": form,
                 "steps": pairs(keeps, problem.grid[0]),
                 "cost": problem.cost(keeps),
-                "distance": float(meter.distances(keeps, found.tau, meter.held_back).mean()),
+                "distance": math.exp(
+                    logs(meter.distances(keeps, found.tau, meter.held_back)).mean()
+                ),
             }
             for form, keeps in forms.items()
             if keeps
