@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from benchmarks.lib.data import Samples
 
 UNIT = 1e4
+MANNER = ("selection", "tau", "merge_weight", "last_prefix_only")
+"""What of a schedule is more than its steps."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,6 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.lib import data, features
     from benchmarks.lib.measures import unit
     from benchmarks.lib.methods import METHODS
+    from benchmarks.lib.report import machine
     from jmp_deploy.core.files import write_bytes, write_json
     from jmp_deploy.jmp.models import load_model
     from jmp_deploy.jmp.patch import model_shape
@@ -76,11 +79,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     names, budgets = options.methods.split(","), command.budgets(options.budgets)
     if unknown := [name for name in names if name not in METHODS]:
         raise ModelError(f"unknown method {unknown[0]!r}", f"methods: {', '.join(METHODS)}")
+    sets = data.fetched(options.folder, options.part, options.seed)
     torch.set_num_threads(options.threads)
     loaded = load_model(options.model, options.weights, seed=options.seed)
     shape = model_shape(loaded.model)
     dense = macs(shape)
-    sets = data.fetched(options.folder, options.part, options.seed)
     source = features.Features(loaded, None)
     before = [unit(source.dense(samples)) for samples in sets]
     plans = [(budget, name, for_share(shape, budget)) for budget in budgets for name in names]
@@ -97,7 +100,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "unit": "1e4 x (1 - cosine)",
         "sets": {name_of(s): {"images": len(s), "pictures": len(set(s.labels))} for s in sets},
-        "torch": str(torch.__version__),
+        "patches": shape.num_patches,
+        "dense_gmacs": dense / 1e9,
+        "machine": machine(),
         "rows": rows,
     }
     plain: dict[tuple[float, str], NDArray[np.float64]] = {}
@@ -107,6 +112,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "method": label,
             "budget": budget,
             "schedule": [list(step) for step in schedule.steps],
+            "manner": {key: getattr(schedule, key) for key in MANNER},
             "share": macs(shape, schedule) / dense,
         }
         for samples, features_before in zip(sets, before, strict=True):

@@ -150,6 +150,7 @@ def tune(
         "selection": best.selection,
         "merge_weight": best.merge_weight,
         "last_prefix_only": best.last_prefix_only,
+        "patches": shape.num_patches,
         "image_size": loaded.preprocess.height,
         "objective": OBJECTIVE,
         "chosen": chosen,
