@@ -138,7 +138,7 @@ def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableT
     dense = result["dense_cost"]["value"]
     chosen, held = result["chosen"], result["images"]["held_back"]
     parts = {"choosing": result["images"]["count"] - held, "held_back": held}
-    columns = ["1e4 x distance", f">{parts['choosing']} that chose", f">{held} held back"]
+    columns = ["1e4 x", f">{parts['choosing']} that chose", f">{held} held back"]
     columns += [">their mean", f">{unit}"]
     if unit != "GMACs":
         columns.append(">GMACs")
@@ -149,19 +149,19 @@ def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableT
             continue
         cells = [
             name,
-            *(_interval(entry[part]["geometric"], 1e4) for part in parts),
-            _interval(entry["held_back"]["mean"], 1e4),
+            *(_distance(entry[part]["geometric"]) for part in parts),
+            _distance(entry["held_back"]["mean"]),
             f"{entry['cost']['value']:.3f}",
             f"{entry['cost']['gmacs']:.3f}",
         ]
         table.add_row(*cells[: len(columns)], style="bold" if name == chosen else None)
-    gain = {part: _interval(result["gain"][part]["geometric"], 100, "+") for part in parts}
+    gain = {part: _gain(result["gain"][part]["geometric"]) for part in parts}
     steps = ", ".join(f"{block}:{keep}" for block, keep in result["steps"])
     measured = result["measurements"]
     lines = [
-        ("distance", f"{result['objective']}; geometric mean over files, 95 % interval"),
-        ("tuned gains", f"{gain['choosing']} % over spread on the images that chose"),
-        ("held back", f"{gain['held_back']} %: {_verdict(result)}"),
+        ("distance", f"{result['objective']}; geometric mean over files (95 % interval)"),
+        ("tuned gains", f"{gain['choosing']} over spread on the images that chose"),
+        ("held back", f"{gain['held_back']}: {_verdict(result)}"),
         ("schedule", f"{path}: {steps}"),
         ("tau", _tau(result["tau"])),
         ("budget", f"{result['budget']['value']:.4g} {unit}{_device(result)}, of {dense:.4g}"),
@@ -183,9 +183,14 @@ def _verdict(result: dict[str, Any]) -> str:
     return f"{why}, so the plain schedule, spread, is written"
 
 
-def _interval(figure: dict[str, float], scale: float, sign: str = "") -> str:
-    value, low, high = (f"{scale * figure[key]:{sign}.1f}" for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+def _distance(figure: dict[str, float]) -> str:
+    value, low, high = (f"{1e4 * figure[key]:.3g}" for key in ("value", "low", "high"))
+    return f"{value} ({low}-{high})"
+
+
+def _gain(figure: dict[str, float]) -> str:
+    value, low, high = (f"{100 * figure[key]:+.1f}" for key in ("value", "low", "high"))
+    return f"{value} % ({low} to {high})"
 
 
 def plot(result: dict[str, Any], target: Path) -> str | None:
