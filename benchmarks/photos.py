@@ -6,9 +6,9 @@ by, once (`--part test`). Unit: 1e4 x (1 - cosine) between reduced and dense fea
 one photo are no four photos: intervals are bootstrapped over photos. The mean is decided by a few
 hard photos, so the median and the geometric mean stand beside it.
 
-    python scripts/fetch_photos.py artifacts/photos
+    python scripts/fetch_photos.py artifacts/unseen
     python scripts/demo_weights.py artifacts/weights/dinov2_s.safetensors
-    python benchmarks/photos.py artifacts/photos --weights artifacts/weights/dinov2_s.safetensors
+    python benchmarks/photos.py artifacts/unseen --weights artifacts/weights/dinov2_s.safetensors
 """
 
 from __future__ import annotations

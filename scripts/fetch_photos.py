@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Photos and digits that can choose and judge: out of packages, through apt-get and pip.
 
-    python scripts/fetch_photos.py artifacts/photos
+    python scripts/fetch_photos.py artifacts/unseen
 
 Writes OUT/validation/*.png (sample photos of scikit-image and scikit-learn, wallpapers of Debian
 packages), OUT/test/*.png (photos of OpenCV's documentation, another source: judge by them once,

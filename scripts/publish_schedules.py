@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes jmp_deploy/schedules/*.json: steps, and the accuracy that benchmarks/results/ has of them.
 
-    python benchmarks/photos.py artifacts/photos --part test ... -o benchmarks/results/photos-test
+    python benchmarks/photos.py artifacts/unseen --part test ... -o benchmarks/results/photos-test
     python benchmarks/accuracy.py --part test ... -o benchmarks/results/accuracy-test
     python scripts/publish_schedules.py
 
