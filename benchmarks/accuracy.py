@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from jmp_deploy.jmp.patch import model_shape
     from jmp_deploy.jmp.schedule import for_share, load, macs
 
-    budgets = _budgets(options.budgets)
+    budgets = command.budgets(options.budgets)
     names = list(METHODS) if options.methods is None else options.methods.split(",")
     unknown = [name for name in names if name not in METHODS]
     if unknown:
@@ -178,18 +178,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     else:
         print(accuracy_report.table(result))
     return result
-
-
-def _budgets(text: str) -> list[float]:
-    try:
-        values = [float(part) / 100 for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(0.05 <= value <= 1 for value in values):
-        raise ModelError(
-            f"--budgets {text!r}: expected percentages from 5 to 100", "for example 75,62,50,40"
-        )
-    return values
 
 
 if __name__ == "__main__":

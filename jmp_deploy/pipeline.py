@@ -346,6 +346,7 @@ def _asked_for(options: BuildOptions, loaded: LoadedModel) -> str:
 def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
     from .jmp import schedule as schedules
     from .jmp.patch import model_shape, patch
+    from .jmp.published import expected
 
     shape = model_shape(loaded.model)
     if options.keep_rate is not None and options.blocks is not None:
@@ -365,9 +366,12 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
         granularity=options.granularity,
         proportional=options.proportional,
     )
+    as_published = options.strategy == "jmp" and options.granularity == "token"
+    as_published = as_published and options.proportional and loaded.origin.kind != "random"
     return replace(
         schedules.to_manifest(schedule),
         caution=schedules.caution(schedule, shape),
+        expected=expected(replace(schedule, tau=tau), shape) if as_published else "",
         strategy=options.strategy,
         tau=tau,
         granularity=options.granularity,

@@ -8,9 +8,14 @@ import torch
 from PIL import Image
 
 import jmp_deploy
+from jmp_deploy import pipeline
+from jmp_deploy.cli.build import rows_of
 from jmp_deploy.cli.main import main
+from jmp_deploy.jmp import models, published
 from jmp_deploy.jmp.models import OwnModel
+from jmp_deploy.pipeline import BuildOptions
 from jmp_deploy.quantize.int8 import Int8Options
+from tests.fakes.artifacts import FILE_WEIGHTS, PREPROCESS, RANDOM_WEIGHTS, make_artifact
 from tests.fakes.models import tiny_vit
 
 OWN = OwnModel(mean=(0.5,), std=(0.25,))
@@ -71,13 +76,39 @@ def test_a_grey_module_in_hand_from_build_to_validate(data, tmp_path, capsys):
 
 @pytest.mark.parametrize(("function", "channels"), [("grey", 1), ("many", 4)])
 def test_pictures_and_tune_of_a_users_function(tmp_path, capsys, function, channels):
-    levels = np.random.default_rng(0).integers(0, 256, (40, 40, channels), dtype=np.uint8)
-    np.save(tmp_path / "x.npy", levels)
+    (data := tmp_path / "data").mkdir()
+    for number in range(12):
+        random = np.random.default_rng(number)
+        levels = random.integers(0, 256, (40, 40, channels), dtype=np.uint8)
+        np.save(data / f"{number}.npy", levels)
     own = ["--from", f"{__name__}:{function}", "--mean", "0.5", "--std", "0.25"]
-    image = str(tmp_path / "x.npy")
+    image = str(data / "0.npy")
     assert main(["visualize", "mine", image, "-o", str(tmp_path / "x.png"), *own]) == 0
     assert Image.open(tmp_path / "x.png").mode == "RGB"
     out = ["-o", str(tmp_path / "t.json"), "--speedup", "1.3", "--passes", "3"]
-    assert main(["tune", "mine", "--images", image, *out, *own]) == 0
+    assert main(["tune", "mine", "--images", str(data), *out, *own]) == 0
     words = "".join(capsys.readouterr().out.split())
     assert f"--from{__name__}:{function}" in words and "--std0.25" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "words"),
+    [
+        ({}, FILE_WEIGHTS, "as measured at tau 0.7"),
+        ({"tau": 0.9}, FILE_WEIGHTS, "as measured at tau 0.9"),
+        ({"strategy": "merge"}, FILE_WEIGHTS, ""),
+        ({"granularity": "sample"}, FILE_WEIGHTS, ""),
+        ({"proportional": False}, FILE_WEIGHTS, ""),
+        ({}, RANDOM_WEIGHTS, ""),
+    ],
+)
+def test_expected_accuracy_is_of_the_method_as_it_was_measured(
+    tmp_path, monkeypatch, changes, weights, words
+):
+    """`published.expected` knows schedules; how one is applied, and to what, is looked at here."""
+    monkeypatch.setattr(published, "expected", lambda s, shape: f"as measured at tau {s.tau:g}")
+    loaded = models.LoadedModel(tiny_vit(), "tiny", weights, PREPROCESS, None)
+    jmp = pipeline._patch(loaded, BuildOptions("tiny", tmp_path, schedule="2:9", **changes))
+    assert jmp.expected == words
+    shown = dict(rows_of(make_artifact(tmp_path, jmp=jmp)))
+    assert shown.get("expected", "") == words

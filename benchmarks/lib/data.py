@@ -1,7 +1,8 @@
-"""Images with an answer, out of installed packages: digits, and crops of natural photos.
+"""Images with an answer, out of installed packages: digits, and crops of natural photos; and those
+that `scripts/fetch_photos.py` laid out.
 
-Nothing is downloaded. Every choice (schedule, rule, threshold) is made on the validation part; the
-test part is looked at once, at the end.
+Nothing is downloaded here. Every choice (schedule, rule, threshold) is made on the validation part;
+the test part is looked at once, at the end.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ PHOTOS = (
     ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
 )
 CROPS_PER_PHOTO = 10
+FETCHED_CROPS = 4
+MNIST = 303
+"""Of its digits: 500 with the 197 scans of scikit-learn."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,42 @@ def photo_crops(seed: int = 0) -> Task:
         labels = np.array([crops[i][1] for i in order], dtype=np.int64)
         parts.append(Samples(f"photos-{part}-s{seed}", tuple(crops[i][0] for i in order), labels))
     return Task("photos", *parts)
+
+
+def fetched(folder: Path, part: str, seed: int = 0) -> list[Samples]:
+    """What `scripts/fetch_photos.py` laid out: crops of photos, and digits of two kinds.
+
+    `labels` say which photo a crop is from; of a digit they are its number among the digits, for
+    each is a picture of its own.
+
+    Raises:
+        ImageError: the folder is not such a one.
+    """
+    if not (folder / part).is_dir() or not (folder / "mnist.npz").is_file():
+        raise ImageError(f"no photos in {folder}", f"python scripts/fetch_photos.py {folder}")
+    number = ("validation", "test").index(part)
+    random = np.random.default_rng((seed, number))
+    crops = [
+        (_random_crop(open_image(path), random), label)
+        for label, path in enumerate(find_images([folder / part]))
+        for _ in range(FETCHED_CROPS)
+    ]
+    scans = getattr(digits(seed), part).first(DIGITS_VALIDATION)
+    with np.load(folder / "mnist.npz") as kept:
+        order = np.random.default_rng(seed).permutation(len(kept["images"]))
+        written = [
+            _enlarge(kept["images"][i].astype(np.float64) * (16 / 255))
+            for i in order[number * MNIST : (number + 1) * MNIST]
+        ]
+    return [
+        Samples(
+            f"photos-fetched-{part}-s{seed}",
+            tuple(crop for crop, _ in crops),
+            np.array([label for _, label in crops], dtype=np.int64),
+        ),
+        Samples(f"digits-{part}-s{seed}", scans.images, np.arange(len(scans))),
+        Samples(f"mnist-{part}-s{seed}", tuple(written), np.arange(MNIST)),
+    ]
 
 
 def image_folder(folder: Path, seed: int = 0, limit: int | None = None) -> Task:

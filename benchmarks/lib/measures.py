@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jmp_deploy.core.stats import softmax, unit
+from jmp_deploy.core.stats import bootstrap, softmax, unit
 from jmp_deploy.validate.probe import Probe, fit_probe
 
 __all__ = ["Probe", "bootstrap", "compare", "fit_probe", "paired", "softmax", "unit"]
@@ -41,18 +41,6 @@ def compare(
     tiny = 1e-12
     result["kl"] = float((before * np.log((before + tiny) / (after + tiny))).sum(1).mean())
     return result
-
-
-def bootstrap(values: Array, *, seed: int = 0, rounds: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean of per-image values [n]: percentiles over resampled images (Efron
-    and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13)."""
-    random = np.random.default_rng(seed)
-    parts = [
-        values[random.integers(0, len(values), (100, len(values)))].mean(1)
-        for _ in range(rounds // 100)
-    ]
-    low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def paired(a: Array, b: Array, *, seed: int = 0) -> dict[str, float]:

@@ -77,7 +77,8 @@ def add(commands: Any) -> None:
         "--schedule",
         metavar="NAME|LIST|FILE",
         help="which blocks reduce, and to how many patch tokens: spread, spread:50 (percent of the "
-        "FLOPs), paper, 3:138,6:97,9:68, r18@2-10 or a .json file, as `tune` writes it (spread)",
+        "FLOPs), paper, 3:138,6:97,9:68, r18@2-10, a .json file, as `tune` writes it, or one that "
+        "comes with the package: dinov2_s-75, -62, -50, -40 (spread)",
     )
     parser.add_argument(
         "--keep-rate",
@@ -319,6 +320,7 @@ def rows_of(made: Artifact) -> list[tuple[str, str]]:
     if jmp:
         steps = ", ".join(f"{block}:{keep}" for block, keep in jmp.schedule)
         rows += [("schedule", f"{jmp.schedule_name} ({steps})"), ("decision", _decision(jmp))]
+        rows += [("expected", jmp.expected)] if jmp.expected else []
     else:
         rows.append(("schedule", "none: dense baseline"))
     verdict = "ok" if check.ok else "OUTSIDE TOLERANCE"

@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files or folders, like those that the model will see; no labels are needed",
+        help="files or folders, like those that the model will see, 50 photos and above; no labels "
+        "are needed. A third of the files is held back and judges the answer: no two of one photo",
     )
     budget_type = flags.number(0, 1e9, above=True)
     budget = parser.add_mutually_exclusive_group(required=True)
@@ -90,7 +91,7 @@ def add(commands: Any) -> None:
         "--passes",
         type=flags.number(0, 1e6, above=True),
         metavar="N",
-        help="work to spend at most, in passes of the dense model over the images (40)",
+        help="work to spend at most, in passes of the dense model over the images that choose (24)",
     )
     parser.add_argument(
         "--seed", type=flags.seed, help="which images, where there are more than --limit (0)"
@@ -134,37 +135,62 @@ def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableT
     from ..core.artifact import Weights
 
     unit = result["budget"]["unit"]
-    dense = result["dense_cost"]
-    columns = ["schedule", ">distance", f">{unit}", ">of dense"]
+    dense = result["dense_cost"]["value"]
+    chosen, held = result["chosen"], result["images"]["held_back"]
+    parts = {"choosing": result["images"]["count"] - held, "held_back": held}
+    columns = ["1e4 x", f">{parts['choosing']} that chose", f">{held} held back"]
+    columns += [">their mean", f">{unit}"]
     if unit != "GMACs":
         columns.append(">GMACs")
     table = show.table("", *columns)
-    for name, entry in [("tuned", result), *result["plain"].items()]:
+    for name, entry in result["candidates"].items():
         if entry is None:
             table.add_row(name, "cannot meet the budget")
             continue
-        cost = entry["cost"]
         cells = [
             name,
-            f"{entry['distance']:.5f}",
-            f"{cost['value']:.3f}",
-            f"{cost['value'] / dense['value']:.1%}",
-            f"{cost['gmacs']:.3f}",
+            *(_distance(entry[part]["geometric"]) for part in parts),
+            _distance(entry["held_back"]["mean"]),
+            f"{entry['cost']['value']:.3f}",
+            f"{entry['cost']['gmacs']:.3f}",
         ]
-        table.add_row(*cells[: len(columns)], style="bold" if name == "tuned" else None)
+        table.add_row(*cells[: len(columns)], style="bold" if name == chosen else None)
+    gain = {part: _gain(result["gain"][part]["geometric"]) for part in parts}
     steps = ", ".join(f"{block}:{keep}" for block, keep in result["steps"])
     measured = result["measurements"]
     lines = [
-        ("distance", result["objective"]),
+        ("distance", f"{result['objective']}; geometric mean over files (95 % interval)"),
+        ("tuned gains", f"{gain['choosing']} over spread on the images that chose"),
+        ("held back", f"{gain['held_back']}: {_verdict(result)}"),
         ("schedule", f"{path}: {steps}"),
         ("tau", _tau(result["tau"])),
-        ("budget", f"{result['budget']['value']:.4g} {unit}{_device(result)}"),
+        ("budget", f"{result['budget']['value']:.4g} {unit}{_device(result)}, of {dense:.4g}"),
         ("images", f"{result['images']['count']}, seed {result['seed']}"),
         ("weights", show.weights(Weights(**result["weights"]))),
-        ("measured", f"{measured['run']} candidates, {measured['resumed']} taken from before"),
+        ("measured", f"{measured['run']} times, {measured['resumed']} taken from before"),
         ("build with", build),
     ]
     return [table, show.facts(lines), *show.warnings(result)]
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    if result["chosen"] == "tuned":
+        return "beyond chance, so tuned is written"
+    held = result["gain"]["held_back"]
+    why = "not beyond chance"
+    if held["geometric"]["low"] > 0:
+        why = f"but the mean is {-held['mean']['value']:.1%} worse"
+    return f"{why}, so the plain schedule, spread, is written"
+
+
+def _distance(figure: dict[str, float]) -> str:
+    value, low, high = (f"{1e4 * figure[key]:.3g}" for key in ("value", "low", "high"))
+    return f"{value} ({low}-{high})"
+
+
+def _gain(figure: dict[str, float]) -> str:
+    value, low, high = (f"{100 * figure[key]:+.1f}" for key in ("value", "low", "high"))
+    return f"{value} % ({low} to {high})"
 
 
 def plot(result: dict[str, Any], target: Path) -> str | None:
@@ -177,10 +203,11 @@ def plot(result: dict[str, Any], target: Path) -> str | None:
     styles = {
         "paper": ("plain: three blocks, one keep rate", "#8a8f98", "s"),
         "spread": ("plain: spread over the blocks", "#c2792d", "^"),
-        "tuned": ("the schedule found, scaled to other budgets", "#1f6f9f", "o"),
+        "tuned": ("the form found, at other budgets", "#1f6f9f", "o"),
     }
     unit = result["budget"]["unit"]
-    own = (result["cost"]["value"], result["distance"])
+    tuned = result["candidates"]["tuned"]
+    own = (tuned["cost"]["value"], tuned["held_back"]["geometric"]["value"])
     with show.plot(target) as axes:
         for form, (label, colour, marker) in styles.items():
             points = sorted(
@@ -196,8 +223,9 @@ def plot(result: dict[str, Any], target: Path) -> str | None:
         axes.set_yscale("log")
         per = "image" if unit == "GMACs" else "inference"
         axes.set_xlabel(f"{unit} per {per}{_device(result)}")
-        axes.set_ylabel("1 - cosine to the dense model")
-        axes.set_title(f"{result['model']}, {result['images']['count']} images", fontsize=11)
+        axes.set_ylabel("1 - cosine to the dense model, geometric mean")
+        held = result["images"]["held_back"]
+        axes.set_title(f"{result['model']}, {held} images held back", fontsize=11)
         axes.legend(frameon=False)
     return None
 

@@ -150,6 +150,7 @@ class Jmp:
     Attributes:
         schedule: (block, patch tokens kept), in block order.
         caution: what is known against it for this model, or "".
+        expected: what of the accuracy it was measured to keep, where that is published, or "".
     """
 
     schedule_name: str
@@ -162,6 +163,7 @@ class Jmp:
     granularity: Granularity = "token"
     proportional: bool = True
     caution: str = ""
+    expected: str = ""
 
     def __post_init__(self) -> None:
         blocks = [block for block, _ in self.schedule]

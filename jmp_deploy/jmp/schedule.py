@@ -12,6 +12,7 @@ anything is exported. Ways to write one (`parse`):
     3:138,6:97,9:68      explicit: patch tokens kept after block 3, 6, 9 (0-based)
     r18@2-10             18 tokens fewer in each of blocks 2 to 10
     FILE.json            {"model": "deit_small_patch16_224", "steps": [[3, 138], [6, 97]]}
+    dinov2_s-62          one of those published with the package (`published`, schedules/*.json)
 
 This module needs neither PyTorch nor timm.
 """
@@ -29,11 +30,13 @@ from typing import Annotated
 from ..core.artifact import Jmp, Meta, Selection
 from ..core.errors import ScheduleError
 from ..core.files import read_json
+from ..core.paths import PACKAGE
 
 NAMES = ("paper", "spread")
 DEFAULT = "spread"
 FEW_BLOCKS, FEW_PATCHES = 8, 64
 """Below them a warning: timm's test_vit, 6 blocks and 36 patches, lost 8.5 points of digits."""
+PUBLISHED = PACKAGE / "schedules"
 MUCH = 0.75
 """Of the dense FLOPs: what takes less off is not warned of."""
 _SHARE = r"spread:(\d{1,9}(?:\.\d{1,9})?)%?"
@@ -111,6 +114,7 @@ _Number = Annotated[int, Meta(ge=-(1 << 40), le=1 << 40)]
 class _File:
     steps: list[tuple[_Number, _Number]]
     model: str | None = None
+    patches: int | None = None
     selection: Selection = "importance"
     last_prefix_only: bool = False
     tau: float = Schedule.tau
@@ -150,7 +154,17 @@ def parse(spec: str, shape: ModelShape) -> Schedule:
     if found := re.fullmatch(_CONSTANT, spec):
         count, first, last = (int(group) for group in found.groups())
         return constant(count, range(first, last + 1), shape)
-    return load(Path(spec), shape)
+    return load(_path_of(spec), shape)
+
+
+def published() -> list[str]:
+    """The names of the schedules that come with the package."""
+    return sorted(path.stem for path in PUBLISHED.glob("*.json"))
+
+
+def _path_of(spec: str) -> Path:
+    """Of a published schedule by its name, or of a file."""
+    return PUBLISHED / f"{spec}.json" if spec in published() else Path(spec)
 
 
 def check_spelling(spec: str) -> None:
@@ -161,19 +175,21 @@ def check_spelling(spec: str) -> None:
     """
     if spec in NAMES or any(re.fullmatch(form, spec) for form in (_SHARE, _LIST, _CONSTANT)):
         return
-    if Path(spec).suffix == ".json" or os.path.isfile(spec):  # noqa: PTH113 (names of any length)
-        _read(Path(spec))
+    path = _path_of(spec)
+    if path.suffix == ".json" or os.path.isfile(path):  # noqa: PTH113 (names of any length)
+        _read(path)
         return
     raise ScheduleError(
         f"unknown schedule {spec!r:.80}",
         f"use {' or '.join(NAMES)}, spread:50, a list such as 3:138,6:97,9:68, a constant such as "
-        "r18@2-10, or a .json file",
+        f"r18@2-10, a .json file, or one of {', '.join(published())}",
     )
 
 
 def load(path: Path, shape: ModelShape) -> Schedule:
     """Reads a schedule file: {"steps": [[block, keep], ...]} and, if wanted, "model" (timm name),
-    "selection", "last_prefix_only", "tau" and "merge_weight" (see `Schedule`).
+    "patches" (of the image), "selection", "last_prefix_only", "tau" and "merge_weight" (see
+    `Schedule`).
 
     Raises:
         ScheduleError: the file is missing or malformed, or was made for another model.
@@ -184,6 +200,11 @@ def load(path: Path, shape: ModelShape) -> Schedule:
         raise ScheduleError(
             f"{path} is a schedule for {model:.80}, the model is {shape.name}",
             "make one for this model, or remove the key 'model' to use it all the same",
+        )
+    if data.patches not in (None, shape.num_patches):
+        raise ScheduleError(
+            f"{path} is a schedule for {data.patches} patches, the image has {shape.num_patches}",
+            "choose the --img-size that it was made for, or make one for this size",
         )
     found = replace(
         resolve(path.stem, data.steps, shape),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-FEW = 4
-"""Candidates are screened on one image in four."""
 PREFIX_BYTES = 512 << 20
 """Memory for kept block inputs of the dense model."""
+LEAST = 1e-6
+"""Distance below which float32 outputs say nothing."""
 
 OnProgress = Callable[[str, float, "float | None"], None]
 """(phase, share done, best distance so far)"""
@@ -73,8 +74,8 @@ class Evaluator:
         if not bool(self.dense.isfinite().all()):
             raise ModelError("the dense model's output is not finite", "are the weights sound?")
 
-    def distances(self, keeps: Keeps, tau: float, start: int, stop: int) -> list[float]:
-        """1 - cosine for images start..stop-1."""
+    def distances(self, keeps: Keeps, tau: float, images: range) -> list[float]:
+        """1 - cosine for these of the images."""
         import torch
         from torch.nn.functional import cosine_similarity
 
@@ -87,8 +88,8 @@ class Evaluator:
         try:
             found: list[float] = []
             with torch.inference_mode():
-                for at in range(start, stop, self.batch):
-                    end = min(at + self.batch, stop)
+                for at in images[:: self.batch]:
+                    end = min(at + self.batch, images.stop)
                     # What is dense comes from memory.
                     tokens = self.model.blocks(self.inputs[first][at:end], start=first)
                     output = self.family.head(self.model, tokens).double()
@@ -106,7 +107,7 @@ class _Kept:
 
 
 class State:
-    """Measurements on disk: candidate -> distances of the first images."""
+    """Measurements on disk: candidate and images -> their distances."""
 
     def __init__(self, path: Path, key: str, *, resume: bool) -> None:
         self.path, self.key = path, key
@@ -127,53 +128,65 @@ class State:
 
 
 class Meter:
-    """`Measure` for the search, with memory and a count of the work.
+    """Measures candidates, with memory and a count of the work.
 
     Work is counted as if nothing had been resumed, so that a resumed search ends where the
     uninterrupted one would have.
+
+    Args:
+        choosing: which of the evaluator's images the search sees.
+        held_back: those that it does not.
+        passes: work to spend, in passes of the dense model over the images that choose.
     """
 
     def __init__(
         self,
         evaluator: Evaluator,
         state: State,
-        shape: schedule.ModelShape,
+        choosing: range,
+        held_back: range,
         passes: float,
         on_progress: OnProgress,
     ) -> None:
-        self.evaluator, self.state, self.shape = evaluator, state, shape
+        self.evaluator, self.state = evaluator, state
+        self.choosing, self.held_back = choosing, held_back
         self.passes, self.on_progress = passes, on_progress
-        self.seen: dict[str, list[float]] = {}
+        self.seen: dict[str, NDArray[np.float64]] = {}
         self.spent = 0.0
         self.run = self.resumed = 0
         self.best: float | None = None
-        self.phase = "searching"
 
-    def measure(self, keeps: Keeps, tau: float, on_all: bool) -> float:
+    def exhausted(self) -> bool:
+        """Whether the work is spent."""
+        return self.spent >= self.passes
+
+    def measure(self, keeps: Keeps, tau: float) -> float:
         """See `search.Measure`."""
-        total = self.evaluator.count
-        wanted = total if on_all else min(total, max(8, total // FEW))
-        name = f"{','.join(map(str, keeps))} {tau!r}"
-        seen = self.seen.setdefault(name, [])
-        if len(seen) < wanted:
-            known = self.state.known.get(name, [])
-            if len(known) >= wanted:
-                new = known[len(seen) : wanted]
+        value = math.exp(logs(self.distances(keeps, tau, self.choosing)).mean())
+        self.best = value if self.best is None else min(self.best, value)
+        self.on_progress("searching", min(1.0, self.spent / self.passes), self.best)
+        return value
+
+    def distances(self, keeps: Keeps, tau: float, images: range) -> NDArray[np.float64]:
+        """Of each of these images, measured once."""
+        name = f"{images.start}-{images.stop} {','.join(map(str, keeps))} {tau!r}"
+        if name not in self.seen:
+            if len(self.state.known.get(name, ())) == len(images):
                 self.resumed += 1
             else:
-                new = self.evaluator.distances(keeps, tau, len(seen), wanted)
-                self.run += 1
-            share = macs_of(keeps, self.shape) / schedule.macs(self.shape)
-            self.spent += share * len(new) / total
-            seen.extend(new)
-            if len(known) < wanted:
-                self.state.known[name] = list(seen)
+                self.state.known[name] = self.evaluator.distances(keeps, tau, images)
                 self.state.save()
-        value = float(np.mean(seen[:wanted]))
-        if on_all and self.phase == "searching":
-            self.best = value if self.best is None else min(self.best, value)
-        self.on_progress(self.phase, min(1.0, self.spent / self.passes), self.best)
-        return value
+                self.run += 1
+            shape = self.evaluator.shape
+            share = macs_of(keeps, shape) / schedule.macs(shape)
+            self.spent += share * len(images) / len(self.choosing)
+            self.seen[name] = np.array(self.state.known[name])
+        return self.seen[name]
+
+
+def logs(distances: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Natural logarithms, whose mean is that of the geometric mean."""
+    return np.log(np.maximum(distances, LEAST))
 
 
 def macs_of(keeps: Keeps, shape: schedule.ModelShape) -> int:

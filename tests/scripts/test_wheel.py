@@ -14,12 +14,15 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from jmp_deploy.jmp.schedule import published
 
 packaging = pytest.importorskip("packaging.requirements")
 
@@ -145,6 +148,11 @@ def test_base(base: Installed, built: Path) -> None:
     assert found["manifest"]["model"] and found["missing"]["onnx"] == "onnx is not installed"
     done = base("inspect", built / "model.trt.onnx", code=2)
     assert "onnx is not installed" in done.stderr and "[runtime]" in done.stderr
+
+
+def test_published_schedules_come_along(wheel: Path) -> None:
+    carried = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"jmp_deploy/schedules/{name}.json" for name in published()} <= carried
 
 
 def test_base_compiles_the_plugin(base: Installed) -> None:
