@@ -4,7 +4,8 @@ On a GPU: PyTorch in FP16 with fused attention (SDPA), each model in one CUDA gr
 our CUDA kernel. Without a GPU: the exported ONNX models in FP32 on ONNX Runtime. Dense and JMP
 models take turns in one process; ratios are taken pair by pair, medians with quartiles are reported
 beside the ratio that the FLOPs allow, and beside that of the same model with its tokens cut off
-instead of reduced: what the engine makes of the FLOPs, without what a reduction costs.
+instead of reduced: what the engine makes of the FLOPs, without what a reduction costs. Once more so
+without the sizes in the attention, which then has no mask: what proportional attention costs.
 
     python benchmarks/endtoend.py                         # what is here: GPU, or CPU
     python benchmarks/endtoend.py --schedules paper -b 1,8,32 --seconds 60
@@ -104,7 +105,8 @@ class Contender:
     """One model that is timed.
 
     Attributes:
-        kind: "dense", "jmp", or "cut": of each reduction only the number of tokens is left.
+        kind: "dense", "jmp", "cut": of each reduction only the number of tokens is left; or "bare":
+            cut, and no sizes in the attention.
         schedule: as it was written on the command line, None for dense.
         macs: multiply-accumulates per image.
         timer: batch -> Timer, warmed up.
@@ -123,7 +125,7 @@ class Contender:
 def _contenders(
     backend: str, name: str, options: argparse.Namespace, folder: Path
 ) -> list[Contender]:
-    """The dense model first, then two per schedule."""
+    """The dense model first, then three per schedule."""
     from jmp_deploy.export.export import export_onnx
     from jmp_deploy.jmp.families import family_of
     from jmp_deploy.jmp.models import load_model
@@ -132,15 +134,17 @@ def _contenders(
 
     made = []
     specs = options.schedules.split(";")
-    wanted = [("dense", None), *((kind, spec) for spec in specs for kind in ("jmp", "cut"))]
+    kinds = ("jmp", "cut", "bare")
+    wanted = [("dense", None), *((kind, spec) for spec in specs for kind in kinds)]
     for index, (kind, spec) in enumerate(wanted):
         loaded = load_model(name, options.weights, img_size=options.img_size)
         model = loaded.model.eval().requires_grad_(False)
         shape = model_shape(model)
         steps = None if spec is None else parse(spec, shape)
         if steps is not None:
-            patch(model, steps, backend="cuda" if backend == "torch" else "reference")
-            if kind == "cut":
+            reduce = "cuda" if backend == "torch" else "reference"
+            patch(model, steps, backend=reduce, proportional=kind != "bare")
+            if kind != "jmp":
                 model.blocks.reduce = cut_tokens
         size = family_of(model).patch_embed(model).img_size
         if backend == "torch":
@@ -151,6 +155,8 @@ def _contenders(
                 cut_in_onnx(folder / f"{index - 1}.onnx", path)
             else:
                 export_onnx(model, path, image_size=size)
+            if kind == "bare":
+                cut_in_onnx(path, path)
             timer = _onnx_timer(path, size, options.threads)
         cost = macs(shape) if steps is None else macs(shape, steps)
         made.append(Contender(kind, spec, cost, timer))
@@ -232,10 +238,11 @@ def _measure(
             taken[key] += values
     dense, *others = contenders
     rows = []
-    for contender, cut in zip(others[::2], others[1::2], strict=True):
+    for contender, cut, bare in zip(others[::3], others[1::3], others[2::3], strict=True):
         mine = taken[contender.name]
-        speedup = timing.ratio(taken[dense.name], mine)
-        ceiling = timing.ratio(taken[dense.name], taken[cut.name])
+        speedup, ceiling, bare_speedup = (
+            timing.ratio(taken[dense.name], taken[c.name]) for c in (contender, cut, bare)
+        )
         allowed = dense.macs / contender.macs
         row = {
             "model": name,
@@ -245,6 +252,7 @@ def _measure(
             "jmp_us": timing.summary(mine),
             "speedup": speedup,
             "cut_speedup": ceiling,
+            "bare_speedup": bare_speedup,
             "allowed": round(allowed, 4),
             "share_of_allowed": round(speedup["median"] / allowed, 4),
             "images_per_second": round(batch * 1e6 / timing.summary(mine)["median"], 1),
@@ -252,7 +260,7 @@ def _measure(
         print(
             f"{name} {contender.schedule} batch {batch}: {speedup['median']:.3f}x "
             f"({speedup['q1']:.3f}-{speedup['q3']:.3f}); tokens cut off {ceiling['median']:.3f}x, "
-            f"FLOPs allow {allowed:.3f}x"
+            f"no sizes either {bare_speedup['median']:.3f}x, FLOPs allow {allowed:.3f}x"
         )
         rows.append(row)
     return rows
@@ -265,7 +273,7 @@ def table(result: dict[str, Any]) -> str:
         "onnxruntime": "ONNX Runtime FP32, CPU",
     }[result["backend"]]
     head = ["model, schedule", "batch", "dense ms", "JMP ms", "speed-up", "quartiles"]
-    head += ["tokens cut off", "FLOPs allow", "reached"]
+    head += ["tokens cut off", "no sizes either", "FLOPs allow", "reached"]
     rows = [
         [
             f"{row['model']} {row['schedule']}",
@@ -275,6 +283,7 @@ def table(result: dict[str, Any]) -> str:
             f"{row['speedup']['median']:.3f}",
             f"{row['speedup']['q1']:.3f}-{row['speedup']['q3']:.3f}",
             f"{row['cut_speedup']['median']:.3f}",
+            f"{row['bare_speedup']['median']:.3f}",
             f"{row['allowed']:.3f}",
             f"{row['share_of_allowed']:.1%}",
         ]

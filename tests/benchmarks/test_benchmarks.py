@@ -88,7 +88,7 @@ def test_endtoend_on_onnx_runtime(tmp_path, monkeypatch, capsys):
     (row,) = result["rows"]
     assert result["backend"] == "onnxruntime" and row["speedup"]["n"] == row["jmp_us"]["n"] >= 5
     assert 1.2 < row["allowed"] < 2 and row["jmp_us"]["median"] > 0
-    assert row["cut_speedup"]["n"] == row["speedup"]["n"]
+    assert row["cut_speedup"]["n"] == row["bare_speedup"]["n"] == row["speedup"]["n"]
     assert "| tiny 1:9,3:5 | 2 |" in (tmp_path / "e2e.md").read_text()
 
 
