@@ -1,5 +1,5 @@
-"""Installation: constraints.txt, pyproject.toml and the scripts say the same; a device finds wheels of
-all that it asks for. Only the latter needs the network."""
+"""Installation: constraints.txt, pyproject.toml and the scripts say the same; a device finds wheels
+of all that it asks for. Only the latter needs the network."""
 
 from __future__ import annotations
 
