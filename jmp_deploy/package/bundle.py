@@ -281,8 +281,9 @@ def _copy_library(library: Path, folder: Path) -> str:
     _copy(library, folder / library.name)
     _copy(library.with_suffix(".json"), folder / f"{library.stem}.json")
     info = plugin_info(library)
-    archs = [f"sm_{arch}" for arch in info["architectures"]]
-    return f"{info['machine']} with {', '.join(archs)} or newer GPUs"
+    archs = ", ".join(f"sm_{arch}" for arch in info["architectures"])
+    major = info["cuda"].split(".")[0]
+    return f"{info['machine']}, drivers of CUDA {major} or newer, {archs} and newer GPUs"
 
 
 def _readme(
@@ -315,6 +316,7 @@ def _readme(
 Made by jmp_deploy {__version__}. Input `images` [B, {", ".join(map(str, artifact.image_shape))}]
 float32, output `{artifact.model.output}`, batch {artifact.batch[0]} to {artifact.batch[2]},
 {artifact.precision.upper()}. What it is, and how its images are prepared: `artifact/manifest.json`.
+
 It needs {target.needs(artifact)}
 
 In this folder:

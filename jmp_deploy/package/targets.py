@@ -119,9 +119,10 @@ def plugin_command(artifact: Artifact, packed: str | None, several: bool) -> lis
         "-o ../libjmp_deploy_plugin.so"
     )
     gpus = "these kinds of GPU" if several else "the GPU that is here"
-    say = f"the plugin for {gpus}, with a CUDA compiler and TensorRT's headers"
+    tools = "a CUDA compiler and TensorRT's headers"
+    say = f"the plugin for {gpus}, by {tools}"
     if packed:
-        say = f"only if plugin/libjmp_deploy_plugin.so, which is for {packed}, is not for it: {say}"
+        say = f"where {PLUGIN} ({packed}) does not fit: one for {gpus}, by {tools}"
     return [(say, f"(cd plugin/src && {build})")]
 
 
@@ -248,21 +249,19 @@ def _triton_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
 
 
 def _triton_needs(artifact: Artifact) -> str:
-    if tag := _triton_tag(artifact):
-        image = f"The image {tag} has the engine's TensorRT"
-    else:
-        wanted = (
-            artifact.engine.version if artifact.engine else "10 or 11, in which the engine is built"
-        )
-        image = (
-            "`export TAG=YY.MM-py3`: an image whose TensorRT is "
-            f"{wanted} (NVIDIA's Deep Learning Frameworks Support Matrix has the "
-            "versions; `ls /usr/lib/*/libnvinfer.so.*` in a container tells)"
-        )
-    return (
-        "Docker with NVIDIA's container toolkit, and `export REGISTRY=...`, NVIDIA's registry of "
-        f"containers (NGC). {image}; images *-trtllm-python-py3 cannot open engines like this one."
+    needs = (
+        "Docker with NVIDIA's container toolkit; `export REGISTRY=...`: NVIDIA's registry of "
+        "containers (NGC)"
     )
+    if _triton_tag(artifact) is None:
+        engine = artifact.engine
+        version = engine.version if engine else "10 or 11, in which the engine is built"
+        needs += (
+            f"; `export TAG=YY.MM-py3`: an image with TensorRT {version} (which has which: "
+            "NVIDIA's Deep Learning Frameworks Support Matrix, and "
+            "`ls /usr/lib/*/libnvinfer.so.*` in a container)"
+        )
+    return f"{needs}. Not an image *-trtllm-python-py3: it opens no plans."
 
 
 # --- DeepStream ----------------------------------------------------------------------------------
