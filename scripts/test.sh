@@ -21,7 +21,7 @@ alone() { # alone "what for" NAME==VERSION: into .venv
     jmp_step "$1" "$PYTHON" -m pip install --no-deps "$2"
 }
 lean_runtime() { # lean_runtime VERSION: a real TensorRT of 45 MB, for the plugin to register with
-  local folder="$ROOT/build/lean/$1" packages=(tensorrt-lean-cu13-{libs,bindings}=="$1")
+  local folder="$ROOT/build/lean/$1" packages=(tensorrt-lean-cu13-{libs,bindings}"==$1")
   [[ -d "$folder" ]] || { rm -rf "$folder.new" && jmp_step "lean runtime of TensorRT $1" \
     "$PYTHON" -m pip install --no-deps --target "$folder.new" "${packages[@]}" &&
     mv "$folder.new" "$folder"; }

@@ -27,7 +27,7 @@ echo "1/5 environment"
   python3 -m venv --clear --system-site-packages .venv ||
   die "python3 cannot make a virtual environment" "sudo apt-get install python3-venv"
 for wheel in wheel/*.whl; do
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$wheel[$extra]"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${wheel}[$extra]"
 done
 
 library=plugin/cuda$cuda/libjmp_deploy_plugin.so
