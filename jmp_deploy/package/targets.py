@@ -2,7 +2,7 @@
 
 Sources of the keys: Triton's model_config.proto (the tests parse what stands here with it);
 DeepStream's gstnvinfer_property_parser.h (the list of keys in the tests); Isaac ROS's
-tensor_rt_node.cpp and dnn_image_encoder_node.cpp.
+tensor_rt_node.cpp and dnn_image_encoder.launch.py in the releases 4.1 to 4.5 (the same).
 """
 
 from __future__ import annotations
@@ -357,10 +357,12 @@ def isaac_parameters(artifact: Artifact) -> dict[str, object]:
     """Of the launch file: the encoder's and the engine's."""
     given = artifact.preprocess
     return {
-        "network_image_width": given.width,
-        "network_image_height": given.height,
-        "image_mean": list(given.mean),
-        "image_stddev": list(given.std),
+        "encoder": {
+            "network_image_width": given.width,
+            "network_image_height": given.height,
+            "image_mean": list(given.mean),
+            "image_stddev": list(given.std),
+        },
         "input_binding_names": [INPUT],
         "output_binding_names": [artifact.model.output],
         "engine_file": ENGINE,
@@ -380,7 +382,9 @@ def _isaac(artifact: Artifact, name: str, plans: Plans) -> dict[str, str]:
 
 def _isaac_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
     del artifact, name
-    return [("the nodes: images in on /image, a TensorList out", "ros2 launch ./jmp.launch.py")]
+    camera = "input_image_width:=1280 input_image_height:=720"
+    say = "the nodes, for a camera of that size: images in on /image, a TensorList out"
+    return [(say, f"ros2 launch ./jmp.launch.py {camera}")]
 
 
 # --- C++ and Jetson ------------------------------------------------------------------------------
@@ -464,7 +468,10 @@ TARGETS = {
     ),
     "isaac-ros": Target(
         "Isaac ROS",
-        lambda _: "Isaac ROS's TensorRT and image encoder nodes, with TensorRT 10 or newer.",
+        lambda _: (
+            "Isaac ROS 4.1 or newer, its packages isaac_ros_tensor_rt and "
+            "isaac_ros_dnn_image_encoder. (3.2 and 4.0 have no custom_plugin_lib.)"
+        ),
         _isaac,
         _isaac_commands,
         engine=lambda _: ".",

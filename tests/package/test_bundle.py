@@ -19,6 +19,7 @@ import tarfile
 import zipfile
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -399,14 +400,78 @@ def test_deepstream_classifies_what_comes_as_probabilities_of_a_true_input(tmp_p
     assert "network-mode=0\n" in targets.deepstream_config(bf16)
 
 
-def test_isaac_ros_keeps_the_engine_that_it_is_given(tmp_path: Path) -> None:
-    files = targets.TARGETS["isaac-ros"].texts(artifact_at(tmp_path / "a"), "m", {})
-    given = json.loads(files["parameters.json"])
-    launch = files["jmp.launch.py"]
-    compile(launch, "jmp.launch.py", "exec")
-    assert '"force_engine_update": False' in launch
-    assert all(f'"{name}"' in launch for name in given)
-    assert set(re.findall(r'GIVEN\["(\w+)"\]', launch)) <= given.keys()
+ENCODER_ARGUMENTS = {
+    *("input_image_width", "input_image_height", "network_image_width", "network_image_height"),
+    *("image_mean", "image_stddev", "final_tensor_name", "tensor_name", "image_input_topic"),
+    *("camera_info_input_topic", "tensor_output_topic", "dnn_image_encoder_namespace"),
+    *("attach_to_shared_component_container", "component_container_name"),
+}
+"""That dnn_image_encoder.launch.py of Isaac ROS 4.1 to 4.5 reads, in one of them or in all."""
+TENSOR_RT_PARAMETERS = {
+    *("model_file_path", "engine_file_path", "custom_plugin_lib", "input_tensor_names"),
+    *("input_binding_names", "input_tensor_formats", "output_tensor_names", "verbose"),
+    *("output_binding_names", "output_tensor_formats", "force_engine_update", "max_batch_size"),
+}
+"""Of those that tensor_rt_node.cpp declares, in each of these releases."""
+
+
+def launched(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    """What a launch file makes, by class: stand-ins for ROS's keep what they are given."""
+    made: dict[str, dict] = {}
+
+    def recorder(name: str):
+        def make(*args, **given):
+            made[name] = given | {"args": args}
+            return made[name]
+
+        return make
+
+    for module, names in {
+        "ament_index_python.packages": ["get_package_share_directory"],
+        "launch": ["LaunchDescription"],
+        "launch.actions": ["DeclareLaunchArgument", "IncludeLaunchDescription"],
+        "launch.launch_description_sources": ["PythonLaunchDescriptionSource"],
+        "launch.substitutions": ["LaunchConfiguration"],
+        "launch_ros.actions": ["ComposableNodeContainer"],
+        "launch_ros.descriptions": ["ComposableNode"],
+    }.items():
+        fake = ModuleType(module)
+        for name in names:
+            setattr(fake, name, recorder(name))
+        monkeypatch.setitem(sys.modules, module, fake)
+        monkeypatch.setitem(sys.modules, module.partition(".")[0], fake)
+    sys.modules["launch"].LaunchDescription = recorder("LaunchDescription")
+    sys.modules["ament_index_python.packages"].get_package_share_directory = lambda _: "/share"
+    space = {"__file__": str(path)}
+    exec(compile(path.read_text(), path.name, "exec"), space)
+    space["generate_launch_description"]()
+    return made
+
+
+def test_isaac_ros_gets_what_its_nodes_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_artifact(tmp_path).preprocess
+    preprocess = dataclasses.replace(base, **IMAGENET)
+    artifact = artifact_at(tmp_path / "a", preprocess=preprocess)
+    folder = tmp_path / "b"
+    folder.mkdir()
+    for name, text in targets.TARGETS["isaac-ros"].texts(artifact, "m", {}).items():
+        (folder / name).write_text(text)
+    made = launched(folder / "jmp.launch.py", monkeypatch)
+    encoder = dict(made["IncludeLaunchDescription"]["launch_arguments"])
+    assert encoder.keys() == ENCODER_ARGUMENTS  # the node throws where the camera's size is none
+    assert encoder["image_mean"] == "[0.485, 0.456, 0.406]"
+    assert encoder["network_image_width"] == "8"
+    (engine,) = made["ComposableNode"]["parameters"]
+    assert engine.keys() == TENSOR_RT_PARAMETERS
+    assert engine["force_engine_update"] is False  # its default is to build anew
+    assert engine["engine_file_path"] == str(folder / "model.plan")
+    assert engine["custom_plugin_lib"] == str(folder / "plugin" / "libjmp_deploy_plugin.so")
+    assert engine["input_tensor_names"] == [encoder["tensor_name"]]
+    assert engine["output_binding_names"] == ["logits"] and engine["max_batch_size"] == 8
+    name = made["ComposableNodeContainer"]["name"]
+    assert encoder["component_container_name"] == f"/{name}"
 
 
 def test_the_clients_and_scripts_are_well_formed() -> None:
