@@ -24,10 +24,9 @@ inline Layout layout_of_library(void* library) noexcept {
   int32_t const minor = version("getInferLibMinorVersion");
   if (major == 10) return Layout::kTensorRT10;
   if (major == 11) return Layout::kTensorRT11;
-  // TensorRT-RTX: 1.0 has the old layout by its documentation, 1.7 the new one by trial; nobody
-  // told us where between them it changed.
-  if (major == 1 && minor >= 7) return Layout::kTensorRT11;
-  if (major == 1 && minor == 0) return Layout::kTensorRT10;
+  // TensorRT-RTX: 1.0 has the old layout by its documentation, by trial 1.4 has the old one and 1.5,
+  // 1.6 and 1.7 have the new one.
+  if (major == 1) return minor >= 5 ? Layout::kTensorRT11 : Layout::kTensorRT10;
   return Layout::kUnknown;
 }
 

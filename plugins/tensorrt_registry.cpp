@@ -121,8 +121,9 @@ std::vector<TensorRT> find_tensorrt() {
     dlclose(library);  // gives back what RTLD_NOLOAD counted
   }
   // Polygraphy's command line opens plugins first. Whoever comes later gets the same library.
-  constexpr char const* kNames[] = {"libnvinfer.so.11", "libnvinfer.so.10", "libtensorrt_rtx.so.1",
-                                    "libtensorrt_rtx.so"};
+  constexpr char const* kNames[] = {"libnvinfer.so.11",      "libnvinfer.so.10",
+                                    "libtensorrt_rtx.so.1",  "libtensorrt_rtx.so",
+                                    "libnvinfer_lean.so.11", "libnvinfer_lean.so.10"};
   for (char const* name : kNames) {
     if (!found.empty()) break;
     void* library = dlopen(name, RTLD_LAZY | RTLD_LOCAL);

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Opens a plugin that was compiled for a Jetson (`plugin build --for thor`) under qemu-user, and asks
-# it for its creators. Not part of the tests: needs aarch64-linux-gnu-g++ and qemu-aarch64(-static).
+# Opens a plugin that was compiled for a Jetson (`plugin build --for thor|orin`) under qemu-user, and
+# asks it for its creators. Not part of the tests: needs aarch64-linux-gnu-g++ and qemu-aarch64(-static).
 #
 #   scripts/aarch64_check.sh LIBRARY
 #

@@ -14,11 +14,22 @@ cd "$ROOT" || exit 2
 echo "jmp_deploy tests: environment"
 jmp_env export,rtx,nvcc,runtime,dev
 BIN="$VENV/bin"
-# Types of TensorRT for mypy. Its dependency, TensorRT itself, is neither needed nor everywhere to
-# be had, hence --no-deps; without the stubs mypy knows a little less.
-if ! "$PYTHON" -c 'import importlib.metadata as m; m.version("tensorrt-stubs")' 2>/dev/null; then
-  jmp_step "tensorrt-stubs, for mypy" "$PYTHON" -m pip install --no-deps tensorrt-stubs==10.13.0.35.1 || true
-fi
+# Each without what it depends on, which is not needed here, or not everywhere to be had. Where one is
+# not to be had either, a test says that it is skipped, or mypy knows a little less.
+alone() { # alone "what for" NAME==VERSION: into .venv
+  "$PYTHON" -c 'import importlib.metadata as m, sys; m.version(sys.argv[1])' "${2%%==*}" 2>/dev/null ||
+    jmp_step "$1" "$PYTHON" -m pip install --no-deps "$2"
+}
+lean_runtime() { # lean_runtime VERSION: a real TensorRT of 45 MB, for the plugin to register with
+  local folder="$ROOT/build/lean/$1" packages=(tensorrt-lean-cu13-{libs,bindings}"==$1")
+  [[ -d "$folder" ]] || { rm -rf "$folder.new" && jmp_step "lean runtime of TensorRT $1" \
+    "$PYTHON" -m pip install --no-deps --target "$folder.new" "${packages[@]}" &&
+    mv "$folder.new" "$folder"; }
+}
+alone "tensorrt-stubs, for mypy" tensorrt-stubs==10.13.0.35.1
+alone "tritonclient, for the proto of Triton's configuration" tritonclient==2.73.0
+lean_runtime 10.16.1.11
+lean_runtime 11.4.0.106
 
 failed=()
 check() { # check NAME COMMAND...

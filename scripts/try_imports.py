@@ -30,7 +30,7 @@ def wanted(extras: list[str]) -> list[Package]:
         if not package.optional
         and (package.extra in extras or ("export" in extras and package.module in WITH_EXPORT))
     ]
-    if "rtx" in extras and platform.machine() == "x86_64":
+    if "rtx" in extras and platform.machine() in ("aarch64", "x86_64"):
         found.append(TENSORRT_RTX)
     return found
 

@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
         (
             "package artifacts/deit_s --for jetson",
             "package artifacts/deit_s --for triton --tensorrt 10.3 -o bundles/deit_s",
+            "package artifacts/l4 --for triton --also artifacts/h100     # by GPU",
             "package bundles/deit_s.tar --verify -o deit_s       # checks, then unpacks",
         ),
     )
@@ -49,6 +50,13 @@ def add(commands: Any) -> None:
         dest="with_engine",
         action="store_false",
         help="leave the engine out: it is built on the target (always so for jetson)",
+    )
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="triton: the same model with an engine for another kind of GPU (may be repeated)",
     )
     parser.add_argument(
         "--no-wheel", dest="with_wheel", action="store_false", help="leave jmp_deploy out"
@@ -83,7 +91,7 @@ def _package(given: argparse.Namespace) -> int:
         out = given.out or Path("bundles") / name
         made = bundle.make_bundle(artifact, flags.fill(bundle.BundleOptions, given, out=out))
         size = sum(made.files.values()) / 1e6
-        library = any(path.startswith("plugin/lib") for path in made.files)
+        library = any(path.endswith(".so") for path in made.files)
         rows = [
             ("bundle", f"{made.folder} and {made.tar}"),
             ("files", f"{len(made.files)}, {size:.1f} MB"),

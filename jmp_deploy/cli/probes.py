@@ -223,8 +223,10 @@ def _tensorrt() -> Iterator[Check]:
         fix: str | None = install_command(package.extra)
         if name not in trials:
             found = "not installed"
-            if rtx and platform.machine() != "x86_64":
-                found, fix = f"{found}; pip has it for x86-64 only", None
+            if rtx and jetson_linux() is not None:
+                found, fix = f"{found}; of no use here: it knows no GPU of a Jetson", None
+            elif rtx and platform.machine() not in ("aarch64", "x86_64"):
+                found, fix = f"{found}; pip has it for x86-64 and aarch64", None
             elif not rtx and jetson_linux() is not None:
                 found = "not visible to this Python; JetPack's is the system's: make the virtual "
                 found += "environment with --system-site-packages"

@@ -25,8 +25,8 @@ from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, CheckError, EngineError
 from ..core.files import sha256, write_bytes
 from ..core.images import as_picture
-from ..plugin.library import OTHER_SOURCES, SOURCES, prebuilt_for, sources_dir
-from .targets import TARGETS, engine_command, plugin_command
+from ..plugin.library import OTHER_SOURCES, SOURCES, plugin_info, prebuilt_for, sources_dir
+from .targets import ENGINE, TARGETS, engine_command, plans_of, plugin_command
 from .wheel import write_wheel
 
 SUMS = "SHA256SUMS"
@@ -48,6 +48,7 @@ class BundleOptions:
         with_wheel: whether jmp_deploy itself goes along.
         allow_random: whether random weights may be packed.
         workspace_mb: limit of the builder's scratch memory on the target.
+        also: folders of artifacts of the same model, with engines for other kinds of GPU.
     """
 
     target: str
@@ -57,6 +58,7 @@ class BundleOptions:
     with_wheel: bool = True
     allow_random: bool = False
     workspace_mb: int | None = None
+    also: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,13 @@ def make_bundle(artifact: Artifact, options: BundleOptions) -> Bundle:
     if with_engine:
         _refuse_engine(artifact, options, target.title)
     artifact.verify()
+    others = _others(artifact, options, with_engine)
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", artifact.folder.resolve().name).strip("_") or "model"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".bundle-") as temporary:
             folder = Path(temporary) / "bundle"
-            _fill(folder, artifact, options, name, with_engine)
+            _fill(folder, artifact, others, options, name, with_engine)
             files = {path: (folder / path).stat().st_size for path in _walk(folder)}
             folder_tar = Path(temporary) / "bundle.tar"
             _pack(folder, folder_tar, out.name)
@@ -172,8 +175,54 @@ def _refuse_engine(artifact: Artifact, options: BundleOptions, title: str) -> No
         )
 
 
+def _others(artifact: Artifact, options: BundleOptions, with_engine: bool) -> list[Artifact]:
+    """The artifacts whose engines go along, each for a kind of GPU that no other is for."""
+    if options.also and not (TARGETS[options.target].plans and with_engine):
+        raise ArtifactError(
+            "--also adds engines for other kinds of GPU, which triton takes, beside the first",
+            "leave it out, or make a bundle for each kind of GPU",
+        )
+    others = [Artifact.read(folder) for folder in options.also]
+    taken: dict[str, Path] = {}
+    for other in [artifact, *others] if others else []:
+        _refuse_engine(other, options, TARGETS[options.target].title)
+        engine = other.engine
+        assert engine is not None  # or it was refused
+        if other.entry(parts.DEPLOYABLE) != artifact.entry(parts.DEPLOYABLE):
+            raise ArtifactError(
+                f"{other.folder} is not the model of {artifact.folder}: another {parts.DEPLOYABLE}",
+                "copy the artifact to the other GPU, and `run DIR PHOTO --rebuild` there",
+            )
+        first, own = (
+            (each.engine.version, each.batch, each.engine.embeds_plugin)
+            for each in (artifact, other)
+            if each.engine
+        )
+        if first != own:
+            raise EngineError(
+                f"{artifact.folder} and {other.folder} differ in TensorRT, batch or "
+                f"--embed-plugin: {first} and {own}",
+                "one server has one TensorRT and one configuration: build both alike",
+            )
+        archs = ", ".join(engine.targets)
+        if len(engine.targets) != 1 or archs in taken:
+            raise EngineError(
+                f"{other.folder} has an engine for {archs or 'unknown GPUs'}"
+                + (f", as {taken[archs]} has" if archs in taken else ""),
+                "Triton chooses by the GPU: each engine has to be for a kind of its own",
+            )
+        taken[archs] = other.folder
+        other.verify(parts.ENGINE)
+    return others
+
+
 def _fill(
-    folder: Path, artifact: Artifact, options: BundleOptions, name: str, with_engine: bool
+    folder: Path,
+    artifact: Artifact,
+    others: list[Artifact],
+    options: BundleOptions,
+    name: str,
+    with_engine: bool,
 ) -> None:
     target = TARGETS[options.target]
     inner = folder / "artifact"
@@ -196,39 +245,66 @@ def _fill(
         ),
     )
     Artifact.from_json(_without_paths(portable.to_json()), inner).write()
+    plans = plans_of([artifact, *others]) if others else {}
     if with_engine and target.engine:
-        _copy(artifact.path(parts.ENGINE), folder / target.engine(name))
+        into = folder / target.engine(name)
+        for source, plan in zip([artifact, *others], plans.values() or [ENGINE], strict=True):
+            _copy(source.path(parts.ENGINE), into / plan)
+    packed = None
     if artifact.jmp:
-        for source in (*SOURCES, *OTHER_SOURCES, "CMakeLists.txt"):
-            _copy(sources_dir() / source, folder / "plugin" / "src" / source)
-        machine = "aarch64" if options.target == "jetson" else "x86_64"
-        if library := prebuilt_for(machine):
-            _copy(library, folder / "plugin" / library.name)
-            _copy(library.with_suffix(".json"), folder / "plugin" / f"{library.stem}.json")
+        for file in (*SOURCES, *OTHER_SOURCES, "CMakeLists.txt"):
+            _copy(sources_dir() / file, folder / "plugin" / "src" / file)
+        # A Jetson's driver takes its own CUDA only: one of each, and install.sh chooses.
+        for major in (12, 13) if options.target == "jetson" else ():
+            if library := prebuilt_for("aarch64", cuda=major):
+                _copy_library(library, folder / "plugin" / f"cuda{major}")
+        if options.target != "jetson" and (library := prebuilt_for("x86_64")):
+            packed = _copy_library(library, folder / "plugin")
     if options.with_wheel:
         (folder / "wheel").mkdir()
         write_wheel(folder / "wheel")
-    as_picture(artifact.reference().images[0], artifact.preprocess).save(folder / "photo.png")
+    photo = as_picture(artifact.reference().images[0], artifact.preprocess)
+    photo.save(folder / "photo.png")
+    if options.target == "cpp":  # its runner reads no other
+        photo.convert("RGB").save(folder / "photo.ppm")
     described = artifact if with_engine else portable
-    texts = target.texts(portable, name)
-    texts["README.md"] = _readme(described, options, name, with_engine)
+    texts = target.texts(portable, name, plans)
+    texts["README.md"] = _readme(described, options, name, with_engine, packed, bool(plans))
     for path, text in texts.items():
         write_bytes(folder / path, text.encode())
     sums = "".join(f"{sha256(folder / path)}  {path}\n" for path in _walk(folder))
     write_bytes(folder / SUMS, sums.encode())
 
 
-def _readme(artifact: Artifact, options: BundleOptions, name: str, with_engine: bool) -> str:
+def _copy_library(library: Path, folder: Path) -> str:
+    """Copies a compiled plugin with what is known of it; says what it is for."""
+    _copy(library, folder / library.name)
+    _copy(library.with_suffix(".json"), folder / f"{library.stem}.json")
+    info = plugin_info(library)
+    archs = ", ".join(f"sm_{arch}" for arch in info["architectures"])
+    major = info["cuda"].split(".")[0]
+    return f"{info['machine']}, drivers of CUDA {major} or newer, {archs} and newer GPUs"
+
+
+def _readme(
+    artifact: Artifact,
+    options: BundleOptions,
+    name: str,
+    with_engine: bool,
+    packed: str | None,
+    several: bool,
+) -> str:
     target = TARGETS[options.target]
     commands = [("that the bundle is whole", f"sha256sum --quiet -c {SUMS}")]
     if target.engine:
-        commands += plugin_command(artifact)
+        commands += plugin_command(artifact, packed, several)
         if not with_engine:
-            engine = target.engine(name)
-            folder = str(PurePosixPath(engine).parent)
+            folder = target.engine(name)
             made = "" if folder == "." else f"mkdir -p {folder} && "
-            build = engine_command(artifact, engine)
-            commands.append(("the engine, where it will run", made + build))
+            inside = target.inside(artifact) if target.inside else ""
+            plan = str(PurePosixPath(folder) / ENGINE)
+            build = engine_command(artifact, plan, inside)
+            commands.append(("the engine, on the kind of GPU that will run it", made + build))
     commands += target.commands(artifact, name)
     steps = "\n".join(
         f"{number}. {what[0].upper()}{what[1:]}:\n\n   ```\n   {command}\n   ```\n"
@@ -240,6 +316,8 @@ def _readme(artifact: Artifact, options: BundleOptions, name: str, with_engine: 
 Made by jmp_deploy {__version__}. Input `images` [B, {", ".join(map(str, artifact.image_shape))}]
 float32, output `{artifact.model.output}`, batch {artifact.batch[0]} to {artifact.batch[2]},
 {artifact.precision.upper()}. What it is, and how its images are prepared: `artifact/manifest.json`.
+
+It needs {target.needs(artifact)}
 
 In this folder:
 
@@ -263,6 +341,8 @@ def _without_paths(value: Any) -> Any:
     absolute = re.compile(r"^([^/=]*=)?[~]?/.*$")
     if not any(absolute.match(word) for word in words):
         return value
+    if words[0] == "cd" and words[2:3] == ["&&"]:  # into a folder of this machine
+        words = words[3:]
     kept = [
         (match[1] or "") + Path(word).name if (match := absolute.match(word)) else word
         for word in words

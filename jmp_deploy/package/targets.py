@@ -2,14 +2,14 @@
 
 Sources of the keys: Triton's model_config.proto (the tests parse what stands here with it);
 DeepStream's gstnvinfer_property_parser.h (the list of keys in the tests); Isaac ROS's
-tensor_rt_node.cpp and dnn_image_encoder_node.cpp.
+tensor_rt_node.cpp and dnn_image_encoder.launch.py in the releases 4.1 to 4.5 (the same).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -19,21 +19,14 @@ from ..core.images import INPUT
 from ..core.outputs import PROBABILITIES, output_named
 
 TRITON_IMAGES = {
-    "10.0": "24.06-trtllm-python-py3",
-    "10.1": "24.07-trtllm-python-py3",
-    "10.3": "24.08-trtllm-python-py3",
-    "10.4": "24.10-trtllm-python-py3",
-    "10.6": "24.11-trtllm-python-py3",
-    "10.7": "24.12-trtllm-python-py3",
-    "10.8": "25.02-trtllm-python-py3",
-    "10.9": "25.05-trtllm-python-py3",
-    "10.10": "25.07-trtllm-python-py3",
-    "10.11": "25.10-trtllm-python-py3",
-    "10.13": "26.02-trtllm-python-py3",
-    "10.14": "26.07-trtllm-python-py3",
+    "10.3": "24.08-py3",
+    "10.5": "24.10-py3",
+    "10.7": "24.12-py3",
+    "10.8": "25.01-py3",
 }
 """TensorRT -> tag of NVIDIA's tritonserver image that has it. Source: docs/introduction/
-compatibility.md of triton-inference-server/server at 26.07, the rows that name a TensorRT."""
+release_notes.md of triton-inference-server/server in the branches of these releases; later ones
+name no TensorRT. The images *-trtllm-python-py3 have others, and no backend for plans."""
 
 PLUGIN = "plugin/libjmp_deploy_plugin.so"
 """Where a bundle's configurations expect the compiled plugin: of the machine that serves."""
@@ -49,21 +42,32 @@ LEAST_PROBABILITY = 0.1
 """Below which nvinfer's classifier gives a frame no class."""
 
 
+Plans = dict[str, str]
+"""Compute capability -> file of its engine, where a bundle has several, as {"8.6":
+"model.sm_86.plan"}. Empty for one engine, ENGINE, or none yet."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A serving stack.
 
     Attributes:
         title: its name.
-        texts: file of the bundle -> its content.
-        engine: where the bundle's engine lies; None for one that is built on the device.
+        needs: what has to be there, in words, of an artifact.
+        texts: file of the bundle -> its content; of an artifact, its name and its `plans`.
         commands: of the README: what each does, and the command.
+        engine: folder of the bundle's engines; None where one is built on the device.
+        inside: what a command starts with that builds the engine in the server's own container.
+        plans: whether it takes an engine for each kind of GPU.
     """
 
     title: str
-    texts: Callable[[Artifact, str], dict[str, str]]
+    needs: Callable[[Artifact], str]
+    texts: Callable[[Artifact, str, Plans], dict[str, str]]
     commands: Callable[[Artifact, str], list[tuple[str, str]]]
     engine: Callable[[str], str] | None = None
+    inside: Callable[[Artifact], str] | None = None
+    plans: bool = False
 
 
 def template(name: str) -> str:
@@ -71,28 +75,54 @@ def template(name: str) -> str:
     return (files(__package__) / "templates" / name).read_text(encoding="utf-8")
 
 
-def engine_command(artifact: Artifact, engine: str) -> str:
-    """trtexec's command that builds a bundle's engine on the target."""
+def plans_of(artifacts: Sequence[Artifact]) -> Plans:
+    """The plans of artifacts that have an engine for one kind of GPU each."""
+    found = {}
+    for artifact in artifacts:
+        assert artifact.engine is not None
+        (arch,) = artifact.engine.targets
+        number = arch.removeprefix("sm_")
+        found[f"{number[:-1]}.{number[-1]}"] = f"model.{arch}.plan"
+    return found
+
+
+def engine_command(artifact: Artifact, engine: str, inside: str) -> str:
+    """trtexec's command that builds a bundle's engine on the target.
+
+    Args:
+        inside: the container's start, or "" for this machine; there trtexec lies where the packages
+            of TensorRT put it, and is not on PATH.
+    """
     shapes = [
         f"--{name}Shapes={INPUT}:{batch}x{'x'.join(map(str, artifact.image_shape))}"
         for name, batch in zip(("min", "opt", "max"), artifact.batch, strict=True)
     ]
     # "--stronglyTyped" is the default from TensorRT 11 on, and still known there.
-    words = ["trtexec", "--onnx=artifact/model.trt.onnx", "--stronglyTyped", *shapes]
+    program = f"{inside}/usr/src/tensorrt/bin/trtexec" if inside else "trtexec"
+    words = [program, "--onnx=artifact/model.trt.onnx", "--stronglyTyped", *shapes]
     plugin = [f"--dynamicPlugins={PLUGIN}"] if artifact.jmp else []
     return " ".join([*words, *plugin, f"--saveEngine={engine}"])
 
 
-def plugin_command(artifact: Artifact) -> list[tuple[str, str]]:
-    """Of the README of a stack that loads the plugin from a fixed place."""
+def plugin_command(artifact: Artifact, packed: str | None, several: bool) -> list[tuple[str, str]]:
+    """Of the README of a stack that loads the plugin from a fixed place.
+
+    Args:
+        packed: what the library is for that the bundle has, in words; None without one.
+        several: the GPUs are of more than one kind.
+    """
     if artifact.jmp is None:
         return []
     build = (
-        "nvcc -shared -std=c++17 -O3 -cudart=static -arch=native -Xcompiler=-fPIC,"
-        "-fvisibility=hidden -Xlinker=--version-script=exports.map *.cu *.cpp "
+        f"nvcc -shared -std=c++17 -O3 -cudart=static -arch={'all-major' if several else 'native'} "
+        "-Xcompiler=-fPIC,-fvisibility=hidden -Xlinker=--version-script=exports.map *.cu *.cpp "
         "-o ../libjmp_deploy_plugin.so"
     )
-    say = "the plugin for the GPU that is here (unless plugin/ has one for this machine)"
+    gpus = "these kinds of GPU" if several else "the GPU that is here"
+    tools = "a CUDA compiler and TensorRT's headers"
+    say = f"the plugin for {gpus}, by {tools}"
+    if packed:
+        say = f"where {PLUGIN} ({packed}) does not fit: one for {gpus}, by {tools}"
     return [(say, f"(cd plugin/src && {build})")]
 
 
@@ -106,13 +136,22 @@ def labels(artifact: Artifact) -> list[str] | None:
 # --- Triton --------------------------------------------------------------------------------------
 
 
-def triton_config(artifact: Artifact, name: str, width: int) -> str:
+def triton_config(artifact: Artifact, name: str, width: int, plans: Plans) -> str:
     """config.pbtxt: batching, CUDA graphs, warm-up, labels.
 
     Args:
         name: of the model in the repository.
         width: values per image of its output.
     """
+    # With several, none is the default: on a GPU of another kind Triton then says which is missing.
+    files = (
+        f'default_model_filename: "{ENGINE}"'
+        if not plans
+        else "\n".join(
+            f'cc_model_filenames {{ key: "{capability}" value: "{plan}" }}'
+            for capability, plan in plans.items()
+        )
+    )
     least, best, most = artifact.batch
     shape = ", ".join(map(str, artifact.image_shape))
     label = '\n    label_filename: "labels.txt"' if labels(artifact) else ""
@@ -122,7 +161,7 @@ def triton_config(artifact: Artifact, name: str, width: int) -> str:
 name: {json.dumps(name)}
 platform: "tensorrt_plan"
 max_batch_size: {most}
-default_model_filename: "{ENGINE}"
+{files}
 input [
   {{
     name: "{INPUT}"
@@ -175,40 +214,54 @@ def triton_image(version: str) -> str | None:
     return TRITON_IMAGES.get(".".join(version.split(".")[:2]))
 
 
-def _triton(artifact: Artifact, name: str) -> dict[str, str]:
+def _triton(artifact: Artifact, name: str, plans: Plans) -> dict[str, str]:
     width = int(artifact.reference().output.shape[1])
     return {
-        f"models/{name}/config.pbtxt": triton_config(artifact, name, width),
+        f"models/{name}/config.pbtxt": triton_config(artifact, name, width, plans),
         **_label_file(artifact, f"models/{name}/labels.txt"),
         "client.py": template("client.py.txt"),
     }
 
 
-def _triton_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
-    version = artifact.engine.version if artifact.engine else ""
-    tag = triton_image(version) or "TAG"
-    how = (
-        "The tag has the engine's TensorRT."
-        if tag != "TAG"
-        else "TAG: one with a TensorRT of 10.0 or newer; the engine is built in it."
+def _triton_tag(artifact: Artifact) -> str | None:
+    return triton_image(artifact.engine.version) if artifact.engine else None
+
+
+def _triton_container(artifact: Artifact) -> str:
+    return (
+        'docker run --rm --gpus all --network host -v "$PWD":/bundle -w /bundle '
+        f"$REGISTRY/nvidia/tritonserver:{_triton_tag(artifact) or '$TAG'} "
     )
+
+
+def _triton_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
     plugins = f" --backend-config=tensorrt,plugins=/bundle/{PLUGIN}" if artifact.jmp else ""
     if artifact.engine and artifact.engine.embeds_plugin:
         plugins = " --backend-config=tensorrt,version-compatible=true"  # allows host code
-    start = (
-        f'docker run --rm --gpus all --network host -v "$PWD":/bundle -w /bundle '
-        f"$REGISTRY/nvidia/tritonserver:{tag} "
-    )
+    serve = f"tritonserver --model-repository=/bundle/models{plugins}"
     return [
-        (
-            f"the server. $REGISTRY: NVIDIA's (NGC). {how}",
-            f"{start}tritonserver --model-repository=/bundle/models{plugins}",
-        ),
+        ("the server", _triton_container(artifact) + serve),
         (
             "a photo, elsewhere",
             f'pip install "tritonclient[http]" wheel/*.whl && python client.py {name} photo.png',
         ),
     ]
+
+
+def _triton_needs(artifact: Artifact) -> str:
+    needs = (
+        "Docker with NVIDIA's container toolkit; `export REGISTRY=...`: NVIDIA's registry of "
+        "containers (NGC)"
+    )
+    if _triton_tag(artifact) is None:
+        engine = artifact.engine
+        version = engine.version if engine else "10 or 11, in which the engine is built"
+        needs += (
+            f"; `export TAG=YY.MM-py3`: an image with TensorRT {version} (which has which: "
+            "NVIDIA's Deep Learning Frameworks Support Matrix, and "
+            "`ls /usr/lib/*/libnvinfer.so.*` in a container)"
+        )
+    return f"{needs}. Not an image *-trtllm-python-py3: it opens no plans."
 
 
 # --- DeepStream ----------------------------------------------------------------------------------
@@ -275,8 +328,8 @@ def deepstream_config(artifact: Artifact) -> str:
     return "\n".join([*lines, ""])
 
 
-def _deepstream(artifact: Artifact, name: str) -> dict[str, str]:
-    del name
+def _deepstream(artifact: Artifact, name: str, plans: Plans) -> dict[str, str]:
+    del name, plans
     return {
         "config_infer.txt": deepstream_config(artifact),
         **_label_file(artifact, "labels.txt", ";"),
@@ -304,10 +357,12 @@ def isaac_parameters(artifact: Artifact) -> dict[str, object]:
     """Of the launch file: the encoder's and the engine's."""
     given = artifact.preprocess
     return {
-        "network_image_width": given.width,
-        "network_image_height": given.height,
-        "image_mean": list(given.mean),
-        "image_stddev": list(given.std),
+        "encoder": {
+            "network_image_width": given.width,
+            "network_image_height": given.height,
+            "image_mean": list(given.mean),
+            "image_stddev": list(given.std),
+        },
         "input_binding_names": [INPUT],
         "output_binding_names": [artifact.model.output],
         "engine_file": ENGINE,
@@ -316,8 +371,8 @@ def isaac_parameters(artifact: Artifact) -> dict[str, object]:
     }
 
 
-def _isaac(artifact: Artifact, name: str) -> dict[str, str]:
-    del name
+def _isaac(artifact: Artifact, name: str, plans: Plans) -> dict[str, str]:
+    del name, plans
     return {
         "jmp.launch.py": template("isaac.launch.py.txt"),
         "parameters.json": json.dumps(isaac_parameters(artifact), indent=2) + "\n",
@@ -327,14 +382,16 @@ def _isaac(artifact: Artifact, name: str) -> dict[str, str]:
 
 def _isaac_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
     del artifact, name
-    return [("the nodes: images in on /image, a TensorList out", "ros2 launch ./jmp.launch.py")]
+    camera = "input_image_width:=1280 input_image_height:=720"
+    say = "the nodes, for a camera of that size: images in on /image, a TensorList out"
+    return [(say, f"ros2 launch ./jmp.launch.py {camera}")]
 
 
 # --- C++ and Jetson ------------------------------------------------------------------------------
 
 
-def _cpp(artifact: Artifact, name: str) -> dict[str, str]:
-    del name
+def _cpp(artifact: Artifact, name: str, plans: Plans) -> dict[str, str]:
+    del name, plans
     given = artifact.preprocess
     numbers = [given.height, given.width, given.resize, int(given.crop_mode == "squash")]
     lines = [
@@ -356,25 +413,28 @@ def _cpp_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
     return [
         ("the runner", "cmake -S . -B build && cmake --build build"),
         (
-            "a photo (a binary PPM: `convert photo.jpg photo.ppm`)",
+            "a photo (of your own: `convert photo.jpg photo.ppm`)",
             f"build/runner {ENGINE} {plugin} photo.ppm",
         ),
     ]
 
 
-def _jetson(artifact: Artifact, name: str) -> dict[str, str]:
-    del artifact, name
+def _jetson(artifact: Artifact, name: str, plans: Plans) -> dict[str, str]:
+    del artifact, name, plans
     return {"install.sh": template("install.sh")}
 
 
 def _jetson_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]:
-    del artifact, name
-    python = ".venv/bin/python -m jmp_deploy"
+    del name
+    random = " --allow-random" if artifact.is_random else ""
     return [
-        ("an environment, the plugin, the engine, its check, its speed", "bash install.sh"),
-        ("a photo", f"{python} run artifact photo.png"),
+        (
+            "an environment, the plugin, the engine, its check, its speed",
+            f"bash install.sh{random}",
+        ),
+        ("a photo", f"./jmp run artifact photo.png{random}"),
         ("the fastest clocks, until the next start", "sudo nvpmodel -m 0 && sudo jetson_clocks"),
-        ("latency, throughput and power", f"{python} bench artifact -b 1"),
+        ("latency, throughput and power", "./jmp bench artifact -b 1"),
     ]
 
 
@@ -384,9 +444,43 @@ def _label_file(artifact: Artifact, path: str, end: str = "\n") -> dict[str, str
 
 
 TARGETS = {
-    "jetson": Target("Jetson", _jetson, _jetson_commands),
-    "triton": Target("Triton", _triton, _triton_commands, lambda name: f"models/{name}/1/{ENGINE}"),
-    "deepstream": Target("DeepStream", _deepstream, _deepstream_commands, lambda _: ENGINE),
-    "isaac-ros": Target("Isaac ROS", _isaac, _isaac_commands, lambda _: ENGINE),
-    "cpp": Target("C++", _cpp, _cpp_commands, lambda _: ENGINE),
+    "jetson": Target(
+        "Jetson",
+        lambda _: "JetPack 6.1 to 7.2, `python3-libnvinfer`, `python3-venv`, and pip's network.",
+        _jetson,
+        _jetson_commands,
+    ),
+    "triton": Target(
+        "Triton",
+        _triton_needs,
+        _triton,
+        _triton_commands,
+        engine=lambda name: f"models/{name}/1",
+        inside=_triton_container,
+        plans=True,
+    ),
+    "deepstream": Target(
+        "DeepStream",
+        lambda _: "a DeepStream with TensorRT 10 or newer.",
+        _deepstream,
+        _deepstream_commands,
+        engine=lambda _: ".",
+    ),
+    "isaac-ros": Target(
+        "Isaac ROS",
+        lambda _: (
+            "Isaac ROS 4.1 or newer, its packages isaac_ros_tensor_rt and "
+            "isaac_ros_dnn_image_encoder. (3.2 and 4.0 have no custom_plugin_lib.)"
+        ),
+        _isaac,
+        _isaac_commands,
+        engine=lambda _: ".",
+    ),
+    "cpp": Target(
+        "C++",
+        lambda _: "TensorRT 10 or 11 with its headers, CUDA, CMake 3.22, a C++ compiler.",
+        _cpp,
+        _cpp_commands,
+        engine=lambda _: ".",
+    ),
 }

@@ -192,13 +192,14 @@ def plugin_library(*, build: bool = True) -> Path:
     )
 
 
-def prebuilt_for(machine: str) -> Path | None:
-    """A cached library of these sources for a kind of machine ("aarch64"), that for the most
-    architectures; None where none was built."""
+def prebuilt_for(machine: str, cuda: int | None = None) -> Path | None:
+    """A cached library of these sources for a kind of machine ("aarch64"), and of a major version
+    of CUDA if one is named, that for the most architectures; None where none was built."""
     found = [
         library
         for library, info in _cached()
         if (info.get("sources"), info.get("machine")) == (_hash(), machine)
+        and cuda in (None, int(str(info.get("cuda", "0")).split(".")[0]))
     ]
     return found[-1] if found else None
 

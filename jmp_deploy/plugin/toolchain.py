@@ -33,6 +33,19 @@ OLDEST_TENSORRT = (10, 0)
 
 CROSS_CXX, CROSS_APT = "aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu"
 AARCH64_TARGETS = ("aarch64-linux", "sbsa-linux")
+# By major version of CUDA, where to get them: the wheels of CUDA 12 have neither nvcc nor a static
+# runtime (looked into: 12.6 and 12.9).
+NVCC_OF = {
+    12: "of NVIDIA's toolkit or Debian's nvidia-cuda-toolkit: the wheels of CUDA 12 have none",
+    13: "such as that of `pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'`",
+}
+RUNTIME_OF = {
+    12: "set JMP_AARCH64_CUDA to a folder with it and libcudadevrt.a: copied from the device's "
+    "/usr/local/cuda/targets/aarch64-linux/lib, of NVIDIA's cuda-cross-aarch64, or of Debian's "
+    "nvidia-cuda-dev for arm64 (dpkg -x)",
+    13: "python -m pip download --no-deps --only-binary=:all: --platform manylinux2014_aarch64 "
+    "'nvidia-cuda-runtime=={}.*', unzip the wheel, and set JMP_AARCH64_CUDA to that folder",
+}
 
 INSTALL_HEADERS = (
     "pip install kernel-lens (its wheel has them), or apt install libnvinfer-headers-dev, "
@@ -108,7 +121,7 @@ def find_cross_toolchain(device: Device) -> Toolchain:
         raise ToolchainError(
             f"{device.title} needs the compiler of CUDA {device.cuda}, "
             f"{found.nvcc} is of {found.cuda_version}",
-            f"set JMP_NVCC to an nvcc of CUDA {device.cuda}",
+            f"set JMP_NVCC to an nvcc of CUDA {device.cuda}, {NVCC_OF[device.cuda]}",
         )
     if platform.machine() == "aarch64":
         return found
@@ -128,9 +141,7 @@ def find_cross_toolchain(device: Device) -> Toolchain:
         where = " or ".join(map(str, folders))
         raise ToolchainError(
             f"no CUDA runtime of aarch64: no libcudart_static.a for it below {where}",
-            "python -m pip download --no-deps --only-binary=:all: --platform manylinux2014_aarch64 "
-            f"'nvidia-cuda-runtime=={'.'.join(found.cuda_version.split('.')[:2])}.*', unzip the "
-            "wheel, and set JMP_AARCH64_CUDA to that folder",
+            RUNTIME_OF[device.cuda].format(".".join(found.cuda_version.split(".")[:2])),
         )
     # A toolkit of one target has its headers there alone; those of both are the same.
     includes = f"-I{root / 'include'}"

@@ -19,6 +19,7 @@ import tarfile
 import zipfile
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -65,7 +66,10 @@ def test_a_bundle_is_whole_elsewhere_and_tells_nothing_of_here(
     weights = dataclasses.replace(
         make_artifact(tmp_path).weights, path=str(made_in / "secret" / "w.safetensors")
     )
-    rebuild = f"python -m jmp_deploy build deit_s --weights '{made_in}/secret/w.safetensors'"
+    rebuild = (
+        f"cd '{made_in}' && python -m jmp_deploy build deit_s "
+        f"--weights '{made_in}/secret/w.safetensors'"
+    )
     folder = made_in / "my model"
     artifact_at(folder, weights=weights, rebuild=f"{rebuild} -o='{folder}'")
     out = tmp_path / "out of here" / "bundle"
@@ -249,23 +253,29 @@ def test_what_is_no_bundle_is_one_message(tmp_path: Path, whole: bundle.Bundle) 
 # --- What the stacks read ------------------------------------------------------------------------
 
 
-def test_triton_parses_its_configuration(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def triton_config():
+    """Triton's ModelConfig by its own proto, of text; scripts/test.sh installs it."""
     from google.protobuf import text_format
 
     spec = find_spec("tritonclient")
     if spec is None:
-        pytest.skip("tritonclient is not installed")
+        pytest.skip("tritonclient is not installed: pip install --no-deps tritonclient")
     # By its path: the package around it asks for grpcio, which the proto does not need.
     path = Path(spec.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
     spec = spec_from_file_location("model_config_pb2", path)
     proto = module_from_spec(spec)
     spec.loader.exec_module(proto)
+    return lambda text: text_format.Parse(text, proto.ModelConfig())
 
+
+def test_triton_parses_its_configuration(triton_config, tmp_path: Path) -> None:
     for changes in ({}, {"batch": (1, 1, 1)}, {"output": "features", "class_names": None}):
         artifact = artifact_at(tmp_path / str(len(changes)) / "a", **changes)
-        files = targets.TARGETS["triton"].texts(artifact, "deit")
-        config = text_format.Parse(files["models/deit/config.pbtxt"], proto.ModelConfig())
+        files = targets.TARGETS["triton"].texts(artifact, "deit", {})
+        config = triton_config(files["models/deit/config.pbtxt"])
         assert config.name == "deit" and config.platform == "tensorrt_plan"
+        assert config.default_model_filename == "model.plan" and not config.cc_model_filenames
         assert config.max_batch_size == artifact.batch[2]
         assert list(config.input[0].dims) == [3, 8, 8] and list(config.output[0].dims) == [3]
         assert max(config.dynamic_batching.preferred_batch_size) <= config.max_batch_size
@@ -274,11 +284,70 @@ def test_triton_parses_its_configuration(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / str(len(changes)))
 
 
-def test_triton_images_are_looked_up_by_the_engines_tensorrt() -> None:
-    assert targets.triton_image("10.3.0") == "24.08-trtllm-python-py3"
-    assert targets.triton_image("10.13.3.9") == "26.02-trtllm-python-py3"
-    assert targets.triton_image("10.1.0") != targets.triton_image("10.10.0")
-    assert targets.triton_image("11.1.0") is None
+def engine_for(arch: str, **changes):
+    return dataclasses.replace(TENSORRT, targets=(arch,), **changes)
+
+
+def test_triton_takes_each_gpus_own_engine(triton_config, tmp_path: Path) -> None:
+    folders = {}
+    for arch in ("sm_86", "sm_120"):
+        folders[arch] = artifact_at(tmp_path / arch, engine=engine_for(arch)).folder
+        (folders[arch] / "model.engine").write_text(arch)
+        Artifact.read(folders[arch]).write()
+    out = tmp_path / "b"
+    more = ["--also", str(folders["sm_120"]), "--no-wheel", "-o", str(out)]
+    assert main(["package", str(folders["sm_86"]), "--for", "triton", *more]) == 0
+    (repository,) = (out / "models").iterdir()
+    config = triton_config((repository / "config.pbtxt").read_text())
+    # https://github.com/triton-inference-server/server, model_configuration.md: by capability
+    plans = {key: (repository / "1" / plan) for key, plan in config.cc_model_filenames.items()}
+    assert {key: plan.read_text() for key, plan in plans.items()} == {
+        "8.6": "sm_86",
+        "12.0": "sm_120",
+    }
+    assert not config.default_model_filename and not (repository / "1" / "model.plan").exists()
+    assert "-arch=all-major" in (out / "README.md").read_text()
+    verify_bundle(out)
+
+
+NOT_ALSO = {
+    "the same kind": ({"engine": engine_for("sm_86")}, {}, "for sm_86, as .* has"),
+    "another TensorRT": ({"engine": engine_for("sm_90", version="10.3.1")}, {}, "differ in Tensor"),
+    "another batch": ({"engine": engine_for("sm_90"), "batch": (1, 2, 2)}, {}, "differ in"),
+    "no engine": ({"engine": None}, {}, "no engine"),
+    "another target": ({"engine": engine_for("sm_90")}, {"target": "cpp"}, "which triton takes"),
+    "none at all": ({"engine": engine_for("sm_90")}, {"with_engine": False}, "beside the first"),
+}
+
+
+@pytest.mark.parametrize("case", [*NOT_ALSO, "another model"])
+def test_engines_that_one_server_cannot_have_are_refused(case: str, tmp_path: Path) -> None:
+    default = ({"engine": engine_for("sm_90")}, {}, "is not the model of")
+    changes, options, words = NOT_ALSO.get(case, default)
+    first = artifact_at(tmp_path / "a", engine=engine_for("sm_86"))
+    other = artifact_at(tmp_path / "c", **changes)
+    if case == "another model":
+        (other.folder / "model.trt.onnx").write_text("another")
+        other.write()
+    given = {"target": "triton", "out": tmp_path / "out" / "b", **options}
+    with pytest.raises((ArtifactError, EngineError), match=words):
+        make_bundle(first, BundleOptions(also=(other.folder,), **given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_triton_images_are_looked_up_by_the_engines_tensorrt(tmp_path: Path) -> None:
+    assert targets.triton_image("10.3.0") == "24.08-py3"
+    assert targets.triton_image("10.7.0.23") == "24.12-py3"
+    assert targets.triton_image("10.30.0") is None and targets.triton_image("11.1.0") is None
+    # Triton's images for TensorRT-LLM have no backend for plans
+    assert all(re.fullmatch(r"\d\d\.\d\d-py3", tag) for tag in targets.TRITON_IMAGES.values())
+    for version, tag in (("10.3.0", ":24.08-py3 "), ("10.13.3", ":$TAG ")):
+        engine = dataclasses.replace(TENSORRT, version=version)
+        artifact = make_artifact(tmp_path, engine=engine)
+        ((_, server), _) = targets.TARGETS["triton"].commands(artifact, "m")
+        assert tag in server
+        needs = targets.TARGETS["triton"].needs(artifact)
+        assert ("export TAG" in needs and version in needs) == ("$TAG" in tag)
 
 
 NVINFER_KEYS = {
@@ -331,14 +400,78 @@ def test_deepstream_classifies_what_comes_as_probabilities_of_a_true_input(tmp_p
     assert "network-mode=0\n" in targets.deepstream_config(bf16)
 
 
-def test_isaac_ros_keeps_the_engine_that_it_is_given(tmp_path: Path) -> None:
-    files = targets.TARGETS["isaac-ros"].texts(artifact_at(tmp_path / "a"), "m")
-    given = json.loads(files["parameters.json"])
-    launch = files["jmp.launch.py"]
-    compile(launch, "jmp.launch.py", "exec")
-    assert '"force_engine_update": False' in launch
-    assert all(f'"{name}"' in launch for name in given)
-    assert set(re.findall(r'GIVEN\["(\w+)"\]', launch)) <= given.keys()
+ENCODER_ARGUMENTS = {
+    *("input_image_width", "input_image_height", "network_image_width", "network_image_height"),
+    *("image_mean", "image_stddev", "final_tensor_name", "tensor_name", "image_input_topic"),
+    *("camera_info_input_topic", "tensor_output_topic", "dnn_image_encoder_namespace"),
+    *("attach_to_shared_component_container", "component_container_name"),
+}
+"""That dnn_image_encoder.launch.py of Isaac ROS 4.1 to 4.5 reads, in one of them or in all."""
+TENSOR_RT_PARAMETERS = {
+    *("model_file_path", "engine_file_path", "custom_plugin_lib", "input_tensor_names"),
+    *("input_binding_names", "input_tensor_formats", "output_tensor_names", "verbose"),
+    *("output_binding_names", "output_tensor_formats", "force_engine_update", "max_batch_size"),
+}
+"""Of those that tensor_rt_node.cpp declares, in each of these releases."""
+
+
+def launched(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict]:
+    """What a launch file makes, by class: stand-ins for ROS's keep what they are given."""
+    made: dict[str, dict] = {}
+
+    def recorder(name: str):
+        def make(*args, **given):
+            made[name] = given | {"args": args}
+            return made[name]
+
+        return make
+
+    for module, names in {
+        "ament_index_python.packages": ["get_package_share_directory"],
+        "launch": ["LaunchDescription"],
+        "launch.actions": ["DeclareLaunchArgument", "IncludeLaunchDescription"],
+        "launch.launch_description_sources": ["PythonLaunchDescriptionSource"],
+        "launch.substitutions": ["LaunchConfiguration"],
+        "launch_ros.actions": ["ComposableNodeContainer"],
+        "launch_ros.descriptions": ["ComposableNode"],
+    }.items():
+        fake = ModuleType(module)
+        for name in names:
+            setattr(fake, name, recorder(name))
+        monkeypatch.setitem(sys.modules, module, fake)
+        monkeypatch.setitem(sys.modules, module.partition(".")[0], fake)
+    sys.modules["launch"].LaunchDescription = recorder("LaunchDescription")
+    sys.modules["ament_index_python.packages"].get_package_share_directory = lambda _: "/share"
+    space = {"__file__": str(path)}
+    exec(compile(path.read_text(), path.name, "exec"), space)
+    space["generate_launch_description"]()
+    return made
+
+
+def test_isaac_ros_gets_what_its_nodes_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_artifact(tmp_path).preprocess
+    preprocess = dataclasses.replace(base, **IMAGENET)
+    artifact = artifact_at(tmp_path / "a", preprocess=preprocess)
+    folder = tmp_path / "b"
+    folder.mkdir()
+    for name, text in targets.TARGETS["isaac-ros"].texts(artifact, "m", {}).items():
+        (folder / name).write_text(text)
+    made = launched(folder / "jmp.launch.py", monkeypatch)
+    encoder = dict(made["IncludeLaunchDescription"]["launch_arguments"])
+    assert encoder.keys() == ENCODER_ARGUMENTS  # the node throws where the camera's size is none
+    assert encoder["image_mean"] == "[0.485, 0.456, 0.406]"
+    assert encoder["network_image_width"] == "8"
+    (engine,) = made["ComposableNode"]["parameters"]
+    assert engine.keys() == TENSOR_RT_PARAMETERS
+    assert engine["force_engine_update"] is False  # its default is to build anew
+    assert engine["engine_file_path"] == str(folder / "model.plan")
+    assert engine["custom_plugin_lib"] == str(folder / "plugin" / "libjmp_deploy_plugin.so")
+    assert engine["input_tensor_names"] == [encoder["tensor_name"]]
+    assert engine["output_binding_names"] == ["logits"] and engine["max_batch_size"] == 8
+    name = made["ComposableNodeContainer"]["name"]
+    assert encoder["component_container_name"] == f"/{name}"
 
 
 def test_the_clients_and_scripts_are_well_formed() -> None:
@@ -369,3 +502,70 @@ def test_the_cpp_runner_compiles_without_a_warning(headers: Path | None, tmp_pat
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+FAKE_PYTHON = """#!/bin/bash
+# Stands for JetPack's python3 and for the environment's: notes what it is asked for.
+printf '%s\\n' "$(basename "$(dirname "$0")") $* [${JMP_DEPLOY_PLUGIN##*/plugin/}]" >>"$LOG"
+case "$*" in
+  *"import tensorrt"*) exit "$TENSORRT_MISSING" ;;
+  "-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+esac
+"""
+
+
+def install(bundle_folder: Path, fakes: Path, missing: int = 0) -> tuple[int, str, list[str]]:
+    """install.sh with a Python that only notes: (exit code, standard error, notes)."""
+    fakes.mkdir(exist_ok=True)
+    for name, text in (("python3", FAKE_PYTHON), ("uname", "#!/bin/bash\necho aarch64\n")):
+        (fakes / name).write_text(text)
+        (fakes / name).chmod(0o755)
+    log = fakes / "log"
+    log.write_text("")
+    done = subprocess.run(
+        ["bash", str(bundle_folder / "install.sh"), "--topk", "1"],
+        env=os.environ
+        | {
+            "PATH": f"{fakes}:{os.environ['PATH']}",
+            "LOG": str(log),
+            "TENSORRT_MISSING": str(missing),
+        },
+        cwd=fakes,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr, log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_install_sh_goes_its_five_steps(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with a space; what it leaves is found by `./jmp` from anywhere."""
+    libraries = {12: None, 13: None}
+    for major in libraries if compiled else ():
+        libraries[major] = tmp_path / f"cache{major}" / "libjmp_deploy_plugin.so"
+        libraries[major].parent.mkdir()
+        libraries[major].write_bytes(b"library")
+        sidecar = {"architectures": ["87"], "machine": "aarch64", "cuda": f"{major}.0.1"}
+        libraries[major].with_suffix(".json").write_text(json.dumps(sidecar))
+    monkeypatch.setattr(bundle, "prebuilt_for", lambda machine, cuda: libraries[cuda])
+    made = make_bundle(artifact_at(tmp_path / "a"), BundleOptions("jetson", tmp_path / "my b"))
+    code, said, notes = install(made.folder, tmp_path / "fakes", missing=1)
+    assert code == 2 and "no TensorRT 10" in said and "python3-libnvinfer" in said
+    assert not (made.folder / ".venv").exists() and len(notes) == 2
+    code, said, notes = install(made.folder, tmp_path / "fakes")
+    assert (code, said) == (0, "")
+    own = [note.removeprefix("bin -m ") for note in notes if note.startswith("bin -m ")]
+    library = "cuda13/libjmp_deploy_plugin.so" if compiled else ""
+    wheel = next((made.folder / "wheel").glob("*.whl")).name
+    assert own == [
+        f"pip install --quiet --disable-pip-version-check wheel/{wheel}[runtime] []",
+        *([] if compiled else ["jmp_deploy plugin build []"]),
+        f"jmp_deploy run artifact photo.png --rebuild --topk 1 [{library}]",
+        f"jmp_deploy compare artifact --backends torch,engine [{library}]",
+        f"jmp_deploy bench artifact -b 1 [{library}]",
+    ]
+    assert verify_bundle(made.folder).files == made.files
+    code, said, notes = install(made.folder, tmp_path / "fakes")
+    assert code == 0 and not [note for note in notes if "-m venv" in note]

@@ -3,7 +3,8 @@ dlopen alone, which is all that Triton, DeepStream and others do.
 
 TensorRT itself is a stand-in here (tests/fakes/tensorrt_registry.cpp), compiled with real headers,
 so that the vtable is TensorRT's own: those at hand (10.14), and those of
-JMP_TENSORRT_HEADERS/*/include. What was tried stands in plugins/README.md. TensorRT-RTX is real.
+JMP_TENSORRT_HEADERS/*/include. What was tried stands in plugins/README.md. TensorRT-RTX is real,
+and so are NVIDIA's lean runtimes of TensorRT 10 and 11.
 """
 
 from __future__ import annotations
@@ -156,15 +157,18 @@ print(names(trt)); print(names(unknown) or "none")
     assert "unknown version" in printed[2] and "loadLibrary" in printed[2]
 
 
-RTX = """
-import ctypes, _ctypes
-plugin = ctypes.CDLL(sys.argv[1])
-import tensorrt_rtx as trt
+REAL = """
+import _ctypes, ctypes, importlib, sys
+library, module, first = sys.argv[1:]
+if first == "tensorrt":
+    trt = importlib.import_module(module)
+plugin = ctypes.CDLL(library)
+trt = importlib.import_module(module)
 found = lambda: [c.plugin_namespace for c in trt.get_plugin_registry().all_creators
                  if c.name == "JMPTokenReduce"]
 registry = trt.get_plugin_registry()
 print(found())
-handle = registry.load_library(sys.argv[1])
+handle = registry.load_library(library)
 print(handle is not None, found())
 registry.deregister_library(handle)
 _ctypes.dlclose(plugin._handle)
@@ -172,21 +176,34 @@ print(found())
 """
 
 
+def real_tensorrt(kind: str) -> tuple[str, dict[str, str]]:
+    """A TensorRT whose registry is its own: (module, environment of its process). NVIDIA's lean
+    runtimes are in wheels, which scripts/test.sh unpacks; TensorRT itself is not."""
+    if kind == "rtx":
+        if find_spec("tensorrt_rtx") is None:
+            pytest.skip("tensorrt_rtx is not installed")
+        return "tensorrt_rtx", worker_environment("rtx")
+    folders = sorted((REPO / "build" / "lean").glob(f"{kind}.*[0-9]"))
+    if not folders:
+        pytest.skip(f"no lean runtime of TensorRT {kind} in build/lean: scripts/test.sh gets it")
+    path = {"LD_LIBRARY_PATH": str(folders[-1] / "tensorrt_lean_libs")}
+    return "tensorrt_lean_bindings", os.environ | path | {"PYTHONPATH": str(folders[-1])}
+
+
 @pytest.mark.parametrize("first", ["plugin", "tensorrt"])
-def test_tensorrt_rtx_takes_what_was_only_opened(first: str) -> None:
-    if find_spec("tensorrt_rtx") is None:
-        pytest.skip("tensorrt_rtx is not installed")
+@pytest.mark.parametrize("kind", ["rtx", "10", "11"])
+def test_a_real_tensorrt_takes_what_was_only_opened(kind: str, first: str) -> None:
+    module, environment = real_tensorrt(kind)
     try:
         library = plugin.plugin_library()
     except ToolchainError as error:
         pytest.skip(error.message)
-    script = "import sys\n" + ("import tensorrt_rtx\n" if first == "tensorrt" else "") + RTX
     done = subprocess.run(
-        [sys.executable, "-c", script, str(library)],
+        [sys.executable, "-c", REAL, str(library), module, first],
         capture_output=True,
         text=True,
         timeout=600,
-        env=worker_environment("rtx"),
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     both = "['', 'jmp_deploy']"

@@ -1,7 +1,9 @@
-"""Installation: constraints.txt, pyproject.toml and the scripts say the same. No network."""
+"""Installation: constraints.txt, pyproject.toml and the scripts say the same; a device finds wheels
+of all that it asks for. Only the latter needs the network."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -118,6 +120,34 @@ def test_cuda_12_extras_ask_for_no_cuda_13() -> None:
         assert {r.name.replace("cu12", "cu13") for r in twelve} == {
             r.name for r in direct((extra,), env)
         }
+
+
+@pytest.mark.parametrize(
+    ("python", "extra"),
+    [("3.10", "runtime-cu12"), ("3.10", "runtime"), ("3.12", "runtime"), ("3.13", "runtime")],
+)
+def test_a_jetson_finds_wheels_of_all_that_it_asks_for(python: str, extra: str) -> None:
+    """As install.sh of a bundle has pip look for them: the newest that go together, no compiler.
+    JetPack 6 has Python 3.10, CUDA 12 and the glibc of Ubuntu 22.04, JetPack 7 has 3.12."""
+    try:
+        from uv import find_uv_bin
+    except ImportError:
+        pytest.skip("uv is not installed")
+    target = ["--python-platform", "aarch64-manylinux_2_35", "--python-version", python]
+    command = [find_uv_bin(), "pip", "compile", "--quiet", "--only-binary", ":all:", *target]
+    done = subprocess.run(
+        [*command, "--extra", extra, ROOT / "pyproject.toml"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"UV_HTTP_RETRIES": "1"},
+    )
+    if "error sending request" in done.stderr:
+        pytest.skip("no network: uv cannot ask for packages")
+    assert done.returncode == 0, done.stderr
+    found = {line.partition("==")[0] for line in done.stdout.splitlines() if "==" in line}
+    asked = direct((extra,), environment(f"{python}.0", "aarch64"))
+    assert found >= {requirement.name for requirement in asked}
 
 
 def test_scripts_install_the_tested_extras() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jmp_deploy.cli import validate as cli
 from jmp_deploy.cli.main import main
 from jmp_deploy.core.errors import ArtifactError
 from jmp_deploy.validate import state as validate_state
@@ -217,3 +221,17 @@ def test_it_is_saved_now_and_then_and_only_if_anything_is_new(tmp_path, monkeypa
     without = State(None, {}, resume=True)
     without.save()
     without.remove()
+
+
+def test_the_commands_for_clusters_number_shards_as_validate_does():
+    """Slurm and torchrun count from 0: what docs/serving.md and --help write, as bash reads it."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text() + cli.MORE
+    written = re.findall(r"--shard (.*\$\w+) ", text)
+    assert len(written) == 4
+    for rank in ("0", "1"):
+        env = {"SLURM_PROCID": rank, "RANK": rank, "SLURM_NTASKS": "2", "WORLD_SIZE": "2"}
+        for shard in written:
+            done = subprocess.run(
+                ["bash", "-c", f"echo {shard}"], env=env, capture_output=True, text=True, check=True
+            )
+            assert cli._shard(done.stdout.strip()) == (int(rank) + 1, 2), shard
