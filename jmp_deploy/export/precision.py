@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from .graph import is_reduction, load_model, save_model
+from .graph import is_reduction, load_model, refill, save_model
 
 FP16_MAX = float(np.finfo(np.float16).max)
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -142,8 +142,8 @@ def lower(
                 nodes.append(_cast(f"{name}.{precision}", name, TensorProto.FLOAT))
                 types[name] = TensorProto.FLOAT
     others = [w for w in proto.graph.initializer if w.name not in types]
-    _replace(proto.graph.initializer, [*others, *stored.values()])
-    _replace(proto.graph.node, nodes)
+    refill(proto.graph.initializer, [*others, *stored.values()])
+    refill(proto.graph.node, nodes)
     return proto
 
 
@@ -192,7 +192,7 @@ def emulate(proto: onnx.ModelProto) -> onnx.ModelProto:
             if name in narrow:
                 node.output[position] = f"{name}.exact"
                 rounded(node.output[position], name, narrow[name])
-    _replace(proto.graph.node, nodes)
+    refill(proto.graph.node, nodes)
     return proto
 
 
@@ -285,7 +285,7 @@ def _constants_as_initializers(proto: onnx.ModelProto) -> None:
             weight.name = node.output[0]
         else:
             rest.append(node)
-    _replace(proto.graph.node, rest)
+    refill(proto.graph.node, rest)
 
 
 def _converted(weight: TensorProto, kind: int, name: str) -> TensorProto:
@@ -314,9 +314,3 @@ def _rename(nodes: Collection[onnx.NodeProto], before: str, after: str) -> None:
             for position, name in enumerate(names):
                 if name == before:
                     names[position] = after
-
-
-def _replace(field: Any, values: Collection[Any]) -> None:
-    kept = [type(v).FromString(v.SerializeToString()) for v in values]
-    del field[:]
-    field.extend(kept)
