@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         type=_cosine,
         metavar="C",
         help="smallest cosine of an output, for every image (by precision, for the median image: "
-        "fp32 0.99999, fp16 0.999, int8 0.99)",
+        "fp32 0.99999, fp16 0.999, int8 0.99, fp8 0.98)",
     )
     parser.add_argument(
         "--max-abs",

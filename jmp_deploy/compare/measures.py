@@ -26,7 +26,7 @@ class Tolerance(NamedTuple):
         ViT-S, 48 crops of photos: median above 0.9999, smallest 0.9988).
     near_tie: how far rounding may move the rating by which a reduction chooses, over the
         interquartile range of an image's ratings. Largest seen without a change of order: 0.016 in
-        FP16 (DINOv2 ViT-S, 24 crops of photos, nine reductions); INT8's is an estimate.
+        FP16 (DINOv2 ViT-S, 24 crops of photos, nine reductions); INT8's and FP8's are estimates.
     floor: largest difference that is within tolerance whatever the cosine says. Where an output is
         all but zero (the logits of untrained weights) rounding turns it any way it likes. It is
         half of what a number just above 1 is rounded by, coarsely 16 of them in FP32: a logit that
@@ -73,6 +73,14 @@ TABLE = {
         "127 levels for a tensor cannot give what FP16 does; a cosine of 0.99 is a signal-to-noise "
         "ratio of 17 dB, which sound scales keep (0.997 on DINOv2 ViT-S with JMP) and attention "
         "quantized at fixed scales does not (17.5 dB; calibration/README.md)",
+    ),
+    "fp8": Tolerance(
+        0.98,
+        0.9,
+        0.5,
+        2.0**-8,
+        "4 bits of significand in every product's inputs, attention's too: 20 dB of signal-to-"
+        "noise on DINOv2 ViT-S, 17 dB with JMP (calibration/README.md)",
     ),
 }
 """The one table of tolerances."""

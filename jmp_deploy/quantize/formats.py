@@ -115,4 +115,4 @@ class Format:
 # onnx.TensorProto.INT8 and .FLOAT8E4M3FN
 INT8 = Format("int8", 127.0, 127.5, 3, per_channel=True, attention=False, least_side=1)
 FP8 = Format("fp8", 448.0, 464.0, 17, per_channel=False, attention=True, least_side=16)
-FORMATS = {known.name: known for known in (INT8, FP8)}
+FORMATS: dict[str, Format] = {known.name: known for known in (INT8, FP8)}

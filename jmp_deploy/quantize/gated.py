@@ -40,6 +40,7 @@ class Gated:
         keep_float: words (`layers.select`) for layers that stay in floating point.
 
     Attributes:
+        form: the number format.
         layers: those that have a gate, in graph order.
         classifies: its output is logits.
     """
@@ -56,6 +57,7 @@ class Gated:
 
         proto = load_model(model)
         plain = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self.form = form
         self._images = proto.graph.input[0].name
         self.classifies = output_named(proto.graph.output[0].name).classifies
         quantized = onnx.ModelProto()
@@ -96,22 +98,20 @@ def _add_gates(
     graph = proto.graph
     makers = {name: n for n in graph.node for name in n.output}
     places: dict[str, list[tuple[int, str, int]]] = {}  # node -> (input, what it was, gate)
+    nodes: list[onnx.NodeProto] = []
     for index, layer in enumerate(layers):
-        at = numpy_helper.from_array(np.array(index), f"{layer.name}.at")
-        graph.initializer.append(at)
+        gate, at = f"{layer.name}.gate", f"{layer.name}.at"
+        graph.initializer.append(numpy_helper.from_array(np.array(index), at))
+        nodes.append(helper.make_node("Gather", [GATES, at], [gate]))
         for read in layer.reads:
             places.setdefault(read.node, []).append((read.position, read.tensor, index))
         if layer.weight is not None:
             places[layer.node].append((1, layer.weight, index))
-    nodes: list[onnx.NodeProto] = []
     for user in graph.node:
         if user.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue  # what they do is done in the branches
         for position, plain, index in places.get(user.name, ()):
             gate, name = f"{layers[index].name}.gate", f"{user.name}.{position}"
-            if not any(gate in node.output for node in nodes):
-                at = f"{layers[index].name}.at"
-                nodes.append(helper.make_node("Gather", [GATES, at], [gate]))
             last = makers[user.input[position]]
             steps = [makers[last.input[0]]] if last.input[0] in makers else []
             branches = {
@@ -124,8 +124,8 @@ def _add_gates(
             user.input[position] = name
         nodes.append(user)
     present = {tensor.name for tensor in graph.initializer}
-    plain_weights = {layer.weight for layer in layers if layer.weight is not None}
-    graph.initializer.extend(weights[name] for name in sorted(plain_weights - present))
+    plain_weights = {layer.weight for layer in layers if layer.weight is not None} - present
+    graph.initializer.extend(weights[weight] for weight in sorted(plain_weights))
     refill(graph.node, nodes)
     graph.input.append(helper.make_tensor_value_info(GATES, TensorProto.BOOL, [len(layers)]))
 

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 KINDS = ("patch_embed", "qkv", "gate", "attention", "proj", "fc1", "fc2", "head")
 WEIGHTED = ("Conv", "MatMul", "Gemm")
 """Operators that layers are."""
+LEAST_TOKENS = 32
+"""Of an attention that is quantized. TensorRT-RTX 1.7.1 makes one kernel of an FP8 attention with a
+mask from 32 tokens on, several of one with 31; of FP16 it is one kernel at any size."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class Layer:
     def reads(self) -> tuple[Read, ...]:
         """What is quantized besides the weight; the rows of the first are the layer's."""
         return self.products or (Read(self.name, self.node, 0, self.tensor),)
+
+    def lacks(self, ranges: Collection[str]) -> bool:
+        """Whether something that it reads is not among what is known the range of."""
+        return any(read.most is None and read.name not in ranges for read in self.reads)
 
     @property
     def macs_per_row(self) -> int:
@@ -153,7 +160,7 @@ def _attentions(
 ) -> dict[str, tuple[onnx.NodeProto, onnx.NodeProto, list[int]]]:
     """Node of the scores -> it, the node of the values, and (queries, keys, head size).
 
-    An attention of which the graph does not say the sizes is left out.
+    An attention of which the graph does not say the sizes is left out, as is one of few tokens.
     """
     sizes = {
         v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in proto.graph.value_info
@@ -170,7 +177,9 @@ def _attentions(
             scores = next((n for n in sums if n.op_type == "MatMul"), scores)
         values = users[softmax.output[0]]
         queries, keys = (sizes.get(name, []) for name in (scores.input[0], values.input[1]))
-        if scores.op_type == "MatMul" and len(queries) == len(keys) == 4:
+        if scores.op_type != "MatMul" or not len(queries) == len(keys) == 4:
+            continue
+        if min(queries[2], keys[2]) >= LEAST_TOKENS:
             found[scores.name] = scores, values, [queries[2], keys[2], keys[3]]
     return found
 

@@ -86,13 +86,13 @@ def insert(
     moved: dict[str, dict[int, str]] = {}  # node -> position -> what it reads from now on
     done = []
     for layer in found:
-        own = {read: _scale(read.name, read.most, scales, form) for read in layer.reads}
-        if layer.name in kept or None in own.values():
+        if layer.name in kept or layer.lacks(scales):
             continue
         done.append(layer)
-        for read, scale in own.items():
+        for read in layer.reads:
             if read.tensor not in made:
                 made[read.tensor] = f"{read.tensor}.dequantized"
+                scale = scales[read.name] if read.most is None else form.scale(read.most)
                 new += _pair(proto, read.tensor, np.float32(scale), form)
             moved.setdefault(read.node, {})[read.position] = made[read.tensor]
         if layer.weight is not None:
@@ -104,12 +104,6 @@ def insert(
     _rewire(proto, new, moved)
     _refuse_quantized_reductions(proto)
     return done
-
-
-def _scale(
-    name: str, most: float | None, scales: Mapping[str, float], form: Format
-) -> float | None:
-    return scales.get(name) if most is None else form.scale(most)
 
 
 def _pair(
@@ -128,9 +122,7 @@ def _pair(
         yield helper.make_node(kind, [source, one, zero], [target], f"{tensor}.{kind}")
 
 
-def _constant(
-    proto: onnx.ModelProto, layer: Layer, values: Any, form: Format
-) -> onnx.NodeProto:
+def _constant(proto: onnx.ModelProto, layer: Layer, values: Any, form: Format) -> onnx.NodeProto:
     """Stores a layer's weight in the format; the node that gives it back."""
     from onnx import helper, numpy_helper
 
@@ -146,7 +138,7 @@ def _constant(
             form.tensor(zero, np.zeros_like(scales)),
         ]
     )
-    axis = {"axis": layer.axis} if scales.ndim else {}
+    axis: dict[str, Any] = {"axis": layer.axis} if scales.ndim else {}
     inputs, outputs = [narrow, one, zero], [f"{name}.dequantized"]
     return helper.make_node("DequantizeLinear", inputs, outputs, f"{name}.DequantizeLinear", **axis)
 

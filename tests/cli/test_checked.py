@@ -295,7 +295,10 @@ def test_both_engines_of_int8_are_checked_by_build_and_by_rebuild(tiny, tmp_path
         assert code == 1 and one.engine.precision == one.int8.speed.engine == "fp16"
         assert [check.ok for check in one.engine.checks] == [True]
         assert [check.ok for check in one.int8.other_checks] == [False]
-        assert err.count("does not agree") == 1 and str(folder / files.INT8_ENGINE) in err
+        assert (
+            err.count("does not agree") == 1
+            and str(folder / files.QUANTIZED_ENGINES["int8"]) in err
+        )
     made[-1].verify()
     assert command(capsys, "run", folder, picture)[0] == 0
     tiny["int8"] = False

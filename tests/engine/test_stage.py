@@ -13,7 +13,7 @@ from jmp_deploy.core.artifact import (
     EngineCheck,
     EngineFacts,
     EngineOptions,
-    Int8,
+    Quantization,
     Speed,
 )
 from jmp_deploy.core.device import Gpu
@@ -47,7 +47,7 @@ def int8_artifact(folder):
     return make_artifact(
         folder,
         precision="int8",
-        int8=Int8("max", CALIBRATED, {}),
+        int8=Quantization("max", CALIBRATED, {}),
         engine_options=OPTIONS,
         batch=(1, 2, 4),
     ).write()
@@ -92,7 +92,7 @@ def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, th
         found.verify()
         assert found == made and found.engine.precision == winner
         assert found.int8.speed == Speed(winner, f"{winner} of ['fp16', 'int8']")
-        other = {"int8": files.TWIN_ENGINE, "fp16": files.INT8_ENGINE}[winner]
+        other = {"int8": files.TWIN_ENGINE, "fp16": files.QUANTIZED_ENGINES["int8"]}[winner]
         engines = {n for n in found.files if n.endswith(".engine")}
         assert engines == {files.ENGINE, other}
         assert {p.name for p in tmp_path.glob("*.engine")} == engines

@@ -26,6 +26,7 @@ def identity(**changes):
         "weights": "a" * 64,
         "preprocess": {"mean": (0.5, 0.5, 0.5), "resize": 248},
         "jmp": JMP,
+        "precision": "int8",
         "layers": LAYERS,
     }
     return cache.identity(**{**values, **changes})
@@ -61,6 +62,7 @@ def test_there_and_back(made, tmp_path):
         ({"model": "deit_small_patch16_224"}, ["model: deit_tiny", "not deit_small"]),
         ({"weights": "c" * 64}, ["weights (sha256): aaaaaaaaaaaa..., not cccccccccccc..."]),
         ({"image_size": 160}, ["image size: 224, not 160"]),
+        ({"precision": "fp8"}, ["number format: int8, not fp8"]),
         ({"jmp": None}, ["schedule and decision", "not none (dense)"]),
         ({"jmp": {**JMP, "schedule": [(3, 100)]}}, ["schedule [[3, 138]], not [[3, 100]]"]),
         ({"jmp": {**JMP, "tau": 0.9}, "image_size": 160}, ["tau 0.7, not 0.9", "image size"]),
