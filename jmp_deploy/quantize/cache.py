@@ -166,7 +166,8 @@ def read(path: Path) -> Calibration:
     found = of_form(data, _File, path, **about)
     refuse_odd_strings(data, path)
     return Calibration(
-        identity={"precision": "int8", **found.identity},  # of before there was another
+        # the key is missing where there was no other format yet
+        identity=found.identity | {"precision": found.identity.get("precision", "int8")},
         method=found.method,
         images=data["images"],
         ranges=found.layers,

@@ -17,8 +17,8 @@ from jmp_deploy.engine.stage import Clock
 from tests.fakes.artifacts import make_artifact
 
 
-def row(batch: int, ratio: float) -> SpeedAt:
-    return SpeedAt(batch, {"int8": 1 / ratio, "fp16": 1.0}, ratio, (ratio, ratio), True)
+def row(batch: int, ratio: float, ours: str = "int8") -> SpeedAt:
+    return SpeedAt(batch, {ours: 1 / ratio, "fp16": 1.0}, ratio, (ratio, ratio), True)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,8 @@ def test_int8_has_to_gain_at_the_opt_batch_and_not_to_lose_at_batch_1(opt, one, 
     rows = [row(8, opt), *([row(1, one)] if one else [])]
     speed = twin.decide("int8", rows, "", force=force)
     assert speed.engine == wins and why in speed.why and f"batch 8: INT8 {1 / opt:.3f}" in speed.why
+    eight = twin.decide("fp8", [row(8, 1.0, "fp8")], "", force=True)
+    assert eight.engine == "fp8" and "kept by --force-fp8" in eight.why and "INT8" not in eight.why
     assert speed.ratio == opt and speed.ms == rows[0].ms and speed.at == tuple(rows)
 
 

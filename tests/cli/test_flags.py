@@ -56,7 +56,7 @@ READ = {
 }
 """Command -> flags that its handler reads itself."""
 MADE = {
-    "build": {"int8", "own", "rebuild"},
+    "build": {"quantize", "own", "rebuild"},
     "run": {"path", "options"},
     "plugin": {"on_progress"},
     "package": {"out"},
@@ -151,7 +151,7 @@ def test_what_is_given_is_in_the_options():
     )
     assert made.images == (Path("a"), Path("b")), "a tuple, as the options say"
     assert made.proportional is False and made.workspace_mb == 512 and made.batch == (4, 4, 4)
-    assert made.int8 == QuantizeOptions(calib="c", images=8, force=True)
+    assert made.quantize == QuantizeOptions(calib="c", images=8, force=True)
     words = ["bench", "a", "--no-energy", "--seconds", "2", "--num-warm-iter", "3"]
     given = make_parser().parse_args([*words, "--backend", "torch,engine", "-b", "1,8"])
     made = flags.fill(BenchOptions, given, settings=flags.fill(Settings, given, "settings."))

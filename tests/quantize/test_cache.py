@@ -123,6 +123,9 @@ def test_recipes_are_found_by_family():
     assert recipes.for_model("vit_small_patch14_dinov2.lvd142m").name == "dinov2"
     assert recipes.for_model("vit_base_patch14_reg4_dinov2").name == "dinov2"
     assert recipes.for_model("some_vit").name == "default"
+    eight = recipes.for_model("vit_base_patch14_dinov2", precision="fp8")
+    assert (eight.equalize, eight.keep_fp16, eight.method) == (0, ("head",), "max")
+    assert "fc2" in recipes.for_model("vit_base_patch14_dinov2", precision="int8").keep_fp16
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,7 @@ def test_recipes_are_found_by_family():
         ("equalize = 2", "not between 0 and 1"),
         ('keep = ["fc2"]', "keep = .* is not part of a recipe"),
         ("method = 3", "method = 3 is not part"),
+        ("fp8 = 3", "fp8 = 3 is not a table"),
         ("method = ", "cannot be read"),
     ],
 )

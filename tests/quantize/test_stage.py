@@ -71,7 +71,7 @@ def build(out, *, engine="none", precision="int8", schedule="0:12,1:7", dense=Fa
             precision=precision,
             **({"dense": True} if dense else {"schedule": schedule}),
             engine=engine,
-            quantize=QuantizeOptions(**settings) if precision == "int8" else None,
+            quantize=QuantizeOptions(**settings) if precision in ("int8", "fp8") else None,
         )
     )
     made.verify()
@@ -152,6 +152,27 @@ def test_both_engines_are_built_and_speed_is_not_claimed(tiny, tmp_path):
     build(tmp_path / "a", precision="fp16")
     left = {path.name for path in (tmp_path / "a").iterdir()} - {artifact.BUILD_LOG}
     assert left == {"model.onnx", "model.trt.onnx", "reference.npz", "manifest.json"}
+
+
+@needs_rtx
+@without_gpu
+def test_fp8_from_images_and_from_the_cache_for_the_gpus_that_have_it(tiny, tmp_path):
+    data = build(tmp_path / "a", engine="rtx", precision="fp8")
+    assert data["int8"] is None and data["fp8"]["layers_quantized"] == 13 == data["fp8"]["layers"]
+    assert data["check"]["ok"] and data["check"]["pairs"][0]["precision"] == "fp8"
+    assert data["fp8"]["keep_fp16"] == {}
+    targets = set(data["engine"]["targets"])
+    assert {"sm_89", "sm_120"} <= targets and not {"sm_75", "sm_80", "sm_86"} & targets
+    assert data["engine"]["precision"] == "fp8" and set(data["fp8"]["engine_bytes"]) == {
+        "fp8",
+        "fp16",
+    }
+    cache = tmp_path / "a" / "calibration.json"
+    build(tmp_path / "b", calib=None, cache=cache, precision="fp8")
+    for name in ("model.onnx", "model.trt.onnx", "calibration.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    with pytest.raises(CalibrationError, match="number format: fp8, not int8"):
+        build(tmp_path / "c", calib=None, cache=cache)
 
 
 def test_layers_that_cost_too_much_stay_in_fp16_and_in_the_cache(tiny, tmp_path, monkeypatch):
