@@ -187,7 +187,7 @@ def _tolerance(tolerance: dict[str, Any]) -> str:
     if worst == tolerance["cosine"]:
         words += " for every image"
     else:
-        words += f" for the median image, >= {worst:g} for every image (near ties)"
+        words += f" for the median image, >= {worst:g} for every image"
     if tolerance.get("max_abs") is not None:
         words += f", largest difference <= {tolerance['max_abs']:g}"
     return words

@@ -32,6 +32,7 @@ class Tolerance(NamedTuple):
         half of what a number just above 1 is rounded by, coarsely 16 of them in FP32: a logit that
         is off by that moves no probability by more than 0.05 % of itself in FP16.
     source: where the cosine comes from.
+    scatters: single images are so far off in a dense model too that `worst` holds for them.
     """
 
     cosine: float
@@ -39,6 +40,11 @@ class Tolerance(NamedTuple):
     near_tie: float
     floor: float
     source: str
+    scatters: bool = False
+
+    def least(self, *, near_ties: bool) -> float:
+        """The smallest cosine that any image may have."""
+        return self.worst if near_ties or self.scatters else self.cosine
 
 
 TABLE = {
@@ -79,8 +85,9 @@ TABLE = {
         0.9,
         0.5,
         2.0**-8,
-        "4 bits of significand in every product's inputs, attention's too: 20 dB of signal-to-"
-        "noise on DINOv2 ViT-S, 17 dB with JMP (calibration/README.md)",
+        "4 bits of significand in every product's inputs, attention's too: on DINOv2 ViT-S 0.995 "
+        "on average, of 100 crops of photos 0.941 for the farthest (calibration/README.md)",
+        scatters=True,
     ),
 }
 """The one table of tolerances."""
@@ -170,7 +177,7 @@ def measure(
     largest = float(difference.max())
     problems = []
     usual = TOLERANCES[precision] if min_cosine is None else min_cosine
-    least = TABLE[precision].worst if near_ties and min_cosine is None else usual
+    least = TABLE[precision].least(near_ties=near_ties) if min_cosine is None else usual
     median = float(np.median(cosine))
     all_but_equal = min_cosine is None and largest <= TABLE[precision].floor
     if median < usual and not all_but_equal:
