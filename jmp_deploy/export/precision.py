@@ -1,5 +1,5 @@
 """Precision written into the ONNX: FP16 or BF16, with FP32 where that is needed (the Q/DQ of INT8
-is qdq.py's).
+and FP8 are qdq.py's).
 
 TensorRT builds strongly typed networks from what the model says, so one model serves TensorRT 10,
 11 and TensorRT-RTX: `lower` decides what an engine computes with. LayerNormalization stands in
@@ -150,8 +150,9 @@ def emulate(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A model in FP32 that rounds every tensor to the 16 bits in which the given one stores it.
 
     Products are summed in FP32, as engines do, and what exceeds the type becomes infinite. Of
-    INT8, the integers and scales are the model's; what a DequantizeLinear gives is not rounded, as
-    engines multiply integers. A model without 16 bits anywhere comes out as it was.
+    INT8 and FP8, the numbers and scales are the model's; what a DequantizeLinear gives is not
+    rounded, as engines multiply what it was given. A model without 16 bits anywhere comes out as it
+    was.
 
     Args:
         proto: portable; used up.

@@ -15,7 +15,7 @@ from jmp_deploy.core.images import INPUT
 from jmp_deploy.export import export, fuse, graph, numerics
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
-from jmp_deploy.quantize import gated, qdq, ranges
+from jmp_deploy.quantize import gated, qdq, ranges, sensitivity
 from jmp_deploy.quantize.formats import FP8, INT8
 from jmp_deploy.quantize.layers import find_layers
 from tests.fakes.models import tiny_vit
@@ -211,6 +211,20 @@ def test_gates_give_the_model_that_is_written(model, images, kept):
     (want,) = values_of(proto, images, [proto.graph.output[0].name])
     np.testing.assert_allclose(switched.run(names, images), want, atol=1e-4)
     assert np.abs(switched.run((), images) - want).max() > 1e-3
+
+
+def test_max_drop_measures_attentions_too(model):
+    path, scales = model
+    many = np.random.default_rng(1).normal(size=(8, 3, 64, 64)).astype(np.float32)
+    found = sensitivity.choose(path, scales, many, FP8, max_drop=99)
+    rows = {row["name"]: row for row in found.result["ranking"]}
+    assert not found.keep_fp16 and found.result["precision"] == "fp8"
+    # by hand: queries x keys x head size, twice, in 3 heads; and 12 C*C per token
+    attention, linear = 2 * 65 * 65 * 16 * 3, 65 * 48 * 48 * 4
+    shares = [rows[name]["macs_share"] for name in ("blocks.0.attention", "blocks.0.fc1")]
+    assert shares[0] / shares[1] == pytest.approx(attention / linear)
+    assert rows["blocks.0.attention"]["noise"] > 0
+    assert "in FP8" in sensitivity.summary(found.result)
 
 
 def test_entropy_is_for_even_levels():
