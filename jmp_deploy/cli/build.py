@@ -503,7 +503,7 @@ def _kept(precision: str, found: Quantization) -> str:
         shared = "by --max-drop (ranking below)" if found.sensitivity else reason
         layers.setdefault(shared, []).append(name)
     lines = [f"{', '.join(_by_block(names))}: {reason}" for reason, names in layers.items()]
-    products = "attention products" if precision == "int8" else "attention of less than 32 tokens"
+    products = "attention products" if precision == "int8" else "attention of fewer than 32 tokens"
     return "\n".join([*lines, f"{products}, LayerNorm, GELU, Softmax, residuals: by design"])
 
 
