@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
     from .jmp.models import LoadedModel
     from .jmp.node import TokenReduce
-    from .quantize.int8 import Int8Options
+    from .quantize.stage import QuantizeOptions
 
 REFERENCE_IMAGES = 4
 CHECK_IMAGES = 64
@@ -84,10 +84,11 @@ class BuildOptions:
         out: artifact folder.
         weights: "auto", "pretrained", "random" or a path.
         own: what else is to be said of a model of one's own.
-        precision: "fp16", "bf16", "fp32" or "int8" (INT8 for linear layers, FP16 for the rest).
+        precision: "fp16", "bf16", "fp32", "int8" (INT8 for linear layers, FP16 for the rest) or
+            "fp8" (for attention's products too; GPUs from compute capability 8.9 on).
         fp32: what computes in FP32 all the same: words such as "attention:0-3" (see
             `export.numerics.asked_nodes`). What is too large for FP16 does by itself.
-        int8: images or cache, method and so on, for INT8.
+        quantize: images or cache, method and so on, for INT8 and FP8.
         schedule: spelling for `schedule.parse`.
         keep_rate, blocks: the other way to write a schedule; both or neither.
         tau, granularity: see `node.TokenReduce`; tau None takes the schedule's.
@@ -114,7 +115,7 @@ class BuildOptions:
     own: OwnModel = field(default_factory=OwnModel)
     precision: Precision = "fp16"
     fp32: tuple[str, ...] = ()
-    int8: Int8Options | None = None
+    quantize: QuantizeOptions | None = None
     schedule: str = DEFAULT_SCHEDULE
     keep_rate: float | None = None
     blocks: tuple[int, ...] | None = None
@@ -162,9 +163,9 @@ def build(
             outside its tolerances is no error: the artifact is kept and `check.ok` is false, or
             `engine.is_off` true.
     """
-    from .bench.int8 import settle
+    from .bench.twin import settle
     from .compare.check import check_engine
-    from .quantize.int8 import refuse_early
+    from .quantize.stage import refuse_early
 
     if not isinstance(options, BuildOptions):
         name = type(options).__name__
@@ -185,8 +186,8 @@ def build(
         builder.python_targets(options.targets), options.workspace_mb, options.embed_plugin
     )
     choice = builder.choose(options.engine)
-    builder.refuse_targets(choice, engine_options.targets)
-    refuse_early(options.int8, options.precision, options.rebuild)
+    builder.refuse_targets(choice, engine_options.targets, options.precision)
+    refuse_early(options.quantize, options.precision, options.rebuild)
     _refuse_odd_words(options)
     _refuse_odd_target(options.out)
     refuse_odd_strings([options.rebuild, str(options.out), options.weights], options.out / FILE)
@@ -227,7 +228,7 @@ def build(
 
 
 _TWIN = "fp16.onnx"
-"""The FP16 twin's portable form, while an INT8 artifact is made."""
+"""The FP16 twin's portable form, while a quantized artifact is made."""
 
 
 def _portable(
@@ -246,7 +247,8 @@ def _portable(
     from .export import export, numerics, precision
     from .jmp import fold
     from .jmp.models import load_model
-    from .quantize import int8
+    from .quantize import stage as quantizing
+    from .quantize.formats import FORMATS
 
     with clock("weights"):
         loaded = load_model(
@@ -273,17 +275,26 @@ def _portable(
         with clock("magnitudes"):
             reach = options.precision != "bf16"
             kept = numerics.keep_fp32(fp32, images, options.fp32, measure=reach)
-    if kept and options.precision != "int8":
+    form = FORMATS.get(options.precision)
+    if kept and not form:
         with clock(options.precision):
             precision.to_low(fp32, portable, options.precision, kept.nodes)
             fp32.unlink()
     macs = _macs(loaded, jmp)
     quantized = None
-    if kept and options.precision == "int8":
+    if kept and form:
         precision.to_low(fp32, staging / _TWIN, "fp16", kept.nodes)
-        asked = options.int8 or int8.Int8Options()
-        quantized = int8.make(
-            asked, loaded, jmp, macs.model, fp32, options.seed, clock, on_progress, kept.nodes
+        quantized = quantizing.make(
+            form,
+            options.quantize or quantizing.QuantizeOptions(),
+            loaded,
+            jmp,
+            macs.model,
+            fp32,
+            options.seed,
+            clock,
+            on_progress,
+            kept.nodes,
         )
     if options.softmax:
         for name in (artifact.PORTABLE, _TWIN):
@@ -312,13 +323,12 @@ def _portable(
         jmp=jmp,
         macs=macs,
         precision=options.precision,
-        int8=quantized,
         fp32=kept,
         batch=options.batch,
         check=check,
         rebuild=options.rebuild,
     )
-    return made, reference, reductions
+    return made.with_quantization(quantized) if quantized else made, reference, reductions
 
 
 def _output(loaded: LoadedModel, options: BuildOptions) -> str:

@@ -14,7 +14,7 @@ from jmp_deploy.cli.main import main
 from jmp_deploy.jmp import models, published
 from jmp_deploy.jmp.models import OwnModel
 from jmp_deploy.pipeline import BuildOptions
-from jmp_deploy.quantize.int8 import Int8Options
+from jmp_deploy.quantize.stage import QuantizeOptions
 from tests.fakes.artifacts import FILE_WEIGHTS, PREPROCESS, RANDOM_WEIGHTS, make_artifact
 from tests.fakes.models import tiny_vit
 
@@ -53,7 +53,7 @@ def test_a_grey_module_in_hand_from_build_to_validate(data, tmp_path, capsys):
         tmp_path / "a",
         own=OWN,
         precision="int8",
-        int8=Int8Options(calib=str(data)),
+        quantize=QuantizeOptions(calib=str(data)),
         images=(data,),
         batch=(1, 2, 4),
         engine="none",

@@ -310,7 +310,7 @@ def trace_engine(artifact: Artifact, images: NDArray[np.float32]) -> Trace:
     facts = artifact.engine
     if facts is None:
         raise EngineError("the artifact has no engine")
-    twin = artifact.precision == "int8" and facts.precision == "fp16"
+    twin = artifact.quantization is not None and facts.precision == "fp16"
     proto = load_model(artifact.verified(TWIN_DEPLOYABLE if twin else DEPLOYABLE))
     places = block_tensors(proto)
     names = [places[0].entry]

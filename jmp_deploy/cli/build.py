@@ -16,12 +16,14 @@ from . import checked, flags, show
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..core.artifact import Artifact, EngineFacts, Fp32, Int8, Jmp, Large, Macs
+    from ..core.artifact import Artifact, EngineFacts, Fp32, Jmp, Large, Macs, Quantization
     from ..core.images import Preprocess
     from ..jmp.models import LoadedModel
 
 SHOWN_MORE = 5
 """Rows of the ranking behind the last layer that stays in FP16."""
+NARROW_TYPES = ("INT8", "FLOAT8E4M3FN")
+"""Types of quantized weights, as ONNX calls them."""
 SHOWN_PLACES = 4
 """Parts of a model of which it is said why they stay in FP32."""
 
@@ -42,6 +44,7 @@ def add(commands: Any) -> None:
             "build deit_s --fp32 attention:0-3              # where an engine's attention is wrong",
             "build deit_s --precision int8 --calib photos/ --max-drop 0.3",
             "build deit_s --precision int8 --calib-cache artifacts/deit_s/calibration.json",
+            "build deit_s --precision fp8 --calib photos/ --targets sm_89,sm_120",
         ),
     )
     flags.add_model(parser)
@@ -61,9 +64,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp16", "bf16", "int8", "fp32"),
-        help="int8 quantizes the linear layers, keeps the rest in FP16 and needs --calib; bf16 "
-        "reaches as far as FP32 and is coarser than FP16 (fp16)",
+        choices=("fp16", "bf16", "int8", "fp8", "fp32"),
+        help="int8 quantizes the linear layers, keeps the rest in FP16 and needs --calib; fp8 does "
+        "so with attention's products too, for GPUs from compute capability 8.9 on; bf16 reaches "
+        "as far as FP32 and is coarser than FP16 (fp16)",
     )
     parser.add_argument(
         "--fp32",
@@ -166,33 +170,35 @@ def add(commands: Any) -> None:
         "--seed", type=flags.seed, help="of random weights and of the calibration sample (0)"
     )
     group = parser.add_argument_group(
-        "INT8",
-        "The FP16 twin is built too; where a GPU is, both are checked and timed, and INT8 is\n"
-        "model.engine if it is right, 5 % faster at the opt batch and not 5 % slower at batch 1.",
+        "INT8 and FP8",
+        "The FP16 twin is built too; where a GPU is, both are checked and timed, and INT8 or\n"
+        "FP8 is model.engine if it is right, 5 % faster at the opt batch and not 5 % slower at\n"
+        "batch 1.",
     )
     group.add_argument(
         "--calib",
-        dest="int8.calib",
+        dest="quantize.calib",
         metavar="DIR|sample",
         help="images like those that the model will see; sample takes crops of the photos that "
         "scikit-image and scikit-learn ship (a demonstration)",
     )
     group.add_argument(
         "--calib-images",
-        dest="int8.images",
+        dest="quantize.images",
         type=flags.positive,
         metavar="N",
         help="images to draw (256)",
     )
     group.add_argument(
         "--calib-method",
-        dest="int8.method",
+        dest="quantize.method",
         metavar="max|entropy|percentile[:P]",
-        help="how ranges are chosen; percentile is 99.999 (the model family's recipe)",
+        help="how ranges are chosen; percentile is 99.999, entropy is for INT8 alone (the model "
+        "family's recipe)",
     )
     group.add_argument(
         "--calib-cache",
-        dest="int8.cache",
+        dest="quantize.cache",
         type=Path,
         metavar="FILE",
         help="calibration.json of an earlier build of this model and schedule: no images needed, "
@@ -200,7 +206,7 @@ def add(commands: Any) -> None:
     )
     group.add_argument(
         "--max-drop",
-        dest="int8.max_drop",
+        dest="quantize.max_drop",
         type=flags.number(0, 100, above=True),
         metavar="POINTS",
         help="measure what each layer costs and keep the worst in FP16 until the estimated drop "
@@ -208,9 +214,10 @@ def add(commands: Any) -> None:
     )
     group.add_argument(
         "--force-int8",
-        dest="int8.force",
+        "--force-fp8",
+        dest="quantize.force",
         action="store_true",
-        help="use the INT8 engine even if it is not that much faster than FP16",
+        help="use the INT8 or FP8 engine even if it is not that much faster than FP16",
     )
 
 
@@ -225,16 +232,17 @@ def _batch(text: str) -> tuple[int, int, int]:
 
 def _build(given: argparse.Namespace) -> int:
     from ..pipeline import BuildOptions, build
-    from ..quantize.int8 import Int8Options
+    from ..quantize.stage import QuantizeOptions
 
     if sum(("schedule" in given, "keep_rate" in given or "blocks" in given, "dense" in given)) > 1:
         raise JmpDeployError(
             "--schedule, --keep-rate with --blocks, and --dense exclude each other", "choose one"
         )
     out = given.out or Path("artifacts") / (_folder(given.model) + "-dense" * ("dense" in given))
-    int8, own = flags.fill(Int8Options, given, "int8."), flags.own_model(given)
+    quantize = flags.fill(QuantizeOptions, given, "quantize.")
+    own = flags.own_model(given)
     rebuild = _from_anywhere(given, out)
-    asked = flags.fill(BuildOptions, given, out=out, int8=int8, own=own, rebuild=rebuild)
+    asked = flags.fill(BuildOptions, given, out=out, quantize=quantize, own=own, rebuild=rebuild)
     with show.Progress() as progress:
         made = build(
             asked,
@@ -260,9 +268,9 @@ def _from_anywhere(given: argparse.Namespace, out: Path) -> str:
     """
     command = shlex.join(given.typed)
     weights, schedule = getattr(given, "weights", "auto"), getattr(given, "schedule", "")
-    calib = getattr(given, "int8.calib", "sample")
+    calib = getattr(given, "quantize.calib", "sample")
     named = {
-        *(out, getattr(given, "int8.cache", None), *getattr(given, "images", ())),
+        *(out, getattr(given, "quantize.cache", None), *getattr(given, "images", ())),
         None if weights in ("auto", "pretrained", "random") else weights,
         None if calib == "sample" else calib,
         schedule if schedule.endswith(".json") else None,
@@ -313,7 +321,7 @@ def rows_of(made: Artifact) -> list[tuple[str, str]]:
         ("images", images_words(made.preprocess)),
         ("precision", _precision(made)),
         *fp32_rows(made.fp32),
-        *(int8_rows(made.int8) if made.int8 else ()),
+        *(quantization_rows(made.precision, made.quantization) if made.quantization else ()),
         ("batch", "min {}, opt {}, max {}".format(*made.batch)),
         ("GMACs", _gmacs(made.macs)),
     ]
@@ -340,11 +348,11 @@ def rows_of(made: Artifact) -> list[tuple[str, str]]:
 def summary(made: Artifact) -> list[RenderableType]:
     """What ends `build` and opens `inspect` and `report`."""
     parts: list[RenderableType] = [show.facts(rows_of(made))]
-    if made.int8 and made.int8.sensitivity:
-        parts += ranking(made.int8.sensitivity)
+    if (found := made.quantization) and found.sensitivity:
+        parts += ranking(found.sensitivity)
     if made.is_random:
         parts.append(show.styled(show.RANDOM_WARNING, "bold red"))
-    for warning in made.int8.images["warnings"] if made.int8 else ():
+    for warning in found.images["warnings"] if found else ():
         parts.append(show.styled(f"calibration: {warning}", "yellow"))
     if made.jmp and made.jmp.caution:
         parts.append(show.styled(f"schedule: {made.jmp.caution}", "yellow"))
@@ -388,11 +396,11 @@ def _pixels(spec: Preprocess) -> str:
 
 def _precision(made: Artifact) -> str:
     """Which numbers compute what, in words."""
-    name, found = made.precision.upper(), made.int8
+    name, found = made.precision.upper(), made.quantization
     if not found:
         return f"{name}, inputs and outputs FP32"
     return (
-        f"{name} in {found.layers_int8} of {found.layers} weighted layers "
+        f"{name} in {found.layers_quantized} of {found.layers} {_layers(made.precision)} "
         f"({found.macs_share:.0%} of the MACs), FP16 in the rest, inputs and outputs FP32"
     )
 
@@ -451,11 +459,17 @@ def _engine(engine: EngineFacts) -> str:
     )
 
 
-# --- INT8 ----------------------------------------------------------------------------------------
+# --- INT8 and FP8 --------------------------------------------------------------------------------
 
 
-def int8_rows(found: Int8) -> list[tuple[str, str]]:
-    """The rows of a summary that INT8 adds."""
+def _layers(precision: str) -> str:
+    """What can be quantized, in words."""
+    return "weighted layers" if precision == "int8" else "weighted layers and attentions"
+
+
+def quantization_rows(precision: str, found: Quantization) -> list[tuple[str, str]]:
+    """The rows of a summary that INT8 or FP8 adds."""
+    title = precision.upper()
     images = found.images
     source = "crops of the sample photos: a DEMONSTRATION, no promise for other images"
     if not images["demonstration"]:
@@ -463,25 +477,27 @@ def int8_rows(found: Int8) -> list[tuple[str, str]]:
     how = f"{found.method}, {images['count']} {source}"
     if found.from_cache:
         how += f"; ranges from {found.from_cache}"
-    weights, values = found.weights_bytes, found.activations_bytes
+    weights = {name: size / 1e6 for name, size in found.weights_bytes.items()}
+    values = {name: size / 1e6 for name, size in found.activations_bytes.items()}
+    narrow = sum(weights.get(kind, 0) for kind in NARROW_TYPES)
     rows = [
         ("calibration", how),
         (
             "bytes (MB)",
-            f"weights {weights.get('INT8', 0) / 1e6:.1f} INT8 and "
-            f"{weights.get('FLOAT16', 0) / 1e6:.1f} FP16; inputs of the weighted layers, per "
-            f"image, {values.get('int8', 0) / 1e6:.2f}, in FP16 {values.get('fp16', 0) / 1e6:.2f}",
+            f"weights {narrow:.1f} {title} and {weights.get('FLOAT16', 0):.1f} FP16; inputs of the "
+            f"weighted layers, per image, {values.get(precision, 0):.2f}, in FP16 "
+            f"{values.get('fp16', 0):.2f}",
         ),
-        ("kept in FP16", _kept(found)),
+        ("kept in FP16", _kept(precision, found)),
     ]
     if found.speed:
         sizes = found.engine_bytes or {}
         words = ", ".join(f"{name.upper()} {size / 1e6:.1f} MB" for name, size in sizes.items())
-        rows.append(("INT8 or FP16", f"{found.speed.why}; engines: {words}"))
+        rows.append((f"{title} or FP16", f"{found.speed.why}; engines: {words}"))
     return rows
 
 
-def _kept(found: Int8) -> str:
+def _kept(precision: str, found: Quantization) -> str:
     """Layers by the reason for which they stay in FP16, one reason a line."""
     layers: dict[str, list[str]] = {}
     for name, reason in found.keep_fp16.items():
@@ -489,7 +505,8 @@ def _kept(found: Int8) -> str:
         shared = "by --max-drop (ranking below)" if found.sensitivity else reason
         layers.setdefault(shared, []).append(name)
     lines = [f"{', '.join(_by_block(names))}: {reason}" for reason, names in layers.items()]
-    return "\n".join([*lines, "attention products, LayerNorm, GELU, Softmax, residuals: by design"])
+    products = "attention products" if precision == "int8" else "attention of fewer than 32 tokens"
+    return "\n".join([*lines, f"{products}, LayerNorm, GELU, Softmax, residuals: by design"])
 
 
 def _by_block(names: Sequence[str]) -> list[str]:
@@ -519,14 +536,14 @@ def ranking(result: dict[str, Any]) -> list[RenderableType]:
     """What `--max-drop` found: what each layer costs, and what it came to.
 
     Args:
-        result: of `sensitivity.choose`, or "sensitivity" of a manifest's "int8".
+        result: of `sensitivity.choose`, or "sensitivity" of a manifest's "int8" or "fp8".
     """
     from ..quantize.sensitivity import summary as sentence
 
     rows = result["ranking"]
     last = max((i for i, row in enumerate(rows, 1) if row["kept"]), default=0)
     shown = rows[: last + SHOWN_MORE]
-    whole = result["all_int8"]["noise"]
+    whole, title = result["all_quantized"]["noise"], result["precision"].upper()
     columns = (">", "layer", ">points alone", ">of the noise", ">of the MACs", "stays")
     table = show.table("", *columns)
     for rank, row in enumerate(shown, 1):
@@ -537,7 +554,7 @@ def ranking(result: dict[str, Any]) -> list[RenderableType]:
             f"{least}{row['points']:.3f}",
             f"{least}{_share(row['noise'], whole)}",
             f"{row['macs_share']:.1%}",
-            "FP16" if row["kept"] else "INT8",
+            "FP16" if row["kept"] else title,
             style="bold" if row["kept"] else None,
         )
     groups = ", ".join(
@@ -550,7 +567,7 @@ def ranking(result: dict[str, Any]) -> list[RenderableType]:
         f"points: {result['measure']}; on {result['images']} images",
     ]
     if left := len(rows) - len(shown):
-        lines.insert(0, f"... and {left} layers that cost less, in INT8")
+        lines.insert(0, f"... and {left} layers that cost less, in {title}")
     return [table, *lines]
 
 

@@ -121,15 +121,16 @@ def _check(artifact: Artifact, verdict: Verdict, again: bool) -> EngineCheck | N
 
 
 def _outside(made: Artifact) -> Iterator[str]:
-    from ..core.artifact import INT8_ENGINE, TWIN_ENGINE
+    from ..core.artifact import QUANTIZED_ENGINES, TWIN_ENGINE
 
     if made.engine:
         for check in made.engine.checks:
             if not check.ok:
                 yield _problem(f"the engine of {made.folder}", check)
-    if made.int8 and made.int8.speed:
-        name = TWIN_ENGINE if made.int8.speed.engine == "int8" else INT8_ENGINE
-        for check in made.int8.other_checks:
+    if (found := made.quantization) and found.speed:
+        other = QUANTIZED_ENGINES[made.precision]
+        name = other if found.speed.engine == "fp16" else TWIN_ENGINE
+        for check in found.other_checks:
             if not check.ok:
                 yield _problem(str(made.folder / name), check)
 

@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         type=_cosine,
         metavar="C",
         help="smallest cosine of an output, for every image (by precision, for the median image: "
-        "fp32 0.99999, fp16 0.999, int8 0.99)",
+        "fp32 0.99999, fp16 0.999, int8 0.99, fp8 0.98)",
     )
     parser.add_argument(
         "--max-abs",
@@ -187,7 +187,7 @@ def _tolerance(tolerance: dict[str, Any]) -> str:
     if worst == tolerance["cosine"]:
         words += " for every image"
     else:
-        words += f" for the median image, >= {worst:g} for every image (near ties)"
+        words += f" for the median image, >= {worst:g} for every image"
     if tolerance.get("max_abs") is not None:
         words += f", largest difference <= {tolerance['max_abs']:g}"
     return words

@@ -1,9 +1,9 @@
 """What several commands' flags share: their types, and the way from flags to options.
 
 A flag's `dest` is the name of a field of the command's options class (or of a parameter of the
-function that does the work), with the prefix "int8." or the like for a class within. A flag that
-is not given leaves no trace, so that a default stands in the options class alone. What a handler
-reads itself has a default here.
+function that does the work), with the prefix "quantize." or the like for a class within. A flag
+that is not given leaves no trace, so that a default stands in the options class alone. What a
+handler reads itself has a default here.
 """
 
 from __future__ import annotations

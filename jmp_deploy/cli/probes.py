@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..core.device import driver_cuda, gpus, jetson_linux, needs_cuda_12
+from ..core.device import FP8_FROM, driver_cuda, gpus, jetson_linux, needs_cuda_12
 from ..core.errors import JmpDeployError, ToolchainError, install_command, one_line
 from ..core.files import read_text
 from ..core.packages import (
@@ -135,6 +135,10 @@ def _gpu() -> Iterator[Check]:
         if gpu.compute_capability < (7, 5):
             yield Check("GPU", "GPU", "warn", f"{found}; the plugin is made for 7.5 and newer")
             continue
+        formats = [("BF16", (8, 0)), ("FP8", FP8_FROM)]
+        has = [name for name, first in formats if gpu.compute_capability >= first]
+        lacks = "" if "FP8" in has else ", no FP8"
+        found += f"; FP16, {', '.join([*has[:1], 'INT8', *has[1:]])}{lacks}"
         if gpu.compute_capability not in RTX_CAPABILITIES:
             found += f"; TensorRT-RTX: does not build for {major}.{minor}"
         yield Check("GPU", "GPU", "ok", found)

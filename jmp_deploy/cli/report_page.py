@@ -85,10 +85,11 @@ def page(
         parts.append(_section("Backends side by side", table))
     if benched:
         parts.append(_section(f"Latency on {benched['device']}, median in ms", _latency(benched)))
-    if made.int8 and made.int8.sensitivity:
-        ranking = made.int8.sensitivity["ranking"]
-        rows = [(r["name"], f"{r['points']:.3f}", "FP16" if r["kept"] else "INT8") for r in ranking]
-        parts.append(_section("INT8: what each layer costs", _table(_RANKING, rows)))
+    if made.quantization and made.quantization.sensitivity:
+        ranking = made.quantization.sensitivity["ranking"]
+        title = made.precision.upper()
+        rows = [(r["name"], f"{r['points']:.3f}", "FP16" if r["kept"] else title) for r in ranking]
+        parts.append(_section(f"{title}: what each layer costs", _table(_RANKING, rows)))
     photos = [_figure(_reference(made, i), str(n)) for i, n in enumerate(made.reference().names)]
     drawn = [_figure(open_image(path), path.name) for path in pictures]
     if drawn:

@@ -93,7 +93,7 @@ def _run(given: argparse.Namespace) -> int:
 
 def _rebuild(folder: Path) -> None:
     """Makes the engine of an artifact anew where it does not fit."""
-    from ..bench.int8 import settle
+    from ..bench.twin import settle
     from ..compare.check import check_engine
     from ..core.artifact import Artifact
     from ..engine.stage import rebuild, why_rebuild

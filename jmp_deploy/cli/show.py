@@ -160,8 +160,9 @@ LABELS = {
     "weights": "loading weights",
     "patch": "patching JMP into the model",
     "export": "exporting to ONNX",
-    "calibrate": "calibrating INT8 on images",
+    "calibrate": "calibrating on images",
     "int8": "quantizing to INT8, and FP16 for the twin",
+    "fp8": "quantizing to FP8, and FP16 for the twin",
     "magnitudes": "measuring how large every tensor grows",
     "fp16": "converting to FP16",
     "bf16": "converting to BF16",
@@ -172,7 +173,7 @@ LABELS = {
     "engine": "building the engine",
     "twin engine": "building the FP16 twin's engine",
     "engine check": "checking the engine on the GPU against PyTorch",
-    "timing": "timing INT8 against FP16",
+    "timing": "timing the quantized engine against FP16",
 }
 """Stages of a build, in words."""
 REDRAW_EVERY = 0.2

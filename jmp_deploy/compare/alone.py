@@ -184,7 +184,7 @@ def _precision(*parts: onnx.ModelProto) -> str:
 
     kinds = onnx.TensorProto
     names = {kinds.FLOAT16: "fp16", kinds.BFLOAT16: "bf16", kinds.FLOAT: "fp32"}
-    names[kinds.INT8] = "int8"
+    names |= {kinds.INT8: "int8", kinds.FLOAT8E4M3FN: "fp8"}
     matrices = [w for part in parts for w in part.graph.initializer if len(w.dims) == 2]
     return "+".join(sorted({names[w.data_type] for w in matrices if w.data_type in names}))
 

@@ -102,7 +102,9 @@ def compare_artifact(
         "precision": precision,
         "tolerance": {
             "cosine": usual,
-            "worst": TABLE[precision].worst if artifact.jmp and min_cosine is None else usual,
+            "worst": TABLE[precision].least(near_ties=artifact.jmp is not None)
+            if min_cosine is None
+            else usual,
             "max_abs": max_abs,
             "source": TABLE[precision].source if min_cosine is None else "--min-cosine",
         },

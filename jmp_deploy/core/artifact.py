@@ -51,19 +51,21 @@ TWIN_BUILD_LOG = "build.fp16.log"
 CALIBRATION = "calibration.json"
 TWIN_DEPLOYABLE = "model.fp16.trt.onnx"
 TWIN_ENGINE = "model.fp16.engine"
-"""The FP16 twin of an INT8 artifact. Where FP16 is as fast, it is `model.engine` instead, and the
-INT8 engine has the name below."""
-INT8_ENGINE = "model.int8.engine"
+"""The FP16 twin of an INT8 or FP8 artifact. Where FP16 is as fast, it is `model.engine` instead,
+and the quantized engine has the name below."""
+QUANTIZED_ENGINES = {"int8": "model.int8.engine", "fp8": "model.fp8.engine"}
 LISTED = (
     *(PORTABLE, DEPLOYABLE, INLINED, ENGINE, REFERENCE, CALIBRATION),
-    *(TWIN_DEPLOYABLE, TWIN_ENGINE, INT8_ENGINE),
+    *(TWIN_DEPLOYABLE, TWIN_ENGINE, *QUANTIZED_ENGINES.values()),
 )
 """The files that a manifest can name: those whose content is promised."""
 
 Granularity = Literal["token", "sample"]
 Selection = Literal["importance", "distinct"]
 Strategy = Literal["jmp", "merge", "prune"]
-Precision = Literal["fp16", "bf16", "fp32", "int8"]
+Precision = Literal["fp16", "bf16", "fp32", "int8", "fp8"]
+Narrow = Literal["int8", "fp8"]
+"""Precisions of 8 bits, of which only some layers are: the rest is FP16."""
 Flavour = Literal["tensorrt", "rtx"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -307,7 +309,7 @@ class SpeedAt:
     Attributes:
         batch: images per inference.
         ms: of each by name, the GPU's median time for an inference.
-        ratio, ci95: FP16's time over INT8's, and its 95 % interval.
+        ratio, ci95: FP16's time over the quantized engine's, and its 95 % interval.
         cuda_graph: whether they were replayed as CUDA graphs.
     """
 
@@ -323,11 +325,12 @@ class Speed:
     """Which of two engines `model.engine` is.
 
     Attributes:
-        ratio, ms: FP16's time over INT8's at the opt batch, if measured, and both in ms.
+        ratio, ms: FP16's time over the quantized engine's at the opt batch, if measured, and both
+            in ms.
         at: by batch size, the opt batch first.
     """
 
-    engine: Literal["int8", "fp16"]
+    engine: Literal["int8", "fp8", "fp16"]
     why: str
     ratio: float | None = None
     ms: dict[str, float] | None = None
@@ -335,16 +338,16 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Int8:
+class Quantization:
     """How a model was quantized.
 
     Attributes:
         images: what it was calibrated on: {"count", "source", "demonstration", "warnings", ...}.
         keep_fp16: layer -> why it stays in FP16.
-        macs_share: of the model's MACs that INT8 does.
+        macs_share: of the model's MACs that the quantized layers do.
         weights_bytes, activations_bytes: by data type; activations per image.
         sensitivity: what `--max-drop` measured.
-        force: INT8 is wanted though it may be no faster (`--force-int8`).
+        force: it is wanted though it may be no faster (`--force-int8`, `--force-fp8`).
         speed, engine_bytes: of the two engines.
         other_checks: of the engine that is not `model.engine` (whose checks it has itself).
     """
@@ -357,7 +360,7 @@ class Int8:
     from_cache: str | None = None
     sensitivity: dict[str, Any] | None = None
     layers: Natural = 0
-    layers_int8: Natural = 0
+    layers_quantized: Natural = 0
     macs_share: float = 0.0
     force: bool = False
     weights_bytes: dict[str, Bytes] = field(default_factory=dict)
@@ -413,11 +416,12 @@ class Artifact:
 
     Attributes:
         folder: where it lies.
-        precision: of the models: INT8 for linear layers and FP16 for the rest, say. What a
+        precision: of the models: INT8 or FP8 for linear layers and FP16 for the rest, say. What a
             backend computes with is its own (`backends.Backend.precision`).
         batch: (min, opt, max) images of the engine's profile.
         rebuild: the command that makes it anew.
         class_names, synsets: one per output, or None where unknown.
+        int8, fp8: how it was quantized, in an artifact of that precision.
         fp32: what computes in FP32 in a coarser precision; None in one of FP32.
         multi_label: each class is a question of its own (sigmoid), not one of many (softmax).
         no_engine: why there is none.
@@ -434,7 +438,8 @@ class Artifact:
     check: Check
     rebuild: str
     jmp: Jmp | None = None
-    int8: Int8 | None = None
+    int8: Quantization | None = None
+    fp8: Quantization | None = None
     fp32: Fp32 | None = None
     class_names: tuple[str, ...] | None = None
     multi_label: bool = False
@@ -502,6 +507,15 @@ class Artifact:
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one input image."""
         return self.preprocess.channels, self.preprocess.height, self.preprocess.width
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How it was quantized; None where it was not."""
+        return self.int8 or self.fp8
+
+    def with_quantization(self, found: Quantization) -> Artifact:
+        """The same with another of these, under the name of its precision."""
+        return replace(self, int8=found) if self.precision == "int8" else replace(self, fp8=found)
 
     @property
     def is_random(self) -> bool:
@@ -646,7 +660,7 @@ class _LooseCheck:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What is read of `Int8.images`; `quantize.images` says more."""
+    """What is read of `Quantization.images`; `quantize.images` says more."""
 
     count: Count
     source: str
@@ -680,7 +694,8 @@ class _LooseWhole:
 class _LooseSensitivity:
     ranking: list[_LooseRank]
     groups: list[_LooseGroup]
-    all_int8: _LooseWhole
+    all_quantized: _LooseWhole
+    precision: Narrow
     measure: str
     images: Count
     flips: float | None
@@ -690,7 +705,7 @@ class _LooseSensitivity:
 
 
 @dataclass(frozen=True)
-class _LooseInt8:
+class _LooseQuantization:
     images: Calibrated
     sensitivity: _LooseSensitivity | None = None
 
@@ -700,7 +715,8 @@ class _Loose:
     """What is read of those parts of a manifest that are kept as what other rooms made."""
 
     check: _LooseCheck
-    int8: _LooseInt8 | None = None
+    int8: _LooseQuantization | None = None
+    fp8: _LooseQuantization | None = None
 
 
 def _plain(value: Any) -> dict[str, Any]:

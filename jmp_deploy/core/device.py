@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+FP8_FROM = (8, 9)
+"""Compute capability from which GPUs multiply in FP8: Ada, Hopper, Blackwell and Thor have it, Orin
+(8.7) and Ampere do not."""
+
 
 @dataclass(frozen=True)
 class Gpu:

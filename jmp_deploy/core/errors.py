@@ -51,7 +51,7 @@ class ImageError(JmpDeployError):
 
 
 class CalibrationError(JmpDeployError):
-    """INT8 without usable ranges: no images, a cache of another model, values not finite."""
+    """INT8 or FP8 without usable ranges: no images, a cache of another model, values not finite."""
 
 
 class GraphError(JmpDeployError):

@@ -17,13 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 from ..core.artifact import EngineFacts, EngineOptions, Flavour, Precision
-from ..core.device import gpus
+from ..core.device import FP8_FROM, gpus
 from ..core.errors import EngineError, engine_errors, install_command
 from ..core.files import atomic_path
 from ..core.paths import IMPORT_ROOT, cache_dir
@@ -84,8 +84,10 @@ def choose(preference: str = "auto") -> Choice:
     return Choice(None, reasons)
 
 
-def refuse_targets(choice: Choice, targets: Sequence[str]) -> None:
-    """Raises EngineError, before anything is built, for targets that a builder cannot build for."""
+def refuse_targets(choice: Choice, targets: Sequence[str], precision: Precision = "fp16") -> None:
+    """Raises EngineError, before anything is built, for targets that a builder cannot build for, or
+    that lack a precision."""
+    for_precision(EngineOptions(tuple(targets)), choice.flavour, precision)
     if not targets or choice.flavour is None:
         return
     if choice.flavour != "rtx":
@@ -93,11 +95,44 @@ def refuse_targets(choice: Choice, targets: Sequence[str]) -> None:
             f"the builder here is TensorRT ({choice.reason}), which builds for the GPU at hand",
             "leave out --targets, or add --engine rtx",
         )
-    known = [f"sm_{major}{minor}" for major, minor in compute_capabilities(load("rtx"))]
+    known = _known_targets()
     if strange := [name for name in targets if name not in known]:
         raise EngineError(
             f"TensorRT-RTX cannot build for {', '.join(strange)}", f"it knows {', '.join(known)}"
         )
+
+
+def for_precision(
+    options: EngineOptions, flavour: Flavour | None, precision: Precision
+) -> EngineOptions:
+    """The options of an artifact's engines. Where FP8 is built ahead of time for all GPUs, those
+    are all that have it.
+
+    Raises:
+        EngineError: a target, or the GPU that an engine is built for, has no FP8.
+    """
+    if precision != "fp8" or not (flavour or options.targets):
+        return options
+    here = gpus()[:1]
+    names = {name: _capability(name) for name in options.targets}
+    if not names and here:
+        names = {here[0].name: list(here[0].compute_capability)}
+    if lacking := [name for name, capability in names.items() if capability < [*FP8_FROM]]:
+        raise EngineError(
+            f"{', '.join(lacking)}: no FP8 there; it begins with compute capability "
+            "{}.{} (Ada, Hopper, Blackwell, Thor)".format(*FP8_FROM),
+            "use --precision int8, which every GPU has"
+            + (", or --targets with those that have FP8" if options.targets else ""),
+        )
+    if names or flavour != "rtx":
+        return options
+    able = (name for name in _known_targets() if _capability(name) >= [*FP8_FROM])
+    return replace(options, targets=tuple(able))
+
+
+def _known_targets() -> list[str]:
+    """What TensorRT-RTX can build for."""
+    return [f"sm_{major}{minor}" for major, minor in compute_capabilities(load("rtx"))]
 
 
 def build_engine(

@@ -1,7 +1,7 @@
 """The engine stage: deployable ONNX -> the engines of an artifact.
 
-One stage for `build`, for `run --rebuild` and for both engines of an INT8 artifact. Its options
-stand in the manifest, so that an engine is made anew as it was made before.
+One stage for `build`, for `run --rebuild` and for both engines of an INT8 or FP8 artifact. Its
+options stand in the manifest, so that an engine is made anew as it was made before.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from . import api, builder, fit
 from .fit import EngineFile
 
 Settle = Callable[[Mapping[str, EngineFile], Artifact, "Clock"], Speed]
-"""Decides between the engines "int8" and "fp16" (`bench.int8.settle`)."""
+"""Decides between the engines "int8" or "fp8", and "fp16" (`bench.twin.settle`)."""
 CheckEngine = Callable[[EngineFile, Artifact], EngineCheck]
 """Runs an engine that was just built on the GPU that is here (`compare.check.check_engine`)."""
 
@@ -75,7 +75,7 @@ def make_engines(
         check: what each engine is asked on the GPU that is here, if one is. An engine that does not
             pass is kept, and says so (`EngineFacts.checks`); one that cannot be asked says why
             (`unchecked`): nothing that comes after a build loses it.
-        settle: which of an INT8 artifact's two engines becomes `model.engine`.
+        settle: which of a quantized artifact's two engines becomes `model.engine`.
 
     Raises:
         EngineError: the parser refused a model, the build failed, or a plugin layer is missing.
@@ -92,14 +92,13 @@ def make_engines(
             plugin = find_plugin()
     jobs: list[tuple[Precision, str, str, str, str]]
     jobs = [(artifact.precision, files.DEPLOYABLE, files.ENGINE, files.BUILD_LOG, "engine")]
-    if artifact.precision == "int8":
+    if artifact.quantization is not None:
         twin = (files.TWIN_DEPLOYABLE, files.TWIN_ENGINE, files.TWIN_BUILD_LOG, "twin engine")
         jobs.append(("fp16", *twin))
+    options = builder.for_precision(artifact.engine_options, choice.flavour, artifact.precision)
     made: dict[str, EngineFile] = {}
     for precision, model, target, log, stage in jobs:
-        spec = builder.EngineSpec(
-            artifact.batch, artifact.image_shape, artifact.engine_options, precision
-        )
+        spec = builder.EngineSpec(artifact.batch, artifact.image_shape, options, precision)
         with clock(stage):
             facts = builder.build_engine(
                 artifact.path(model),
@@ -120,7 +119,7 @@ def make_engines(
         made[precision] = EngineFile(staging / target, facts.flavour, facts)
     # After the last build: on a board of 8 GB a builder needs what an open engine would hold.
     made = {name: _checked(engine, artifact, check, clock) for name, engine in made.items()}
-    if artifact.precision != "int8":
+    if artifact.quantization is None:
         return replace(artifact, engine=made[artifact.precision].facts, no_engine=None)
     return _settled(artifact, staging, made, settle, clock)
 
@@ -177,10 +176,10 @@ def rebuild(
         ArtifactError: another file of the artifact is missing or altered.
         EngineError: no builder can work here, or the build failed. The artifact is as before.
     """
-    engines = (files.ENGINE, files.TWIN_ENGINE, files.INT8_ENGINE)
+    engines = (files.ENGINE, files.TWIN_ENGINE, *files.QUANTIZED_ENGINES.values())
     others = [name for name in artifact.files if name not in engines]
     models = [files.DEPLOYABLE]
-    if artifact.precision == "int8":
+    if artifact.quantization is not None:
         models.append(files.TWIN_DEPLOYABLE)
     artifact.verify(*dict.fromkeys([*models, *others]))
     choice = builder.choose("auto")
@@ -237,20 +236,19 @@ def _settled(
     clock: Clock,
 ) -> Artifact:
     """The artifact with one of its two engines as `model.engine`, and why."""
-    assert artifact.int8 is not None
+    quantization, ours = artifact.quantization, artifact.precision
+    assert quantization is not None
     facts = {name: engine.facts for name, engine in made.items() if engine.facts is not None}
     speed = settle(made, artifact, clock)
     if speed.engine == "fp16":
-        made["int8"].path.replace(staging / files.INT8_ENGINE)
+        made[ours].path.replace(staging / files.QUANTIZED_ENGINES[ours])
         made["fp16"].path.replace(staging / files.ENGINE)
     sizes = {name: one.bytes for name, one in facts.items()}
-    other = facts["int8" if speed.engine == "fp16" else "fp16"]
-    return replace(
-        artifact,
-        engine=facts[speed.engine],
-        no_engine=None,
-        int8=replace(artifact.int8, speed=speed, engine_bytes=sizes, other_checks=other.checks),
+    other = facts[ours if speed.engine == "fp16" else "fp16"]
+    settled = artifact.with_quantization(
+        replace(quantization, speed=speed, engine_bytes=sizes, other_checks=other.checks)
     )
+    return replace(settled, engine=facts[speed.engine], no_engine=None)
 
 
 def find_plugin() -> tuple[Path, PluginFile]:

@@ -50,6 +50,7 @@ def to_deployable(
     """
     proto = load_model(source)
     _refuse_foreign_functions(proto)
+    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR  # it warns of FP8, and keeps it
     graph = gs.import_onnx(proto)
     found = _check_reductions(graph)
     if found:

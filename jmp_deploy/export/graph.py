@@ -87,6 +87,13 @@ def temporary_file(proto: onnx.ModelProto) -> Iterator[Path]:
         yield path
 
 
+def refill(field: Any, values: Iterable[Any]) -> None:
+    """Replaces what a repeated field of a model holds, by copies: values may be from it."""
+    kept = [type(value).FromString(value.SerializeToString()) for value in values]
+    del field[:]
+    field.extend(kept)
+
+
 def is_reduction(graph_node: onnx.NodeProto) -> bool:
     """Whether a node (of onnx, or of onnx_graphsurgeon) is one of ours."""
     return graph_node.domain == DOMAIN

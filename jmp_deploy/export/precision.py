@@ -1,5 +1,5 @@
 """Precision written into the ONNX: FP16 or BF16, with FP32 where that is needed (the Q/DQ of INT8
-is qdq.py's).
+and FP8 are qdq.py's).
 
 TensorRT builds strongly typed networks from what the model says, so one model serves TensorRT 10,
 11 and TensorRT-RTX: `lower` decides what an engine computes with. LayerNormalization stands in
@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from .graph import is_reduction, load_model, save_model
+from .graph import is_reduction, load_model, refill, save_model
 
 FP16_MAX = float(np.finfo(np.float16).max)
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -142,8 +141,8 @@ def lower(
                 nodes.append(_cast(f"{name}.{precision}", name, TensorProto.FLOAT))
                 types[name] = TensorProto.FLOAT
     others = [w for w in proto.graph.initializer if w.name not in types]
-    _replace(proto.graph.initializer, [*others, *stored.values()])
-    _replace(proto.graph.node, nodes)
+    refill(proto.graph.initializer, [*others, *stored.values()])
+    refill(proto.graph.node, nodes)
     return proto
 
 
@@ -151,8 +150,9 @@ def emulate(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A model in FP32 that rounds every tensor to the 16 bits in which the given one stores it.
 
     Products are summed in FP32, as engines do, and what exceeds the type becomes infinite. Of
-    INT8, the integers and scales are the model's; what a DequantizeLinear gives is not rounded, as
-    engines multiply integers. A model without 16 bits anywhere comes out as it was.
+    INT8 and FP8, the numbers and scales are the model's; what a DequantizeLinear gives is not
+    rounded, as engines multiply what it was given. A model without 16 bits anywhere comes out as it
+    was.
 
     Args:
         proto: portable; used up.
@@ -192,7 +192,7 @@ def emulate(proto: onnx.ModelProto) -> onnx.ModelProto:
             if name in narrow:
                 node.output[position] = f"{name}.exact"
                 rounded(node.output[position], name, narrow[name])
-    _replace(proto.graph.node, nodes)
+    refill(proto.graph.node, nodes)
     return proto
 
 
@@ -285,7 +285,7 @@ def _constants_as_initializers(proto: onnx.ModelProto) -> None:
             weight.name = node.output[0]
         else:
             rest.append(node)
-    _replace(proto.graph.node, rest)
+    refill(proto.graph.node, rest)
 
 
 def _converted(weight: TensorProto, kind: int, name: str) -> TensorProto:
@@ -314,9 +314,3 @@ def _rename(nodes: Collection[onnx.NodeProto], before: str, after: str) -> None:
             for position, name in enumerate(names):
                 if name == before:
                     names[position] = after
-
-
-def _replace(field: Any, values: Collection[Any]) -> None:
-    kept = [type(v).FromString(v.SerializeToString()) for v in values]
-    del field[:]
-    field.extend(kept)

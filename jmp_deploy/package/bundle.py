@@ -227,7 +227,7 @@ def _fill(
     target = TARGETS[options.target]
     inner = folder / "artifact"
     inner.mkdir(parents=True)
-    engines = (parts.ENGINE, parts.TWIN_ENGINE, parts.INT8_ENGINE)
+    engines = (parts.ENGINE, parts.TWIN_ENGINE, *parts.QUANTIZED_ENGINES.values())
     for file in artifact.files:
         if file not in engines:
             shutil.copyfile(artifact.path(file), inner / file)

@@ -304,7 +304,7 @@ def deepstream_config(artifact: Artifact) -> str:
         "onnx-file": "artifact/model.trt.onnx",
         "model-engine-file": ENGINE,
         "batch-size": str(artifact.batch[1]),
-        # the types are in the ONNX: this only names them, and it has no name for BF16
+        # the types are in the ONNX: this only names them, and it has no name for BF16 and FP8
         "network-mode": {"int8": "1", "fp16": "2"}.get(artifact.precision, "0"),
         "infer-dims": ";".join(map(str, artifact.image_shape)),
         "model-color-format": "0",

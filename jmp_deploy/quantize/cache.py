@@ -5,10 +5,10 @@ PyTorch and ONNX; ranges belong to layers ("blocks.3.qkv"), not to the exporter'
 cache from one machine serves another with other versions. A cache of another model, other weights,
 another schedule or image size is refused with what differs.
 
-The file is JSON: {"format", "identity", "method", "images", "versions", "layers": {name: {"amax",
-"threshold", "scale", "rows", "channels"}}, "keep_fp16": {name: reason}, "equalization": {name:
-exponents of two, one per input channel}, "sha256"}; the digest is over all the rest, so that a
-scale changed by hand is noticed.
+The file is JSON: {"format", "identity", "method", "images", "versions", "layers": {name of what is
+read: {"amax", "threshold", "scale", "rows", "channels"}}, "keep_fp16": {name: reason},
+"equalization": {name: exponents of two, one per input channel}, "sha256"}; the digest is over all
+the rest, so that a scale changed by hand is noticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..core.artifact import Calibrated, Meta, refuse_odd_strings, tool_versions
+from ..core.artifact import Calibrated, Meta, Narrow, refuse_odd_strings, tool_versions
 from ..core.errors import CalibrationError
 from ..core.files import of_form, read_json, write_json
 from .ranges import Range
@@ -37,6 +37,7 @@ IDENTITY_WORDS = {
     "weights": "weights (sha256)",
     "preprocess": "preprocessing",
     "jmp": "schedule and decision",
+    "precision": "number format",
     "layers": "layers of the graph (sha256)",
 }
 
@@ -49,7 +50,7 @@ class Calibration:
         identity: whose ranges these are (`identity`).
         method: as `ranges.parse_method` takes it.
         images: of `CalibrationImages.to_manifest`.
-        ranges: layer name -> range.
+        ranges: name of what is read (`layers.Read`) -> range.
         keep_fp16: layer name -> why it stays in FP16.
         equalization: layer name -> factor per input channel (`equalize.factors`).
         versions: of the tools that made it.
@@ -65,7 +66,7 @@ class Calibration:
 
     @property
     def scales(self) -> dict[str, float]:
-        """Layer name -> scale of its input, for `qdq.quantize`."""
+        """Name of what is read -> scale, for `qdq.quantize`."""
         return {name: found.scale for name, found in self.ranges.items()}
 
 
@@ -76,6 +77,7 @@ def identity(
     weights: str,
     preprocess: Mapping[str, Any],
     jmp: Mapping[str, Any] | None,
+    precision: Narrow,
     layers: list[Layer],
 ) -> dict[str, Any]:
     """What a cache must agree in to be used for a model.
@@ -86,6 +88,7 @@ def identity(
         weights: of `models.weights_digest`.
         preprocess: fields of `images.Preprocess`.
         jmp: the manifest's "jmp", or None for a dense model.
+        precision: the number format that the scales are for.
         layers: of the portable FP32 graph.
     """
     shape = [[layer.name, list(layer.shape), layer.axis] for layer in layers]
@@ -100,6 +103,7 @@ def identity(
             "weights": weights,
             "preprocess": dict(preprocess),
             "jmp": decision,
+            "precision": precision,
             "layers": hashlib.sha256(json.dumps(shape).encode()).hexdigest(),
         }
     )
@@ -162,7 +166,8 @@ def read(path: Path) -> Calibration:
     found = of_form(data, _File, path, **about)
     refuse_odd_strings(data, path)
     return Calibration(
-        identity=found.identity,
+        # the key is missing where there was no other format yet
+        identity=found.identity | {"precision": found.identity.get("precision", "int8")},
         method=found.method,
         images=data["images"],
         ranges=found.layers,

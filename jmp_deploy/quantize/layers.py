@@ -1,27 +1,50 @@
-"""The weighted layers of a ViT's ONNX graph: which there are, and what people call them."""
+"""The layers of a ViT's ONNX graph that can be quantized: which there are, and what people call
+them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core.errors import CalibrationError, GraphError
+from .formats import INT8, Format
 
 if TYPE_CHECKING:
     import onnx
 
-KINDS = ("patch_embed", "qkv", "gate", "proj", "fc1", "fc2", "head")
+KINDS = ("patch_embed", "qkv", "gate", "attention", "proj", "fc1", "fc2", "head")
 WEIGHTED = ("Conv", "MatMul", "Gemm")
 """Operators that layers are."""
+LEAST_TOKENS = 32
+"""Of an attention that is quantized. TensorRT-RTX 1.7.1 makes one kernel of an FP8 attention with a
+mask from 32 tokens on, several of one with 31; of FP16 it is one kernel at any size."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor that a layer reads, other than its weight.
+
+    Attributes:
+        name: what caches call it: the layer's name, or "blocks.3.q" and so on in attention.
+        node, position: which node reads it, as which of its inputs.
+        tensor: its name in the graph.
+        most: its largest magnitude, where that is known without looking.
+    """
+
+    name: str
+    node: str
+    position: int
+    tensor: str
+    most: float | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that can be quantized.
+    """A layer that can be quantized: one with a weight, or the two products of an attention.
 
     Attributes:
         name: what people and caches call it: "blocks.3.qkv", "patch_embed", "head".
@@ -29,10 +52,11 @@ class Layer:
         kind: one of KINDS.
         node: name of its ONNX node.
         tensor: name of its input.
-        weight: name of its weight.
+        weight: name of its weight; None of an attention.
         axis: of the weight's output channels.
-        shape: of the weight.
+        shape: of the weight; of an attention (queries, keys, head size).
         after_norm: its input comes straight from a LayerNormalization.
+        products: what an attention reads: queries, keys, softmax, values.
     """
 
     name: str
@@ -40,19 +64,39 @@ class Layer:
     kind: str
     node: str
     tensor: str
-    weight: str
+    weight: str | None
     axis: int
     shape: tuple[int, ...]
     after_norm: bool = False
+    products: tuple[Read, ...] = ()
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What is quantized besides the weight; the rows of the first are the layer's."""
+        return self.products or (Read(self.name, self.node, 0, self.tensor),)
+
+    def lacks(self, ranges: Collection[str]) -> bool:
+        """Whether something that it reads is not among what is known the range of."""
+        return any(read.most is None and read.name not in ranges for read in self.reads)
 
     @property
     def macs_per_row(self) -> int:
-        """Multiply-adds for one token (one patch, for the patch embedding)."""
-        return int(np.prod(self.shape))
+        """Multiply-adds for one token (one patch, for the patch embedding; one query of one head,
+        for an attention)."""
+        return 2 * self.shape[1] * self.shape[2] if self.products else int(np.prod(self.shape))
+
+    @property
+    def least_side(self) -> int:
+        """The shortest side of its matrix products, the number of tokens of a weighted layer
+        aside."""
+        if self.products:
+            return min(self.shape)
+        outputs = self.shape[self.axis]
+        return min(outputs, int(np.prod(self.shape)) // outputs)
 
 
-def find_layers(proto: onnx.ModelProto) -> list[Layer]:
-    """The quantizable layers of a portable or deployable ViT, in graph order.
+def find_layers(proto: onnx.ModelProto, form: Format = INT8) -> list[Layer]:
+    """The layers of a portable or deployable ViT that a format can do, in graph order.
 
     Names of weights say nothing (the exporter merges equal tensors, as all biases of a fresh model
     are), so layers are told apart by where they stand: each block has one Softmax; the projection
@@ -64,6 +108,7 @@ def find_layers(proto: onnx.ModelProto) -> list[Layer]:
     from onnx.helper import get_attribute_value
 
     weights = {t.name: tuple(t.dims) for t in proto.graph.initializer}
+    attentions = _attentions(proto) if form.attention else {}
     norms = {n.output[0] for n in proto.graph.node if n.op_type == "LayerNormalization"}
     depth = sum(n.op_type == "Softmax" for n in proto.graph.node)
     found: list[Layer] = []
@@ -72,6 +117,8 @@ def find_layers(proto: onnx.ModelProto) -> list[Layer]:
     for graph_node in proto.graph.node:
         if graph_node.op_type == "Softmax" and graph_node.domain in ("", "ai.onnx"):
             attended = True
+        if graph_node.name in attentions:
+            found.append(_attention(block, *attentions[graph_node.name]))
         if graph_node.op_type not in WEIGHTED or graph_node.input[1] not in weights:
             continue
         tensor, weight = graph_node.input[0], graph_node.input[1]
@@ -105,7 +152,59 @@ def find_layers(proto: onnx.ModelProto) -> list[Layer]:
         if kind == "fc2":
             block, attended, inputs = block + 1, False, {}
     _check_structure(found, depth)
+    return [layer for layer in found if layer.least_side >= form.least_side]
+
+
+def _attentions(
+    proto: onnx.ModelProto,
+) -> dict[str, tuple[onnx.NodeProto, onnx.NodeProto, list[int]]]:
+    """Node of the scores -> it, the node of the values, and (queries, keys, head size).
+
+    An attention of which the graph does not say the sizes is left out, as is one of few tokens.
+    """
+    sizes = {
+        v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in proto.graph.value_info
+    }
+    makers = {name: n for n in proto.graph.node for name in n.output}
+    users = {n.input[0]: n for n in proto.graph.node if n.op_type == "MatMul"}
+    found = {}
+    for softmax in proto.graph.node:
+        if softmax.op_type != "Softmax" or softmax.output[0] not in users:
+            continue
+        scores = makers[softmax.input[0]]
+        if scores.op_type == "Add":  # the mask
+            sums = [makers[name] for name in scores.input if name in makers]
+            scores = next((n for n in sums if n.op_type == "MatMul"), scores)
+        values = users[softmax.output[0]]
+        queries, keys = (sizes.get(name, []) for name in (scores.input[0], values.input[1]))
+        if scores.op_type != "MatMul" or not len(queries) == len(keys) == 4:
+            continue
+        if min(queries[2], keys[2]) >= LEAST_TOKENS:
+            found[scores.name] = scores, values, [queries[2], keys[2], keys[3]]
     return found
+
+
+def _attention(
+    block: int, scores: onnx.NodeProto, values: onnx.NodeProto, sizes: list[int]
+) -> Layer:
+    name = f"blocks.{block}"
+    reads = (
+        Read(f"{name}.q", scores.name, 0, scores.input[0]),
+        Read(f"{name}.k", scores.name, 1, scores.input[1]),
+        Read(f"{name}.softmax", values.name, 0, values.input[0], most=1.0),
+        Read(f"{name}.v", values.name, 1, values.input[1]),
+    )
+    return Layer(
+        name=f"{name}.attention",
+        block=block,
+        kind="attention",
+        node=scores.name,
+        tensor=scores.input[0],
+        weight=None,
+        axis=-1,
+        shape=tuple(sizes),
+        products=reads,
+    )
 
 
 def select(found: Sequence[Layer], words: Iterable[str]) -> set[str]:

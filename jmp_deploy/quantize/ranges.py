@@ -1,8 +1,9 @@
-"""Calibration: the ranges that INT8 activations need, observed on images and chosen by a method.
+"""Calibration: the ranges that quantized activations need, observed on images and chosen by a
+method.
 
-ONNX Runtime runs the FP32 model; what is kept of it per layer input is its largest magnitude, in
-all and per channel, and a histogram of magnitudes. Nothing else stays in memory, however many
-images come.
+ONNX Runtime runs the FP32 model; what is kept of each tensor that a layer reads is its largest
+magnitude, in all and per channel, and a histogram of magnitudes. Nothing else stays in memory,
+however many images come.
 
 Why not ONNX Runtime's own calibrators (1.32): their entropy method has 128 bins and as many levels,
 so its only candidate is the largest magnitude; the histogram methods observe every tensor of the
@@ -14,7 +15,7 @@ Methods (`--calib-method`):
     percentile:P    the magnitude below which P % of the values lie (99.999)
     entropy         the threshold whose 8-bit histogram is nearest to the true one in the sense of
                     Kullback and Leibler, as TensorRT's calibrator did (S. Migacz, "8-bit inference
-                    with TensorRT", GTC 2017)
+                    with TensorRT", GTC 2017); for INT8 alone, whose levels are even
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from ..core import ort
 from ..core.artifact import Count, Meta
 from ..core.errors import CalibrationError
 from ..export.graph import load_model, temporary_file
+from .formats import INT8, Format
 from .layers import Layer
-from .qdq import activation_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,12 +51,13 @@ OnProgress = Callable[[int, int], None]
 
 @dataclass
 class Observed:
-    """What a layer's input was like on all calibration images.
+    """What a tensor that a layer reads was like on all calibration images.
 
     Attributes:
         amax: largest magnitude.
         channel_amax: [C] float64, the same per channel (last axis; axis 1 for a convolution).
-        rows: tokens per image that the layer works on (patches, for the patch embedding).
+        rows: tokens per image that the layer works on (patches, for the patch embedding; in
+            attention, those of each head).
         histogram: [BINS] int64, counts of magnitudes in equal bins over [0, limit].
         limit: upper end of the histogram, a power of two.
     """
@@ -109,12 +111,12 @@ class Observed:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of one layer's input.
+    """The range of one tensor.
 
     Attributes:
         amax: largest magnitude seen.
-        threshold: magnitude that becomes 127; larger ones are clipped.
-        scale: threshold / 127 as FP16 holds it: what is written into the model.
+        threshold: magnitude that becomes the format's largest number; larger ones are clipped.
+        scale: threshold over that number as FP16 holds it: what is written into the model.
         rows: see `Observed`.
         channels: of the input.
     """
@@ -155,7 +157,7 @@ def observe(
     total: int = 0,
     on_progress: OnProgress = lambda done, total: None,
 ) -> dict[str, Observed]:
-    """Runs a portable FP32 model and observes the inputs of its layers.
+    """Runs a portable FP32 model and observes what its layers read.
 
     Args:
         model: portable FP32 ONNX.
@@ -164,56 +166,53 @@ def observe(
         total: images in all, for on_progress.
 
     Returns:
-        Layer name -> what its input was like.
+        Name of what is read -> what it was like. Of what is known without looking there is nothing.
 
     Raises:
         CalibrationError: no images, or values that are not finite.
     """
-    found = {layer.name: Observed() for layer in layers}
-    by_tensor: dict[str, list[Layer]] = {}
-    for layer in layers:
-        by_tensor.setdefault(layer.tensor, []).append(layer)
-    session, image_input = _session(model, by_tensor)
-    names = [name for name in by_tensor if name != image_input]
+    reads = [(read, layer) for layer in layers for read in layer.reads if read.most is None]
+    first: dict[str, Layer] = {}  # of those that read a tensor
+    for read, layer in reads:
+        first.setdefault(read.tensor, layer)
+    seen = {tensor: Observed() for tensor in first}
+    session, image_input = _session(model, first)
+    names = [name for name in first if name != image_input]
     done = 0
     for batch in batches:
         values = dict(zip(names, session.run(names, {image_input: batch}), strict=True))
         values[image_input] = batch
-        for tensor, readers in by_tensor.items():
-            conv = len(readers[0].shape) == 4
-            first = found[readers[0].name]
-            first.add(values[tensor], 1 if conv else -1)
-            first.rows = _rows(values[tensor], readers[0])
+        for tensor, layer in first.items():
+            seen[tensor].add(values[tensor], 1 if len(layer.shape) == 4 else -1)
+            seen[tensor].rows = _rows(values[tensor], layer)
         done += len(batch)
         on_progress(done, max(total, done))
     if not done:
         raise CalibrationError("no images to calibrate with")
-    for readers in by_tensor.values():
-        first = found[readers[0].name]
-        if not math.isfinite(first.amax):
+    for tensor, layer in first.items():
+        if not math.isfinite(seen[tensor].amax):
             raise CalibrationError(
-                f"the input of {readers[0].name} is not finite on the calibration images",
+                f"the input of {layer.name} is not finite on the calibration images",
                 "are the weights sound? `build --precision fp32` and `compare` show more",
             )
-        for other in readers[1:]:
-            found[other.name] = first
-    return found
+    return {read.name: seen[read.tensor] for read, _ in reads}
 
 
-def choose(observed: dict[str, Observed], method: str) -> dict[str, Range]:
+def choose(observed: dict[str, Observed], method: str, form: Format = INT8) -> dict[str, Range]:
     """Turns observations into ranges.
 
     Args:
         observed: of `observe`.
         method: as `parse_method` takes it.
+        form: the number format that the scales are for.
 
     Returns:
-        Layer name -> range. A layer whose input was zero throughout has none: nothing is known of
-        it, so it stays in FP16.
+        Name of what is read -> range. What was zero throughout has none: nothing is known of it,
+        so its layer stays in FP16.
     """
     name, percentile = parse_method(method)
     ranges = {}
-    for layer, seen in observed.items():
+    for read, seen in observed.items():
         if seen.amax == 0.0:
             continue
         limit = seen.amax
@@ -222,10 +221,10 @@ def choose(observed: dict[str, Observed], method: str) -> dict[str, Range]:
         elif name == "entropy":
             limit = _entropy(seen)
         threshold = min(limit, seen.amax)
-        ranges[layer] = Range(
+        ranges[read] = Range(
             amax=seen.amax,
             threshold=threshold,
-            scale=activation_scale(threshold),
+            scale=form.scale(threshold),
             rows=seen.rows,
             channels=len(seen.channel_amax),
         )

@@ -7,6 +7,8 @@ each of its lines:
     method = "max"                  # as for --calib-method
     equalize = 0.5                  # how much of outlier channels goes into the weights; 0: nothing
     keep_fp16 = ["fc2"]             # kinds of layers, blocks or layers; see layers.select
+    [fp8]                           # what differs for --precision fp8
+    keep_fp16 = []
 
 `default.toml` serves every model that no other file names.
 """
@@ -16,10 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import CalibrationError, MissingPackageError
 from ..core.paths import data_dir
+from .formats import FORMATS
+
+if TYPE_CHECKING:
+    from ..core.artifact import Narrow
 
 DEFAULT = "default"
 
@@ -43,7 +49,7 @@ class Recipe:
     keep_fp16: tuple[str, ...] = ()
 
 
-def for_model(timm_name: str, folder: Path | None = None) -> Recipe:
+def for_model(timm_name: str, folder: Path | None = None, *, precision: Narrow = "int8") -> Recipe:
     """The recipe of a model: the first, by file name, whose patterns fit, else the default.
 
     Raises:
@@ -51,7 +57,7 @@ def for_model(timm_name: str, folder: Path | None = None) -> Recipe:
         MissingPackageError: Python 3.10 without tomli.
     """
     folder = recipes_dir() if folder is None else folder
-    found = {path.stem: read(path) for path in sorted(folder.glob("*.toml"))}
+    found = {path.stem: read(path, precision) for path in sorted(folder.glob("*.toml"))}
     name = timm_name.split(".")[0]  # without the tag of the weights
     for recipe in found.values():
         if any(fnmatchcase(name, pattern) for pattern in recipe.models):
@@ -64,11 +70,16 @@ def for_model(timm_name: str, folder: Path | None = None) -> Recipe:
     return found[DEFAULT]
 
 
-def read(path: Path) -> Recipe:
+def read(path: Path, precision: Narrow = "int8") -> Recipe:
     """Reads one recipe; unknown keys and wrong types are refused."""
     from .ranges import parse_method
 
     values = _toml(path)
+    for name in FORMATS:  # a table of another format is of no concern here
+        own = values.pop(name, {})
+        if not isinstance(own, dict):
+            raise CalibrationError(f"{path}: {name} = {own!r} is not a table", f"write [{name}]")
+        values |= own if name == precision else {}
     kinds: dict[str, tuple[type, ...]] = {
         "models": (list,),
         "method": (str,),
@@ -79,7 +90,7 @@ def read(path: Path) -> Recipe:
         if key not in kinds or not isinstance(value, kinds[key]):
             raise CalibrationError(
                 f"{path}: {key} = {value!r} is not part of a recipe",
-                "a recipe has models, method, equalize and keep_fp16",
+                "a recipe has models, method, equalize and keep_fp16, and of those a table [fp8]",
             )
     recipe = Recipe(
         name=path.stem,

@@ -1,11 +1,12 @@
-"""`--max-drop`: which layers stay in FP16 so that INT8 costs no more than so many points.
+"""`--max-drop`: which layers stay in FP16 so that the others cost no more than so many points.
 
 Each kind of layer, each block, and then single layers are quantized alone and held against the
 unquantized model; noise of different layers adds up, nearly, so the layers with the most noise for
 the fewest multiply-adds are the ones to keep. How many of them, models decide that are measured
 whole, on all images: the fewest that hold the budget.
 
-Needs no GPU: ONNX Runtime runs the layers in FP32 with the scales and integers of the INT8 model.
+Needs no GPU: ONNX Runtime runs the layers in FP32 with the scales and numbers of the INT8 or FP8
+model.
 And no labels: what a changed output costs, in points of accuracy, is estimated.
 
 Two estimates, by what the model gives:
@@ -38,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import CalibrationError
+from .formats import INT8, Format
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,7 +87,7 @@ class Choice:
 
     Attributes:
         keep_fp16: layer name -> why.
-        drop: estimated loss of the rest in INT8, points.
+        drop: estimated loss of the rest, quantized, in points.
         result: for the manifest, see `choose`.
     """
 
@@ -98,6 +100,7 @@ def choose(
     model: Path,
     scales: Mapping[str, float],
     images: NDArray[np.float32],
+    form: Format = INT8,
     *,
     max_drop: float,
     keep_float: Collection[str] = (),
@@ -107,14 +110,15 @@ def choose(
 
     Args:
         model: portable FP32 ONNX.
-        scales: layer name -> scale of its input.
+        scales, form: as for `qdq.quantize`.
         images: [n, 3, H, W], prepared calibration images.
         max_drop: points.
         keep_float: words (`layers.select`) for layers that stay in floating point in any case.
 
     Returns:
         The choice. Its `result` has "budget" and "drop" in points, "flips" in percent or None,
-        "macs_share" (of the gated layers' MACs, in INT8), "all_int8", and lists of rows: "groups"
+        "macs_share" (of the gated layers' MACs, quantized), "precision", "all_quantized" (every
+        layer), and lists of rows: "groups"
         (kinds and blocks, each alone), "ranking" (single layers, the first to keep first) and
         "tried" (whole models). A row's "noise" is squared and relative, see `Drop`.
 
@@ -130,11 +134,13 @@ def choose(
     from . import ranges
     from .gated import Gated
 
-    gated = Gated(model, scales, keep_float=keep_float)
+    gated = Gated(model, scales, form, keep_float=keep_float)
     if not gated.layers:
         raise CalibrationError("no layer is left to quantize: none has a range")
     seen = ranges.observe(model, gated.layers, [images[:1]])
-    macs = {layer.name: seen[layer.name].rows * layer.macs_per_row for layer in gated.layers}
+    macs = {
+        layer.name: seen[layer.reads[0].name].rows * layer.macs_per_row for layer in gated.layers
+    }
     bench = _Bench(gated, images, on_progress)
     whole = bench.drop(macs)
     groups = _groups(bench, gated.layers)
@@ -158,7 +164,8 @@ def choose(
         "images": len(images),
         "screened_on": bench.few,
         "macs_share": 1 - sum(macs[name] for name in kept) / sum(macs.values()),
-        "all_int8": asdict(whole),
+        "precision": form.name,
+        "all_quantized": asdict(whole),
         "groups": groups,
         "ranking": ranking,
         "tried": tried,
@@ -186,12 +193,13 @@ def estimate(reference: NDArray[Any], changed: NDArray[Any], *, classifies: bool
 def summary(result: dict[str, Any]) -> str:
     """What `choose` came to, in one sentence; `result` is that of a `Choice`."""
     kept = sum(row["kept"] for row in result["ranking"])
+    title = result["precision"].upper()
     flips = "" if result["flips"] is None else f", {result['flips']:.2g} % of answers change"
     return (
         f"estimated drop {result['drop']:.2g} points of {result['budget']:g} allowed{flips}: "
         f"{kept} of {len(result['ranking'])} layers stay in FP16 "
-        f"({result['macs_share']:.0%} of their MACs in INT8); "
-        f"all in INT8: {result['all_int8']['points']:.2g} points"
+        f"({result['macs_share']:.0%} of their MACs in {title}); "
+        f"all in {title}: {result['all_quantized']['points']:.2g} points"
     )
 
 
@@ -200,6 +208,7 @@ class _Bench:
 
     def __init__(self, gated: Gated, images: NDArray[np.float32], on_progress: OnProgress) -> None:
         self.gated, self.images, self.on_progress = gated, images, on_progress
+        self.title = gated.form.title
         self.few = min(SCREEN_IMAGES, len(images))
         kinds = len({layer.kind for layer in gated.layers})
         blocks = len({layer.block for layer in gated.layers} - {None})
@@ -216,7 +225,7 @@ class _Bench:
             )
 
     def drop(self, names: Collection[str], *, screen: bool = False) -> Drop:
-        """What these layers cost in INT8, the others unquantized."""
+        """What these layers cost, the others unquantized."""
         count = self.few if screen else len(self.images)
         outputs = self._run(names, count)
         return estimate(self.reference[:count], outputs, classifies=self.gated.classifies)
@@ -228,7 +237,7 @@ class _Bench:
     def _run(self, names: Collection[str], count: int) -> NDArray[Any]:
         outputs = self.gated.run(names, self.images[:count])
         if not np.isfinite(outputs).all():
-            what = "with layers in INT8 " if names else ""
+            what = "with quantized layers " if names else ""
             raise CalibrationError(
                 f"the model's outputs {what}are not finite on the calibration images",
                 "are the weights sound? `build --precision fp32` and `compare` show more",
@@ -314,10 +323,10 @@ def _fewest(
             fails = middle
     if holds == len(names):
         raise CalibrationError(
-            f"no layer can be in INT8 within {max_drop:g} points: with only "
+            f"no layer can be in {bench.title} within {max_drop:g} points: with only "
             f"{names[-1]} it is {last.points:.2g}",
-            f"all in INT8 are estimated to cost {whole.points:.2g}; allow more with --max-drop, "
-            "calibrate with more images, or build --precision fp16",
+            f"all in {bench.title} are estimated to cost {whole.points:.2g}; allow more with "
+            "--max-drop, calibrate with more images, or build --precision fp16",
         )
     return holds, found
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from jmp_deploy.backends import engine as engine_backend
-from jmp_deploy.bench import bench, int8
+from jmp_deploy.bench import bench, twin
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import check
 from jmp_deploy.core import artifact as files
@@ -42,7 +42,7 @@ def gpu(monkeypatch):
     """Puts another GPU, or none, in the place of `HERE`."""
 
     def put(*found: Gpu) -> None:
-        for module in (engine_backend, device, stage, check, int8):
+        for module in (engine_backend, device, stage, check, twin):
             monkeypatch.setattr(module, "gpus", lambda: found)
 
     put(HERE)
@@ -239,7 +239,7 @@ def tiny(monkeypatch, world, gpu):
         cuda, "open_cuda", lambda device=None: Cuda(world.cuda.runtime, world.cuda.driver, device)
     )
     monkeypatch.setattr(builder, "choose", lambda wanted: builder.Choice("tensorrt", "it is here"))
-    monkeypatch.setattr(int8, "time_engines", time_engines)
+    monkeypatch.setattr(twin, "time_engines", time_engines)
     faults: dict[str, bool] = {}
 
     def build_engine(model, target, flavour, spec, **options):
@@ -295,7 +295,10 @@ def test_both_engines_of_int8_are_checked_by_build_and_by_rebuild(tiny, tmp_path
         assert code == 1 and one.engine.precision == one.int8.speed.engine == "fp16"
         assert [check.ok for check in one.engine.checks] == [True]
         assert [check.ok for check in one.int8.other_checks] == [False]
-        assert err.count("does not agree") == 1 and str(folder / files.INT8_ENGINE) in err
+        assert (
+            err.count("does not agree") == 1
+            and str(folder / files.QUANTIZED_ENGINES["int8"]) in err
+        )
     made[-1].verify()
     assert command(capsys, "run", folder, picture)[0] == 0
     tiny["int8"] = False

@@ -381,3 +381,19 @@ def test_gpu_decides_who_runs_engines(
     ]
     answer = by_name(list(doctor._abilities(checks)))["run engines"]
     assert answer.status == status and words in answer.found
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [
+        ((7, 5), "FP16, INT8, no FP8"),
+        ((8, 7), "FP16, BF16, INT8, no FP8"),
+        ((11, 0), "FP16, BF16, INT8, FP8"),
+    ],
+)
+def test_gpu_has_its_number_formats(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], words: str
+) -> None:
+    monkeypatch.setattr(probes, "gpus", lambda: (Gpu("Some GPU", capability, 80 * 2**30),))
+    (found,) = (check.found for check in probes.AREAS["GPU"]() if check.name == "GPU")
+    assert words in re.split("; ", found)

@@ -24,13 +24,13 @@ from jmp_deploy.jmp.visualize import VisualizeOptions
 from jmp_deploy.package.bundle import BundleOptions
 from jmp_deploy.pipeline import BuildOptions
 from jmp_deploy.plugin.library import build_plugin
-from jmp_deploy.quantize.int8 import Int8Options
+from jmp_deploy.quantize.stage import QuantizeOptions
 from jmp_deploy.tune.tune import TuneOptions
 from jmp_deploy.validate.state import merge
 from jmp_deploy.validate.validate import ValidateOptions
 
 FILLED = {
-    "build": [(BuildOptions, ""), (Int8Options, "int8."), (OwnModel, "own.")],
+    "build": [(BuildOptions, ""), (QuantizeOptions, "quantize."), (OwnModel, "own.")],
     "run": [(Options, ""), (predict, "")],
     "compare": [(compare_artifact, "")],
     "inspect": [],
@@ -56,7 +56,7 @@ READ = {
 }
 """Command -> flags that its handler reads itself."""
 MADE = {
-    "build": {"int8", "own", "rebuild"},
+    "build": {"quantize", "own", "rebuild"},
     "run": {"path", "options"},
     "plugin": {"on_progress"},
     "package": {"out"},
@@ -136,7 +136,7 @@ def test_the_help_of_bench_tells_both_defaults_of_seconds():
 def test_what_is_not_given_is_the_options_default():
     given = make_parser().parse_args(["build", "deit_s"])
     assert flags.fill(BuildOptions, given, out=Path("a")) == BuildOptions("deit_s", Path("a"))
-    assert flags.fill(Int8Options, given, "int8.") == Int8Options()
+    assert flags.fill(QuantizeOptions, given, "quantize.") == QuantizeOptions()
     given = make_parser().parse_args(["bench", "a"])
     assert flags.fill(BenchOptions, given) == BenchOptions(Path("a"))
     assert flags.fill(Settings, given, "settings.") == Settings()
@@ -147,11 +147,11 @@ def test_what_is_given_is_in_the_options():
     words += ["--calib", "c", "--calib-images", "8", "--force-int8", "--batch", "4"]
     given = make_parser().parse_args(words)
     made = flags.fill(
-        BuildOptions, given, out=Path("o"), int8=flags.fill(Int8Options, given, "int8.")
+        BuildOptions, given, out=Path("o"), quantize=flags.fill(QuantizeOptions, given, "quantize.")
     )
     assert made.images == (Path("a"), Path("b")), "a tuple, as the options say"
     assert made.proportional is False and made.workspace_mb == 512 and made.batch == (4, 4, 4)
-    assert made.int8 == Int8Options(calib="c", images=8, force=True)
+    assert made.quantize == QuantizeOptions(calib="c", images=8, force=True)
     words = ["bench", "a", "--no-energy", "--seconds", "2", "--num-warm-iter", "3"]
     given = make_parser().parse_args([*words, "--backend", "torch,engine", "-b", "1,8"])
     made = flags.fill(BenchOptions, given, settings=flags.fill(Settings, given, "settings."))

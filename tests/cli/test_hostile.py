@@ -19,7 +19,7 @@ import pytest
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact
-from jmp_deploy.core.artifact import Artifact, Check, EngineOptions, Int8, Speed, Stage
+from jmp_deploy.core.artifact import Artifact, Check, EngineOptions, Quantization, Speed, Stage
 from jmp_deploy.core.errors import JmpDeployError, fail
 from jmp_deploy.core.files import sha256
 from jmp_deploy.jmp import latency, schedule
@@ -188,7 +188,8 @@ def make_world(folder: Path) -> None:
     row = {"name": "head", "kept": True, "measured": True, "points": 0.1, "noise": 0.5}
     sensitivity = {
         "ranking": [{**row, "macs_share": 0.1}],
-        "all_int8": {"noise": 1.0, "points": 1.0},
+        "precision": "int8",
+        "all_quantized": {"noise": 1.0, "points": 1.0},
         "groups": [{"name": "fc1", "noise": 0.5}],
         "measure": "points",
         "images": 8,
@@ -197,13 +198,13 @@ def make_world(folder: Path) -> None:
         "budget": 0.3,
         "macs_share": 0.9,
     }
-    quantized = Int8(
+    quantized = Quantization(
         "max",
         {"count": 8, "source": "photos", "demonstration": False, "warnings": ["few"]},
         {"blocks.0.fc2": "why", "blocks.1.fc2": "why", "head": "why"},
         sensitivity=sensitivity,
         layers=4,
-        layers_int8=1,
+        layers_quantized=1,
         weights_bytes={"INT8": 10, "FLOAT16": 10},
         activations_bytes={"int8": 10, "fp16": 20},
         speed=Speed("fp16", "as fast", 1.0, {"int8": 1.0, "fp16": 1.0}),

@@ -16,6 +16,8 @@ from PIL import Image
 from jmp_deploy.cli import build, plugin
 from jmp_deploy.cli.main import main, make_parser
 from jmp_deploy.core import images, interrupt
+from jmp_deploy.core.artifact import EngineOptions
+from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.files import staging_dir
 from jmp_deploy.core.paths import IMPORT_ROOT
 from jmp_deploy.engine import builder
@@ -98,6 +100,39 @@ def test_targets_that_the_builder_at_hand_does_not_know_are_refused(monkeypatch)
     assert "sm_86, sm_89" in caught.value.hint
     with pytest.raises(builder.EngineError, match="builds for the GPU at hand"):
         builder.refuse_targets(Choice("tensorrt", "a GPU"), ["sm_86"])
+
+
+@pytest.mark.parametrize(
+    ("flavour", "targets", "here", "named"),
+    [
+        ("rtx", ["sm_86", "sm_89", "sm_80"], (), "sm_86, sm_80: no FP8"),
+        ("rtx", [], ((8, 6),), "a GPU: no FP8"),
+        ("tensorrt", [], ((8, 7),), "a GPU: no FP8"),
+        (None, ["sm_75"], (), "sm_75: no FP8"),
+        ("rtx", ["sm_89", "sm_120"], ((8, 6),), None),
+        ("tensorrt", [], ((9, 0),), None),
+        (None, [], ((8, 6),), None),  # no engine is built
+    ],
+)
+def test_fp8_is_refused_where_the_gpu_has_none(monkeypatch, flavour, targets, here, named):
+    monkeypatch.setattr(builder, "gpus", lambda: [Gpu("a GPU", one, 1 << 33) for one in here])
+    options = EngineOptions(tuple(targets))
+    assert builder.for_precision(options, flavour, "int8") == options
+    if named is None:
+        assert builder.for_precision(options, flavour, "fp8") == options
+        return
+    with pytest.raises(builder.EngineError, match=named) as caught:
+        builder.for_precision(options, flavour, "fp8")
+    assert "--precision int8" in caught.value.hint
+
+
+def test_fp8_ahead_of_time_is_for_the_gpus_that_have_it(monkeypatch):
+    known = [(7, 5), (8, 6), (8, 9), (12, 0), (12, 1)]
+    monkeypatch.setattr(builder, "gpus", lambda: ())
+    monkeypatch.setattr(builder, "load", lambda flavour: None)
+    monkeypatch.setattr(builder, "compute_capabilities", lambda trt: known)
+    found = builder.for_precision(EngineOptions(), "rtx", "fp8")
+    assert found.targets == ("sm_89", "sm_120", "sm_121")
 
 
 # --- images --------------------------------------------------------------------------------------

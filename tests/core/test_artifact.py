@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from jmp_deploy.core import artifact as files
-from jmp_deploy.core.artifact import Artifact, EngineOptions, Int8, Speed, Stage
+from jmp_deploy.core.artifact import Artifact, EngineOptions, Quantization, Speed, Stage
 from jmp_deploy.core.errors import ArtifactError
 from tests.fakes.artifacts import CALIBRATED, ENGINE, JMP, make_artifact, write_artifact
 
@@ -25,7 +25,9 @@ def whole(tmp_path):
         engine=ENGINE,
         engine_options=EngineOptions(("sm_86",), 256),
         no_engine=None,
-        int8=Int8("max", CALIBRATED, {"head": "why"}, speed=speed, engine_bytes={"int8": 1}),
+        int8=Quantization(
+            "max", CALIBRATED, {"head": "why"}, speed=speed, engine_bytes={"int8": 1}
+        ),
         class_names=("Kätzchen", "犬"),
         stages=(Stage("fuse", 0.5),),
         tools={"torch": "2.14.1"},

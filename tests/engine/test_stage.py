@@ -13,7 +13,7 @@ from jmp_deploy.core.artifact import (
     EngineCheck,
     EngineFacts,
     EngineOptions,
-    Int8,
+    Quantization,
     Speed,
 )
 from jmp_deploy.core.device import Gpu
@@ -41,14 +41,14 @@ def built(monkeypatch):
     return asked
 
 
-def int8_artifact(folder):
+def quantized(folder, precision="int8"):
     for name in (files.DEPLOYABLE, files.TWIN_DEPLOYABLE, files.PORTABLE):
         (folder / name).write_text(name)
     return make_artifact(
         folder,
-        precision="int8",
-        int8=Int8("max", CALIBRATED, {}),
-        engine_options=OPTIONS,
+        precision=precision,
+        **{precision: Quantization("max", CALIBRATED, {})},
+        engine_options=OPTIONS if precision == "int8" else replace(OPTIONS, targets=("sm_89",)),
         batch=(1, 2, 4),
     ).write()
 
@@ -65,11 +65,20 @@ def passes(engine, artifact):
     return EngineCheck(True, "a GPU", "2026-11-25")
 
 
-@pytest.mark.parametrize("first", ["fp16", "int8"])
-@pytest.mark.parametrize("then", ["fp16", "int8"])
-def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, then):
+@pytest.mark.parametrize(
+    ("ours", "first", "then"),
+    [
+        ("int8", "fp16", "fp16"),
+        ("int8", "fp16", "int8"),
+        ("int8", "int8", "fp16"),
+        ("int8", "int8", "int8"),
+        ("fp8", "fp8", "fp16"),
+        ("fp8", "fp16", "fp8"),
+    ],
+)
+def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, ours, first, then):
     made = stage.make_engines(
-        int8_artifact(tmp_path),
+        quantized(tmp_path, ours),
         tmp_path,
         tmp_path,
         CHOICE,
@@ -78,28 +87,28 @@ def test_rebuild_makes_both_engines_and_settles_again(tmp_path, built, first, th
         clock=stage.Clock(),
     ).write()
     assert get("engine").precision(made) == first
-    assert get("onnxruntime").precision(made) == "int8" and get("torch").precision(made) == "fp32"
+    assert get("onnxruntime").precision(made) == ours and get("torch").precision(made) == "fp32"
     for turn, winner in enumerate((first, then)):
         if turn:
             made = stage.rebuild(made, unasked, settle_for(winner))
         one, two = built[2 * turn : 2 * turn + 2]
         assert [one[0], two[0]] == [files.DEPLOYABLE, files.TWIN_DEPLOYABLE]
         for _, spec, cache in (one, two):
-            assert spec.options == OPTIONS and spec.batch == (1, 2, 4)
+            assert spec.options == made.engine_options and spec.batch == (1, 2, 4)
             assert cache == "warm" or (turn, cache) == (0, "")
-        assert [one[1].precision, two[1].precision] == ["int8", "fp16"]
+        assert [one[1].precision, two[1].precision] == [ours, "fp16"]
         found = Artifact.read(tmp_path)
         found.verify()
         assert found == made and found.engine.precision == winner
-        assert found.int8.speed == Speed(winner, f"{winner} of ['fp16', 'int8']")
-        other = {"int8": files.TWIN_ENGINE, "fp16": files.INT8_ENGINE}[winner]
+        assert found.quantization.speed == Speed(winner, f"{winner} of {sorted(['fp16', ours])}")
+        other = {ours: files.TWIN_ENGINE, "fp16": f"model.{ours}.engine"}[winner]
         engines = {n for n in found.files if n.endswith(".engine")}
         assert engines == {files.ENGINE, other}
         assert {p.name for p in tmp_path.glob("*.engine")} == engines
-        number = {"int8": 1, "fp16": 2}[winner] + 2 * turn
+        number = {ours: 1, "fp16": 2}[winner] + 2 * turn
         assert (tmp_path / files.ENGINE).read_text().endswith(f" {number}")
         assert found.engine.unchecked == "no GPU was here" and found.engine.checks == ()
-        assert found.int8.engine_bytes == {"int8": 2 * turn + 1, "fp16": 2 * turn + 2}
+        assert found.quantization.engine_bytes == {ours: 2 * turn + 1, "fp16": 2 * turn + 2}
 
 
 @pytest.mark.parametrize(("capability", "targets"), [((8, 6), ("sm_86",)), ((8, 9), ())])
@@ -166,7 +175,7 @@ def test_on_a_gpu_both_engines_are_checked_after_the_last_build(
 
     clock = stage.Clock()
     made = stage.make_engines(
-        int8_artifact(tmp_path), tmp_path, tmp_path, CHOICE, check, settle, clock=clock
+        quantized(tmp_path), tmp_path, tmp_path, CHOICE, check, settle, clock=clock
     ).write()
     found = Artifact.read(tmp_path)
     assert found == made

@@ -26,6 +26,7 @@ def identity(**changes):
         "weights": "a" * 64,
         "preprocess": {"mean": (0.5, 0.5, 0.5), "resize": 248},
         "jmp": JMP,
+        "precision": "int8",
         "layers": LAYERS,
     }
     return cache.identity(**{**values, **changes})
@@ -61,6 +62,7 @@ def test_there_and_back(made, tmp_path):
         ({"model": "deit_small_patch16_224"}, ["model: deit_tiny", "not deit_small"]),
         ({"weights": "c" * 64}, ["weights (sha256): aaaaaaaaaaaa..., not cccccccccccc..."]),
         ({"image_size": 160}, ["image size: 224, not 160"]),
+        ({"precision": "fp8"}, ["number format: int8, not fp8"]),
         ({"jmp": None}, ["schedule and decision", "not none (dense)"]),
         ({"jmp": {**JMP, "schedule": [(3, 100)]}}, ["schedule [[3, 138]], not [[3, 100]]"]),
         ({"jmp": {**JMP, "tau": 0.9}, "image_size": 160}, ["tau 0.7, not 0.9", "image size"]),
@@ -121,6 +123,9 @@ def test_recipes_are_found_by_family():
     assert recipes.for_model("vit_small_patch14_dinov2.lvd142m").name == "dinov2"
     assert recipes.for_model("vit_base_patch14_reg4_dinov2").name == "dinov2"
     assert recipes.for_model("some_vit").name == "default"
+    eight = recipes.for_model("vit_base_patch14_dinov2", precision="fp8")
+    assert (eight.equalize, eight.keep_fp16, eight.method) == (0, ("head",), "max")
+    assert "fc2" in recipes.for_model("vit_base_patch14_dinov2", precision="int8").keep_fp16
 
 
 @pytest.mark.parametrize(
@@ -130,6 +135,7 @@ def test_recipes_are_found_by_family():
         ("equalize = 2", "not between 0 and 1"),
         ('keep = ["fc2"]', "keep = .* is not part of a recipe"),
         ("method = 3", "method = 3 is not part"),
+        ("fp8 = 3", "fp8 = 3 is not a table"),
         ("method = ", "cannot be read"),
     ],
 )

@@ -20,6 +20,7 @@ from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
 from jmp_deploy.plugin.library import plugin_library
 from jmp_deploy.quantize import equalize, qdq, ranges
+from jmp_deploy.quantize.formats import INT8
 from jmp_deploy.quantize.layers import find_layers
 from tests.fakes.models import tiny_vit
 
@@ -115,20 +116,20 @@ def test_two_fc1_that_read_one_tensor(tmp_path):
 
 def test_a_scale_computed_by_hand():
     # 1/127 lies between 1032 and 1033 steps of 2**-17, the spacing of FP16 there; 1032 is nearer
-    assert Fraction(qdq.activation_scale(1.0)) == Fraction(1032, 2**17)
-    assert qdq.activation_scale(63.5) == 0.5
+    assert Fraction(INT8.scale(1.0)) == Fraction(1032, 2**17)
+    assert INT8.scale(63.5) == 0.5
     weight = np.array([[0.5, -1.27, 0.0], [-0.25, 0.635, 0.0]], dtype=np.float32)
-    by_column = qdq.weight_scales(weight, 1)
+    by_column = INT8.weight_scales(weight, 1)
     want = [0.5 / 127, 0.01, 1.0]  # the last column is zero: any scale will do
     np.testing.assert_allclose(by_column, want, rtol=2**-11)
-    np.testing.assert_allclose(qdq.weight_scales(weight, 0), [0.01, 0.005], rtol=2**-11)
+    np.testing.assert_allclose(INT8.weight_scales(weight, 0), [0.01, 0.005], rtol=2**-11)
     assert (by_column.astype(np.float16).astype(np.float32) == by_column).all()
 
 
 @pytest.mark.parametrize("size", [1e-6, 3e-5, 1e-3, 7.0, 3e4])
 def test_rounding_a_scale_to_fp16_clips_less_than_half_a_step(size):
     for value in size * np.linspace(1, 2, 97):
-        scale = qdq.activation_scale(value)
+        scale = INT8.scale(value)
         assert scale == float(np.float16(scale)) > 0
         assert 127.5 * scale >= value
         # and wastes little, except below what FP16 can tell apart
@@ -138,7 +139,7 @@ def test_rounding_a_scale_to_fp16_clips_less_than_half_a_step(size):
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_range_that_is_none(value):
     with pytest.raises(CalibrationError, match="cannot be quantized"):
-        qdq.activation_scale(value)
+        INT8.scale(value)
 
 
 def test_integers_and_products_are_what_int8_arithmetic_gives(portable, scales, images):

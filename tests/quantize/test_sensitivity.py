@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console, Group
 
-from benchmarks.lib import int8_report
+from benchmarks.lib import quantized_report
 from jmp_deploy.cli import build
 from jmp_deploy.core import ort
 from jmp_deploy.core.errors import CalibrationError
@@ -174,7 +174,7 @@ def test_the_layer_that_int8_ruins_is_named_and_kept(bad, images, tmp_path):
     assert set(found.keep_fp16) == {BAD}
     assert "rank 1 of 14" in found.keep_fp16[BAD]
     result = found.result
-    assert result["all_int8"]["points"] > 5 > 1.5 >= found.drop
+    assert result["all_quantized"]["points"] > 5 > 1.5 >= found.drop
     first, *rest = result["ranking"]
     assert first["name"] == BAD and first["kept"] and not any(row["kept"] for row in rest)
     assert first["noise"] > 10 * max(row["noise"] for row in rest)
@@ -197,7 +197,7 @@ def test_features_have_no_classes_and_are_judged_by_their_noise(bad_features, im
     path, scales = bad_features
     found = choose(path, scales, images, max_drop=1.0)
     assert BAD in found.keep_fp16 and found.result["ranking"][0]["name"] == BAD
-    assert found.drop <= 1.0 < found.result["all_int8"]["points"]
+    assert found.drop <= 1.0 < found.result["all_quantized"]["points"]
     assert found.drop == pytest.approx(sensitivity.POINTS_PER_NOISE * found.result["noise"])
     assert found.result["flips"] is None
 
@@ -206,7 +206,7 @@ def test_a_model_that_int8_suits_keeps_nothing(good, images):
     path, scales = good
     found = choose(path, scales, images, max_drop=50)
     assert found.keep_fp16 == {} and found.result["macs_share"] == 1
-    assert found.drop == found.result["all_int8"]["points"] <= 50
+    assert found.drop == found.result["all_quantized"]["points"] <= 50
     # all layers are ranked, by their groups: none had to be measured alone
     assert len(found.result["ranking"]) == 14
     alone = {row["name"] for row in found.result["ranking"] if row["measured"]}
@@ -273,11 +273,11 @@ def test_the_plot(bad, images, tmp_path):
     pytest.importorskip("matplotlib")
     path, scales = bad
     result = choose(path, scales, images, max_drop=1.5).result
-    assert int8_report.plot(result, tmp_path / "p.png") is None
+    assert quantized_report.plot(result, tmp_path / "p.png") is None
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_reason_is_given(monkeypatch, tmp_path):
-    monkeypatch.setattr(int8_report, "find_spec", lambda name: None)
-    why = int8_report.plot({}, tmp_path / "p.png")
+    monkeypatch.setattr(quantized_report, "find_spec", lambda name: None)
+    why = quantized_report.plot({}, tmp_path / "p.png")
     assert why is not None and "matplotlib is not installed" in why

@@ -1,4 +1,4 @@
-"""The files of `benchmarks/int8.py`: JSON, Markdown, and a plot of each ranking."""
+"""The files of `benchmarks/quantized.py`: JSON, Markdown, and a plot of each ranking."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def line(row: dict[str, Any], tasks: list[str], seconds: float) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: one table for each task, what INT8 is made of, and the rankings."""
+    """Markdown: one table for each task, what is quantized, and the rankings."""
     images = result["calibration"]
     lines = [
         f"Model `{result['model']}`, part `{result['part']}`, seed {result['seed']}, judged by "
@@ -57,19 +57,21 @@ def table(result: dict[str, Any]) -> str:
         "(`jmp_deploy/quantize/sensitivity.py`, from the margins and the confidence of the "
         "classifier).",
         "",
-        "### What is in INT8",
+        "### What is quantized",
         "",
-        "| form | precision | layers | MACs | weights, MB (INT8 + FP16) |",
+        "| form | precision | layers | MACs | weights, MB (8 bits + FP16) |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
-        if "layers_int8" in row:
+        if "layers_quantized" in row:
             sizes = row["weights_bytes"]
+            narrow = sizes.get("INT8", 0) + sizes.get("FLOAT8E4M3FN", 0)
             lines.append(
-                f"| {row['form']} | {row['precision']} | {row['layers_int8']} of {row['layers']} | "
-                f"{row['macs_share']:.1%} | {sizes.get('INT8', 0) / 1e6:.1f} + "
+                f"| {row['form']} | {row['precision']} | {row['layers_quantized']} of "
+                f"{row['layers']} | {row['macs_share']:.1%} | {narrow / 1e6:.1f} + "
                 f"{sizes.get('FLOAT16', 0) / 1e6:.1f} |"
             )
+    lines += _alone(result["alone"])
     for form, found in result["sensitivity"].items():
         lines += ["", f"### Sensitivity, {form}", "", summary(found) + ".", ""]
         lines += _ranking(found)
@@ -99,26 +101,27 @@ def plot(found: dict[str, Any], target: Path) -> str | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    title = found["precision"].upper()
     figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    whole = max(found["all_int8"]["noise"], 1e-300)
+    whole = max(found["all_quantized"]["noise"], 1e-300)
     layers = sorted(found["ranking"], key=lambda row: -row["noise"])[:BARS]
-    for axes, rows, title in (
-        (left, layers, "layers, each alone in INT8"),
+    for axes, rows, heading in (
+        (left, layers, f"layers, each alone in {title}"),
         (right, found["groups"], "kinds and blocks, each alone"),
     ):
         names = [row["name"] for row in rows]
         colours = ["#c2792d" if row.get("kept") else "#1f6f9f" for row in rows]
         axes.barh(names, [100 * row["noise"] / whole for row in rows], color=colours)
         axes.invert_yaxis()
-        axes.set_xlabel("% of the noise of all in INT8")
-        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(f"% of the noise of all in {title}")
+        axes.set_title(heading, fontsize=11)
         axes.tick_params(labelsize=8)
         axes.grid(True, axis="x", alpha=0.25)
     if any(row["kept"] for row in layers):
         left.bar([0], [0], color="#c2792d", label="stays in FP16")
-        left.bar([0], [0], color="#1f6f9f", label="INT8")
+        left.bar([0], [0], color="#1f6f9f", label=title)
         left.legend(frameon=False, loc="lower right")
     figure.suptitle(summary(found), fontsize=9)
     with atomic_path(target) as temporary:
@@ -154,21 +157,40 @@ def _interval(value: dict[str, float]) -> str:
     return f"{value['difference']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f})"
 
 
+def _alone(found: dict[str, dict[str, float]]) -> list[str]:
+    """What each layer costs alone, by kind; of INT8 those in FP16 by the recipe too."""
+    if not found:
+        return []
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    lines = [
+        "",
+        "### Signal-to-noise ratio of the output, dB, each layer alone",
+        "",
+        f"| layer | {' | '.join(found)} |",
+        f"| --- | {' | '.join('---' for _ in found)} |",
+    ]
+    for name in names:
+        cells = [f"{values[name]:.1f}" if name in values else "" for values in found.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def _ranking(found: dict[str, Any]) -> list[str]:
+    title = found["precision"].upper()
     lines = [
         f"Points: {found['measure']}; on {found['images']} calibration images, the ranking on "
         f"{found['screened_on']}.",
         "",
-        "| rank | layer | points alone | of the noise of all in INT8 | of the MACs | stays |",
+        f"| rank | layer | points alone | of the noise of all in {title} | of the MACs | stays |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    whole = max(found["all_int8"]["noise"], 1e-300)
+    whole = max(found["all_quantized"]["noise"], 1e-300)
     for rank, row in enumerate(found["ranking"][:RANKED], 1):
         least = "" if row["measured"] else "< "
         lines.append(
             f"| {rank} | {row['name']} | {least}{row['points']:.3f} | {least}"
             f"{row['noise'] / whole:.1%} | {row['macs_share']:.1%} | "
-            f"{'FP16' if row['kept'] else 'INT8'} |"
+            f"{'FP16' if row['kept'] else title} |"
         )
     groups = ", ".join(f"{row['name']} {row['noise'] / whole:.1%}" for row in found["groups"])
     return [*lines, "", f"Kinds and blocks, each alone, share of the noise: {groups}."]

@@ -1,4 +1,5 @@
-"""The INT8 part of a build: from images or a cache to a quantized model, and what to say of it."""
+"""The part of a build that quantizes: from images or a cache to an INT8 or FP8 model, and what to
+say of it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import artifact, interrupt
-from ..core.artifact import Int8, Jmp
+from ..core.artifact import Jmp, Quantization
 from ..core.errors import CalibrationError
 from ..export.graph import load_model, save_model, weight_types
 from ..jmp.models import weights_digest
@@ -17,6 +18,7 @@ from . import cache as calibration_cache
 from . import images as calibration
 from . import qdq, recipes
 from .cache import Calibration
+from .formats import FORMATS, INT8, Format
 from .layers import Layer, find_layers, select
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ FACTOR_IMAGES = 32
 
 
 @dataclass(frozen=True)
-class Int8Options:
-    """What `build --precision int8` is asked for besides.
+class QuantizeOptions:
+    """What `build --precision int8` or `fp8` is asked for besides.
 
     Attributes:
         calib: folder of images, "sample", or None with a cache.
@@ -42,7 +44,7 @@ class Int8Options:
         cache: calibration cache to use instead of images.
         max_drop: points that the model may lose; the layers that cost most stay in FP16 until it
             holds. None: those of the recipe stay.
-        force: make the INT8 engine `model.engine` though it is no faster than FP16.
+        force: make the quantized engine `model.engine` though it is no faster than FP16.
     """
 
     calib: str | None = None
@@ -57,6 +59,7 @@ class Int8Options:
 class Quantized:
     """What came of it: for the manifest, and for the summary."""
 
+    form: Format
     calibration: Calibration
     layers: list[Layer]
     recipe: str | None = None
@@ -64,10 +67,10 @@ class Quantized:
     sensitivity: dict[str, Any] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def to_manifest(self) -> Int8:
-        """The manifest's "int8"."""
+    def to_manifest(self) -> Quantization:
+        """The manifest's "int8" or "fp8"."""
         made = self.calibration
-        return Int8(
+        return Quantization(
             method=made.method,
             images=made.images,
             recipe=self.recipe,
@@ -79,23 +82,25 @@ class Quantized:
         )
 
 
-def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> None:
+def refuse_early(options: QuantizeOptions | None, precision: str, rebuild: str) -> None:
     """Says what is missing before any work is done.
 
     Raises:
-        CalibrationError: INT8 without images and without a cache, or flags that do not go together.
+        CalibrationError: a format of 8 bits without images and without a cache, or flags that do
+            not go together.
     """
-    if precision != "int8":
-        if options is not None and options != Int8Options():
+    if precision not in FORMATS:
+        if options is not None and options != QuantizeOptions():
             raise CalibrationError(
-                f"calibration options are for --precision int8, this is {precision}",
+                f"calibration options are for --precision int8 or fp8, this is {precision}",
                 "leave out --calib and the flags that belong to it, or add --precision int8",
             )
         return
-    asked = options or Int8Options()
+    asked = options or QuantizeOptions()
     if asked.calib is None and asked.cache is None:
         raise CalibrationError(
-            "INT8 needs images to find the ranges of its activations, or a cache of them",
+            f"{precision.upper()} needs images to find the ranges of its activations, or a cache "
+            "of them",
             f"{rebuild} --calib DIR (a few hundred images like those that the model will see), "
             f"or --calib sample for a demonstration, or --calib-cache FILE",
         )
@@ -117,7 +122,12 @@ def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> N
     if asked.method is not None:
         from .ranges import parse_method
 
-        parse_method(asked.method)
+        if parse_method(asked.method)[0] == "entropy" and precision != INT8.name:
+            raise CalibrationError(
+                "--calib-method entropy looks for the best of evenly spaced levels, which "
+                f"{precision.upper()} does not have",
+                "leave it out: the largest magnitude (max) serves a format with an exponent",
+            )
         if asked.cache is not None:
             raise CalibrationError(
                 "--calib-method does nothing with --calib-cache: the cache has its ranges already",
@@ -130,7 +140,8 @@ def refuse_early(options: Int8Options | None, precision: str, rebuild: str) -> N
 
 
 def make(
-    options: Int8Options,
+    form: Format,
+    options: QuantizeOptions,
     loaded: LoadedModel,
     jmp: Jmp | None,
     macs: int,
@@ -139,10 +150,11 @@ def make(
     clock: Clock,
     on_progress: OnProgress | None,
     kept: Collection[str] = (),
-) -> Int8:
-    """Portable FP32 -> portable INT8 and calibration cache, beside it; `fp32` is used up.
+) -> Quantization:
+    """Portable FP32 -> portable quantized model and calibration cache beside it; `fp32` is used up.
 
     Args:
+        form: the number format.
         jmp: the reductions.
         macs: of the whole model per image.
         seed: of the draw of images.
@@ -150,12 +162,12 @@ def make(
         kept: names of nodes whose floating-point numbers are FP32, not FP16.
 
     Returns:
-        The manifest's "int8".
+        The manifest's "int8" or "fp8".
     """
     with clock("calibrate"):
         report = on_progress or (lambda phase, done, total: None)
-        result = calibrate(options, loaded, fp32, jmp, seed=seed, on_progress=report)
-    with clock("int8"):
+        result = calibrate(form, options, loaded, fp32, jmp, seed=seed, on_progress=report)
+    with clock(form.name):
         quantize(result, fp32, fp32.parent / artifact.PORTABLE, macs=macs, kept=kept)
         calibration_cache.write(fp32.parent / artifact.CALIBRATION, result.calibration)
         fp32.unlink()
@@ -163,7 +175,8 @@ def make(
 
 
 def calibrate(
-    options: Int8Options,
+    form: Format,
+    options: QuantizeOptions,
     loaded: LoadedModel,
     fp32: Path,
     jmp: Jmp | None,
@@ -174,6 +187,7 @@ def calibrate(
     """Ranges for a portable FP32 model, from a cache or from images.
 
     Args:
+        form: the number format.
         loaded: the model that `fp32` was exported from.
         fp32: portable FP32 ONNX. Rewritten where outlier channels are equalised.
         jmp: the reductions.
@@ -185,7 +199,7 @@ def calibrate(
     from . import equalize
 
     proto = load_model(fp32)
-    found = find_layers(proto)
+    found = find_layers(proto, form)
     spec = loaded.preprocess
     wanted = calibration_cache.identity(
         model=loaded.name,
@@ -193,6 +207,7 @@ def calibrate(
         weights=weights_digest(loaded.model),
         preprocess=asdict(spec),
         jmp=jmp.to_json() if jmp else None,
+        precision=form.name,
         layers=found,
     )
     images = None
@@ -207,13 +222,13 @@ def calibrate(
     if options.cache is not None:
         made = calibration_cache.read(options.cache)
         calibration_cache.check(options.cache, made, wanted)
-        result = Quantized(made, found, cache=str(options.cache))
+        result = Quantized(form, made, found, cache=str(options.cache))
         if made.equalization:
             equalize.apply(proto, found, made.equalization)
             save_model(proto, fp32)
     else:
         assert images is not None
-        result = _observe(options, loaded.name, fp32, images, wanted, on_progress)
+        result = _observe(form, options, loaded.name, fp32, images, wanted, on_progress)
     if options.max_drop is not None and images is not None:
         _measure(options.max_drop, fp32, images, result, on_progress)
     return result
@@ -222,38 +237,43 @@ def calibrate(
 def quantize(
     result: Quantized, fp32: Path, target: Path, *, macs: int, kept: Collection[str] = ()
 ) -> None:
-    """Writes the INT8 model and completes the facts about it.
+    """Writes the quantized model and completes the facts about it.
 
     Args:
         fp32: what `calibrate` left.
-        target: portable INT8 model.
-        macs: of the whole model per image, to say what share is in INT8.
+        target: portable quantized model.
+        macs: of the whole model per image, to say what share is quantized.
         kept: as for `make`.
     """
     made = result.calibration
-    done = qdq.quantize(fp32, target, made.scales, keep_float=set(made.keep_fp16), fp32=kept)
+    form = result.form
+    wide = {x.name for x in result.layers if x.products and {r.node for r in x.reads} & {*kept}}
+    keep = {*made.keep_fp16, *wide}  # an attention in FP32 is not to be one of 8 bits
+    done = qdq.quantize(fp32, target, made.scales, form, keep_float=keep, fp32=kept)
     names = {layer.name for layer in done}
     products = inputs = narrow = 0.0
     for layer in result.layers:
-        seen = made.ranges.get(layer.name)
+        seen = made.ranges.get(layer.reads[0].name)
         if seen is None:
             continue
-        values = seen.rows * layer.macs_per_row / layer.shape[layer.axis]
-        inputs += 2 * values
-        narrow += values if layer.name in names else 2 * values
         if layer.name in names:
             products += seen.rows * layer.macs_per_row
+        if layer.weight is not None:
+            values = seen.rows * layer.macs_per_row / layer.shape[layer.axis]
+            inputs += 2 * values
+            narrow += values if layer.name in names else 2 * values
     result.facts = {
         "layers": len(result.layers),
-        "layers_int8": len(done),
+        "layers_quantized": len(done),
         "macs_share": products / macs,
         "weights_bytes": weight_types(load_model(target)),
-        "activations_bytes": {"fp16": int(inputs), "int8": int(narrow)},
+        "activations_bytes": {"fp16": int(inputs), form.name: int(narrow)},
     }
 
 
 def _observe(
-    options: Int8Options,
+    form: Format,
+    options: QuantizeOptions,
     timm_name: str,
     fp32: Path,
     images: calibration.CalibrationImages,
@@ -262,10 +282,10 @@ def _observe(
 ) -> Quantized:
     from . import equalize, ranges
 
-    recipe = recipes.for_model(timm_name)
+    recipe = recipes.for_model(timm_name, precision=form.name)
     method = options.method or recipe.method
     proto = load_model(fp32)
-    found = find_layers(proto)
+    found = find_layers(proto, form)
     kept = select(found, recipe.keep_fp16)
     reasons = {layer.name: f"recipe {recipe.name}" for layer in found if layer.name in kept}
 
@@ -288,13 +308,13 @@ def _observe(
         factors = equalize.factors(proto, found, seen, recipe.equalize, keep_float=kept)
         equalize.apply(proto, found, factors)
         save_model(proto, fp32)
-        found = find_layers(proto)
+        found = find_layers(proto, form)
         seen = {name: one.divided(factors.get(name)) for name, one in seen.items()}
     if twice:
         seen = observe(found, "running images", len(images))
-    chosen = ranges.choose(seen, method)
+    chosen = ranges.choose(seen, method, form)
     for layer in found:
-        if layer.name not in chosen:
+        if layer.lacks(chosen):
             reasons[layer.name] = "its input was zero on every calibration image"
     made = Calibration(
         identity=wanted,
@@ -304,7 +324,7 @@ def _observe(
         keep_fp16=reasons,
         equalization=factors,
     )
-    return Quantized(made, found, recipe=recipe.name)
+    return Quantized(form, made, found, recipe=recipe.name)
 
 
 def _measure(
@@ -318,11 +338,13 @@ def _measure(
     from . import sensitivity
 
     made = result.calibration
-    unknown = {name: why for name, why in made.keep_fp16.items() if name not in made.ranges}
+    without = {layer.name for layer in result.layers if layer.lacks(made.ranges)}
+    unknown = {name: why for name, why in made.keep_fp16.items() if name in without}
     choice = sensitivity.choose(
         fp32,
         made.scales,
         images.first(SENSITIVITY_IMAGES),
+        result.form,
         max_drop=max_drop,
         keep_float=set(unknown),
         on_progress=_phase(on_progress, "measuring layers"),

@@ -1,19 +1,25 @@
-"""Accuracy of INT8 against FP16 and FP32, dense and with JMP.
+"""Accuracy of INT8 and FP8 against FP16 and FP32, dense and with JMP.
 
     # the tables of benchmarks/results/int8-validation.md; about a quarter of an hour on two cores
     python scripts/demo_weights.py artifacts/weights/dinov2_s.safetensors
-    python benchmarks/int8.py --weights artifacts/weights/dinov2_s.safetensors --cache /tmp/int8 \
-        -o benchmarks/results/int8-validation
+    python benchmarks/quantized.py --weights artifacts/weights/dinov2_s.safetensors \
+        --cache /tmp/int8 -o benchmarks/results/int8-validation
+
+    # INT8 and FP8 by their recipes, with what each layer costs alone
+    python benchmarks/quantized.py --weights artifacts/weights/dinov2_s.safetensors \
+        --cache /tmp/int8 --precisions FP32,FP16,INT8,FP8 --alone 8 \
+        -o benchmarks/results/fp8-validation
 
     # does everything run? (random weights: the figures mean nothing)
-    python benchmarks/int8.py --weights random --limit 4 --calib-images 8 --forms dense
+    python benchmarks/quantized.py --weights random --limit 4 --calib-images 8 --forms dense
 
     # your own classifier on ImageNet's validation images (DIR/CLASS/IMAGE)
-    python benchmarks/int8.py --model deit_s --weights FILE.pth --data-dir val --limit 2000
+    python benchmarks/quantized.py --model deit_s --weights FILE.pth --data-dir val --limit 2000
 
-Four precisions: FP32; FP16; INT8 as `build --precision int8` makes it by the recipe of the model's
-family; INT8 with the layers in FP16 that `--max-drop` measures. All run in ONNX Runtime on the CPU,
-INT8 in its form with FP32 for the rest: the same scales and integers as the product.
+Precisions: FP32; FP16; INT8 and FP8 as `build --precision int8` and `fp8` make them by the recipe
+of the model's family; either with the layers in FP16 that `--max-drop` measures ("mixed"). All run
+in ONNX Runtime on the CPU, INT8 and FP8 in their form with FP32 for the rest: the same scales and
+numbers as the product.
 
 What judges: a linear probe and nearest neighbours fitted to dense FP32 features of training images
 (`accuracy.py` has the data), or the model's own classifier with --data-dir. Differences are paired,
@@ -45,16 +51,18 @@ if TYPE_CHECKING:
     from benchmarks.lib.data import Samples, Task
     from jmp_deploy.core.images import Preprocess
     from jmp_deploy.jmp.models import LoadedModel
+    from jmp_deploy.quantize.formats import Format
 
 FORMS = ("dense", "jmp")
-PRECISIONS = ("FP32", "FP16", "INT8", "INT8 mixed")
+PRECISIONS = ("FP32", "FP16", "INT8", "INT8 mixed", "FP8", "FP8 mixed")
+DEFAULT = "FP32,FP16,INT8,INT8 mixed"
 BATCH = 8
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
-        prog="benchmarks/int8.py",
+        prog="benchmarks/quantized.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", default="auto", help="auto, pretrained, random, or a checkpoint's path (auto)")
     add("--schedule", default="spread", help="of the JMP form, as for build (spread)")
     add("--forms", default="dense,jmp", help="dense, jmp or both (dense,jmp)")
+    add("--precisions", default=DEFAULT, help=f"which, FP32 first ({DEFAULT})")
+    add("--alone", type=int, help="calibration images for what each layer costs alone (none)")
     add("--part", choices=("validation", "test"), default="validation", help="which images judge")
     add("--calib", default="sample", help="calibration images: a folder, or sample (sample)")
     add("--calib-images", type=int, default=256, help="how many (256)")
@@ -91,8 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything between the parsed options and the written files; returns the JSON's content."""
-    from benchmarks.lib import int8_report as report
     from benchmarks.lib import measures
+    from benchmarks.lib import quantized_report as report
     from jmp_deploy.core.outputs import output_of
     from jmp_deploy.jmp.models import load_model
 
@@ -100,6 +110,10 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not forms or set(forms) - set(FORMS):
         raise ModelError(f"--forms {options.forms!r}", "dense, jmp, or dense,jmp")
     forms.sort()  # dense first: it is the reference
+    precisions = options.precisions.split(",")
+    if set(precisions) - set(PRECISIONS):
+        raise ModelError(f"--precisions {options.precisions!r}", f"some of {', '.join(PRECISIONS)}")
+    precisions.sort(key=PRECISIONS.index)  # FP16 before what is held against it
     loaded = load_model(options.model, options.weights, seed=options.seed)
     if loaded.origin.kind == "random":
         print("warning: random weights: the figures below mean nothing", file=sys.stderr)
@@ -131,16 +145,19 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "data": {t.name: {"train": len(t.train), "judged": len(judged[t.name])} for t in tasks},
         "tools": _versions(),
         "sensitivity": {},
+        "alone": {},
         "rows": [],
     }
     for form in forms:
         plain: dict[str, dict[str, NDArray[Any]]] = {}
-        for precision in PRECISIONS:
+        for precision in precisions:
             started = time.perf_counter()
             path, facts = models[form].make(precision)
             row: dict[str, Any] = {"form": form, "precision": precision, **facts}
             if "sensitivity" in row:
-                result["sensitivity"][form] = row.pop("sensitivity")
+                result["sensitivity"][_key(form, precision)] = row.pop("sensitivity")
+            if "alone" in row:
+                result["alone"][_key(form, precision)] = row.pop("alone")
             if "calibration" in row:
                 result["calibration"] = row.pop("calibration")
             plain[precision] = {}
@@ -148,7 +165,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 found = plain[precision][name] = store.outputs(path, samples)
                 args = samples.labels, probes[name]
                 row[name] = measures.compare(reference[name], found, *args, seed=options.seed)
-                if precision.startswith("INT8"):
+                if "FP16" in plain and precision not in ("FP32", "FP16"):
                     twin = plain["FP16"][name]
                     beyond = measures.compare(twin, found, *args, seed=options.seed)
                     beyond["expected"] = _expected(twin, found, probes[name])
@@ -166,7 +183,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 class Models:
-    """The four models of one form, each made once and kept in the store.
+    """The models of one form, each made once and kept in the store.
 
     Args:
         form: of FORMS.
@@ -216,19 +233,21 @@ class Models:
             if not target.is_file():
                 to_low(self.fp32, target, "fp16")
             return target, {}
-        return self._int8(mixed=precision == "INT8 mixed")
+        name, _, mixed = precision.partition(" ")
+        return self._quantized(name.lower(), mixed=bool(mixed))
 
-    def _int8(self, *, mixed: bool) -> tuple[Path, dict[str, Any]]:
-        """INT8 as the build makes it: ranges by the recipe, the mixed form with the same ranges."""
+    def _quantized(self, precision: str, *, mixed: bool) -> tuple[Path, dict[str, Any]]:
+        """As the build makes it: ranges by the recipe, the mixed form with the same ranges."""
         import json
 
         from jmp_deploy.core.files import write_json
         from jmp_deploy.quantize import cache as calibration_cache
-        from jmp_deploy.quantize import int8, qdq
+        from jmp_deploy.quantize import qdq, stage
+        from jmp_deploy.quantize.formats import FORMATS
 
-        options = self.options
+        options, made_in = self.options, FORMATS[precision]
         base = [options.calib, options.calib_images, options.seed, _code()]
-        name = f"{self.key}-int8-{_digest(base)}"
+        name = f"{self.key}-{precision}-{_digest(base)}"
         ranges = self.store.folder / f"{name}.calibration.json"
         if mixed:
             name += f"-{options.max_drop:g}"
@@ -236,8 +255,8 @@ class Models:
         if target.is_file() and facts_path.is_file():
             return target, json.loads(facts_path.read_text())
         if mixed and not ranges.is_file():
-            self._int8(mixed=False)
-        asked = int8.Int8Options(
+            self._quantized(precision, mixed=False)
+        asked = stage.QuantizeOptions(
             calib=options.calib,
             images=options.calib_images,
             cache=ranges if mixed else None,
@@ -246,21 +265,50 @@ class Models:
         with tempfile.TemporaryDirectory(dir=self.store.folder) as folder:
             fp32 = Path(folder) / "fp32.onnx"
             shutil.copy(self.fp32, fp32)
-            made = int8.calibrate(
-                asked, self.loaded, fp32, self.jmp, seed=options.seed, on_progress=_Lines()
+            made = stage.calibrate(
+                made_in, asked, self.loaded, fp32, self.jmp, seed=options.seed, on_progress=_Lines()
             )
-            # the product, for its facts; what is run has the same integers, and FP32 for the rest
-            int8.quantize(made, fp32, Path(folder) / "int8.onnx", macs=self.macs)
-            kept = set(made.calibration.keep_fp16)
-            qdq.quantize(fp32, target, made.calibration.scales, keep_float=kept, half=False)
+            # the product, for its facts; what is run has the same numbers, and FP32 for the rest
+            stage.quantize(made, fp32, Path(folder) / "product.onnx", macs=self.macs)
+            kept, scales = set(made.calibration.keep_fp16), made.calibration.scales
+            qdq.quantize(fp32, target, scales, made_in, keep_float=kept, half=False)
+            alone = None if mixed or not options.alone else self._alone(fp32, scales, made_in)
         if not mixed:
             calibration_cache.write(ranges, made.calibration)
         facts: dict[str, Any] = {**made.facts, "keep_fp16": made.calibration.keep_fp16}
         facts["calibration"] = made.calibration.images
+        if alone is not None:
+            facts["alone"] = alone
         if made.sensitivity is not None:
             facts["sensitivity"] = made.sensitivity
         write_json(facts_path, facts)
         return target, facts
+
+    def _alone(self, fp32: Path, scales: dict[str, float], made_in: Format) -> dict[str, float]:
+        """Signal-to-noise ratio of the outputs, dB: each layer alone, each kind, and all."""
+        import numpy as np
+
+        from jmp_deploy.quantize import images
+        from jmp_deploy.quantize.gated import Gated
+
+        options = self.options
+        pictures = images.gather(
+            options.calib, self.loaded.preprocess, count=options.alone, seed=options.seed + 1
+        ).first(options.alone)
+        gated = Gated(fp32, scales, made_in)
+        plain = gated.run((), pictures).astype(np.float64)
+        groups = {layer.name: {layer.name} for layer in gated.layers}
+        for layer in gated.layers:
+            groups.setdefault(f"every {layer.kind}", set()).add(layer.name)
+        groups["all"] = {layer.name for layer in gated.layers}
+        noise = {
+            name: np.square(gated.run(layers, pictures) - plain).sum()
+            for name, layers in groups.items()
+        }
+        return {
+            name: round(float(10 * np.log10(np.square(plain).sum() / value)), 1)
+            for name, value in noise.items()
+        }
 
 
 class _Store:
@@ -343,13 +391,18 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
 
 
 def _code() -> str:
-    """A hash of what makes an INT8 model, so that a changed rule is run again."""
+    """A hash of what makes a quantized model, so that a changed rule is run again."""
     import jmp_deploy
 
     package = Path(str(jmp_deploy.__file__)).parent
     files = sorted((package / "quantize").glob("*.py"))
     files += sorted((package.parent / "calibration").glob("*.toml"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _key(form: str, precision: str) -> str:
+    """What results of a form are called: INT8's by the form alone, as they always were."""
+    return form if precision.startswith("INT8") else f"{form} {precision}"
 
 
 def _digest(values: list[Any]) -> str:

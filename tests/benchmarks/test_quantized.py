@@ -1,4 +1,4 @@
-"""benchmarks/int8.py: what it compares with what, and a run that was cut goes on."""
+"""benchmarks/quantized.py: what it compares with what, and a run that was cut goes on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import int8
+from benchmarks import quantized
 from jmp_deploy.core.images import Preprocess
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.models import LoadedModel
-from jmp_deploy.quantize import int8 as build_int8
+from jmp_deploy.quantize import stage
 from tests.fakes.artifacts import RANDOM_WEIGHTS
 from tests.fakes.models import tiny_vit
 
@@ -46,13 +46,13 @@ def command(tmp_path, monkeypatch):
 def test_rows_are_held_against_dense_fp32_and_int8_against_its_own_fp16(
     command, tmp_path, monkeypatch, capsys
 ):
-    assert int8.main([*command, "--max-drop", "20"]) == 0
+    assert quantized.main([*command, "--max-drop", "20"]) == 0
     result = json.loads((tmp_path / "out" / "int8-1.5.json").read_text())
     rows = {(row["form"], row["precision"]): row["data"] for row in result["rows"]}
     assert len(rows) == 8 and result["judge"] == "own classifier"
     assert rows["dense", "FP32"]["cosine_worst"] == pytest.approx(1)
     assert rows["dense", "FP16"]["cosine"]["mean"] > rows["dense", "INT8"]["cosine"]["mean"]
-    for form in int8.FORMS:
+    for form in quantized.FORMS:
         for precision in ("INT8", "INT8 mixed"):
             beyond = rows[form, precision]["beyond_fp16"]
             assert beyond["accuracy"]["dense"] == rows[form, "FP16"]["accuracy"]["reduced"]
@@ -69,12 +69,12 @@ def test_rows_are_held_against_dense_fp32_and_int8_against_its_own_fp16(
     def refuse(*args, **kwargs):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(build_int8, "calibrate", refuse)
-    monkeypatch.setattr(int8._Store, "_session", refuse)
-    assert int8.main([*command, "--max-drop", "20"]) == 0
+    monkeypatch.setattr(stage, "calibrate", refuse)
+    monkeypatch.setattr(quantized._Store, "_session", refuse)
+    assert quantized.main([*command, "--max-drop", "20"]) == 0
     assert json.loads((tmp_path / "out" / "int8-1.5.json").read_text()) == result
 
 
 def test_an_unknown_form_is_refused(command, capsys):
-    assert int8.main([*command, "--forms", "dense,sparse"]) == 2
+    assert quantized.main([*command, "--forms", "dense,sparse"]) == 2
     assert "dense,jmp" in capsys.readouterr().err

@@ -1,14 +1,16 @@
-"""Whether INT8 pays on this GPU: both engines in one run, in turns; which one the artifact gets.
+"""Whether INT8 or FP8 pays on this GPU: the quantized engine and its FP16 twin in one run, in
+turns; which one the artifact gets.
 
 INT8 ViTs are often no faster than FP16, or slower (NVIDIA/TensorRT #4273, #3186, #1604):
 conversions around small matrix products eat what the products save. So the claim is measured where
 it can be, as `bench` measures, and withheld where it cannot.
 
 The rule. An engine that is off PyTorch's answers (`EngineFacts.checks`) loses to one that is not,
-however fast. Of two that are right INT8 is taken if, by the GPU's own time, it is at least 5 %
-faster at the profile's opt batch, for which both were tuned, and not 5 % slower at batch 1 where
-the profile has it: who builds for 32 images may still ask for one. `--force-int8` overrides the
-speed. Where nothing can be measured INT8 is taken: it is what was asked for.
+however fast. Of two that are right the quantized one is taken if, by the GPU's own time, it is at
+least 5 % faster at the profile's opt batch, for which both were tuned, and not 5 % slower at batch
+1 where the profile has it: who builds for 32 images may still ask for one. `--force-int8`
+(`--force-fp8`) overrides the speed. Where nothing can be measured it is taken: it is what
+was asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 
 from ..backends.base import Times as Inference
 from ..backends.engine import EngineBackend, TimedEngine
-from ..core.artifact import Artifact, Speed, SpeedAt
+from ..core.artifact import Artifact, Narrow, Speed, SpeedAt
 from ..core.device import gpus
 from ..core.errors import GpuMemoryError, in_words
 from ..engine.fit import EngineFile
@@ -32,11 +34,10 @@ from .measure import Participant, Settings, compute, latency, measure, order, ra
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-INT8: Final = "int8"
 FP16: Final = "fp16"
 GAIN = 1.05
-"""INT8 must be this much faster to replace FP16: less is within what clocks and other work on a
-GPU do to a measurement, and not worth any accuracy."""
+"""The quantized engine must be this much faster to replace FP16: less is within what clocks and
+other work on a GPU do to a measurement, and not worth any accuracy."""
 SETTINGS = Settings(iterations=40, rounds=10, seconds=5.0)
 OFF = "outside of tolerance against PyTorch on this GPU"
 TURNS = 4
@@ -49,39 +50,42 @@ def settle(engines: Mapping[str, EngineFile], artifact: Artifact, clock: Clock) 
     """Decides which of two engines becomes `model.engine`: see the module.
 
     Args:
-        engines: "int8" and "fp16", checked where a GPU is.
+        engines: "int8" or "fp8", and "fp16"; checked where a GPU is.
         artifact: whose engines they are.
         clock: announces the stage "timing".
     """
+    ours: Narrow = "int8" if "int8" in engines else "fp8"
+    title = ours.upper()
     off = {name for name, engine in engines.items() if engine.facts and engine.facts.is_off}
-    if off == {INT8}:
-        return Speed(FP16, f"INT8 is {OFF}, so the FP16 engine is used")
+    if off == {ours}:
+        return Speed(FP16, f"{title} is {OFF}, so the FP16 engine is used")
     if off == {FP16}:
-        return Speed(INT8, f"FP16 is {OFF}")
-    rows, unknown = None, "no GPU is here to time INT8 against FP16"
+        return Speed(ours, f"FP16 is {OFF}")
+    rows, unknown = None, f"no GPU is here to time {title} against FP16"
     if gpus():
         try:
             with clock("timing"):
                 rows = time_engines(engines, artifact)
         except Exception as error:  # whatever it is, both engines are built and one of them is used
             unknown = f"the engines cannot be timed on this GPU: {in_words(error)}"
-    force = artifact.int8 is not None and artifact.int8.force
-    return decide(rows, unknown, force=force)
+    force = artifact.quantization is not None and artifact.quantization.force
+    return decide(ours, rows, unknown, force=force)
 
 
-def decide(rows: Sequence[SpeedAt] | None, unknown: str, *, force: bool) -> Speed:
+def decide(ours: Narrow, rows: Sequence[SpeedAt] | None, unknown: str, *, force: bool) -> Speed:
     """Which engine becomes `model.engine`, and why.
 
     Args:
+        ours: the format of the quantized engine.
         rows: of `time_engines`; None where nothing could be measured.
         unknown: why not, in words.
-        force: --force-int8.
+        force: --force-int8 or --force-fp8.
     """
     if not rows:
-        return Speed(INT8, f"speed unknown: {unknown}")
+        return Speed(ours, f"speed unknown: {unknown}")
     best, *others = rows
     figures = "; ".join(
-        f"batch {row.batch}: INT8 {row.ms[INT8]:.3f} ms, FP16 {row.ms[FP16]:.3f} ms, "
+        f"batch {row.batch}: {ours.upper()} {row.ms[ours]:.3f} ms, FP16 {row.ms[FP16]:.3f} ms, "
         f"{row.ratio:.2f}x"
         for row in rows
     )
@@ -92,11 +96,11 @@ def decide(rows: Sequence[SpeedAt] | None, unknown: str, *, force: bool) -> Spee
     ]
     measured = best.ratio, dict(best.ms), tuple(rows)
     if not slow:
-        return Speed(INT8, figures, *measured)
+        return Speed(ours, figures, *measured)
     figures += f": {' and '.join(slow)}, "
     if force:
-        return Speed(INT8, f"{figures}kept by --force-int8", *measured)
-    why = f"{figures}so the FP16 engine is used (--force-int8 overrides)"
+        return Speed(ours, f"{figures}kept by --force-{ours}", *measured)
+    why = f"{figures}so the FP16 engine is used (--force-{ours} overrides)"
     return Speed(FP16, why, *measured)
 
 
@@ -124,7 +128,8 @@ def time_engines(
     if measured is None:
         measured = _in_turns(engines, batches, opener)
     times, graph = measured
-    return [_row(batch, times[batch], graph) for batch in batches]
+    ours = next(name for name in engines if name != FP16)
+    return [_row(ours, batch, times[batch], graph) for batch in batches]
 
 
 Times = dict[int, dict[str, "NDArray[np.float64]"]]
@@ -199,8 +204,8 @@ def _size(engine: EngineFile) -> int:
     return engine.facts.bytes if engine.facts else 0
 
 
-def _row(batch: int, times: Mapping[str, NDArray[np.float64]], graph: bool) -> SpeedAt:
-    found = ratio(times[FP16], times[INT8])
+def _row(ours: str, batch: int, times: Mapping[str, NDArray[np.float64]], graph: bool) -> SpeedAt:
+    found = ratio(times[FP16], times[ours])
     low, high = found["ci95"]
     ms = {name: latency(values)["p50"] for name, values in times.items()}
     return SpeedAt(batch, ms, found["ratio"], (low, high), graph)

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from jmp_deploy.backends.base import Times
-from jmp_deploy.bench import int8
+from jmp_deploy.bench import twin
 from jmp_deploy.bench.measure import Settings
-from jmp_deploy.core.artifact import EngineCheck, EngineFacts, Int8, SpeedAt
+from jmp_deploy.core.artifact import EngineCheck, EngineFacts, Quantization, SpeedAt
 from jmp_deploy.core.errors import EngineError, GpuMemoryError
 from jmp_deploy.engine.fit import EngineFile
 from jmp_deploy.engine.stage import Clock
 from tests.fakes.artifacts import make_artifact
 
 
-def row(batch: int, ratio: float) -> SpeedAt:
-    return SpeedAt(batch, {"int8": 1 / ratio, "fp16": 1.0}, ratio, (ratio, ratio), True)
+def row(batch: int, ratio: float, ours: str = "int8") -> SpeedAt:
+    return SpeedAt(batch, {ours: 1 / ratio, "fp16": 1.0}, ratio, (ratio, ratio), True)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +36,10 @@ def row(batch: int, ratio: float) -> SpeedAt:
 )
 def test_int8_has_to_gain_at_the_opt_batch_and_not_to_lose_at_batch_1(opt, one, force, wins, why):
     rows = [row(8, opt), *([row(1, one)] if one else [])]
-    speed = int8.decide(rows, "", force=force)
+    speed = twin.decide("int8", rows, "", force=force)
     assert speed.engine == wins and why in speed.why and f"batch 8: INT8 {1 / opt:.3f}" in speed.why
+    eight = twin.decide("fp8", [row(8, 1.0, "fp8")], "", force=True)
+    assert eight.engine == "fp8" and "kept by --force-fp8" in eight.why and "INT8" not in eight.why
     assert speed.ratio == opt and speed.ms == rows[0].ms and speed.at == tuple(rows)
 
 
@@ -105,7 +107,7 @@ def engines(tmp_path, off=()) -> dict[str, EngineFile]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     settings = Settings(warm_iterations=2, iterations=4, rounds=4, visit_seconds=0.0, seconds=1)
-    monkeypatch.setattr(int8, "SETTINGS", settings)
+    monkeypatch.setattr(twin, "SETTINGS", settings)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def quick(monkeypatch):
     ids=["together", "without graphs", "no room", "no room, unforeseen"],
 )
 def test_both_batches_are_timed_in_turns_however_many_engines_fit(world, tmp_path):
-    rows = int8.time_engines(engines(tmp_path), make_artifact(tmp_path), opener=world.open)
+    rows = twin.time_engines(engines(tmp_path), make_artifact(tmp_path), opener=world.open)
     assert [(r.batch, r.ms, r.cuda_graph) for r in rows] == [
         (4, {"int8": 2.0, "fp16": 3.0}, world.graphs),
         (1, {"int8": 1.0, "fp16": 1.0}, world.graphs),
@@ -133,7 +135,7 @@ def test_both_batches_are_timed_in_turns_however_many_engines_fit(world, tmp_pat
 def test_batch_1_is_left_out_where_the_profile_lacks_it(tmp_path):
     world = World()
     artifact = make_artifact(tmp_path, batch=(4, 4, 8))
-    (only,) = int8.time_engines(engines(tmp_path), artifact, opener=world.open)
+    (only,) = twin.time_engines(engines(tmp_path), artifact, opener=world.open)
     assert only.batch == 4
 
 
@@ -147,11 +149,11 @@ def test_batch_1_is_left_out_where_the_profile_lacks_it(tmp_path):
     ],
 )
 def test_whatever_fails_in_timing_leaves_int8_with_the_reason(tmp_path, monkeypatch, fault, reason):
-    world, real = World(fault=fault), int8.time_engines
-    monkeypatch.setattr(int8, "gpus", lambda: ("a GPU",))
-    monkeypatch.setattr(int8, "time_engines", lambda *a: real(*a, opener=world.open))
-    artifact = make_artifact(tmp_path, precision="int8", int8=Int8("max", {}, {}))
-    speed = int8.settle(engines(tmp_path), artifact, Clock())
+    world, real = World(fault=fault), twin.time_engines
+    monkeypatch.setattr(twin, "gpus", lambda: ("a GPU",))
+    monkeypatch.setattr(twin, "time_engines", lambda *a: real(*a, opener=world.open))
+    artifact = make_artifact(tmp_path, precision="int8", int8=Quantization("max", {}, {}))
+    speed = twin.settle(engines(tmp_path), artifact, Clock())
     assert speed.engine == "int8" and speed.ratio is None and speed.at == ()
     assert speed.why == f"speed unknown: the engines cannot be timed on this GPU: {reason}"
     assert not world.opened
@@ -159,16 +161,16 @@ def test_whatever_fails_in_timing_leaves_int8_with_the_reason(tmp_path, monkeypa
 
 @pytest.mark.parametrize(("off", "wins"), [("int8", "fp16"), ("fp16", "int8")])
 def test_an_engine_that_is_off_loses_however_fast_it_is(tmp_path, monkeypatch, off, wins):
-    monkeypatch.setattr(int8, "time_engines", None)  # nothing to time
-    monkeypatch.setattr(int8, "gpus", lambda: ("a GPU",))
-    settings = Int8("max", {}, {}, force=True)
+    monkeypatch.setattr(twin, "time_engines", None)  # nothing to time
+    monkeypatch.setattr(twin, "gpus", lambda: ("a GPU",))
+    settings = Quantization("max", {}, {}, force=True)
     artifact = make_artifact(tmp_path, precision="int8", int8=settings)
-    speed = int8.settle(engines(tmp_path, off={off}), artifact, Clock())
+    speed = twin.settle(engines(tmp_path, off={off}), artifact, Clock())
     assert speed.engine == wins and off.upper() in speed.why and "tolerance" in speed.why
 
 
 def test_without_a_gpu_int8_is_what_was_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(int8, "gpus", lambda: ())
-    artifact = replace(make_artifact(tmp_path), int8=Int8("max", {}, {}))
-    speed = int8.settle(engines(tmp_path), artifact, Clock())
+    monkeypatch.setattr(twin, "gpus", lambda: ())
+    artifact = replace(make_artifact(tmp_path), int8=Quantization("max", {}, {}))
+    speed = twin.settle(engines(tmp_path), artifact, Clock())
     assert speed.engine == "int8" and "no GPU" in speed.why

@@ -12,7 +12,7 @@ import pytest
 
 from jmp_deploy import backends, pipeline
 from jmp_deploy.backends.base import infer
-from jmp_deploy.cli.build import int8_rows
+from jmp_deploy.cli.build import quantization_rows
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact
 from jmp_deploy.core.artifact import Artifact
@@ -24,9 +24,8 @@ from jmp_deploy.export import graph
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.models import LoadedModel
 from jmp_deploy.pipeline import BuildOptions
-from jmp_deploy.quantize import int8 as build_int8
-from jmp_deploy.quantize import ranges, recipes
-from jmp_deploy.quantize.int8 import Int8Options
+from jmp_deploy.quantize import ranges, recipes, stage
+from jmp_deploy.quantize.stage import QuantizeOptions
 from tests.fakes.artifacts import RANDOM_WEIGHTS
 from tests.fakes.models import tiny_vit
 
@@ -72,7 +71,7 @@ def build(out, *, engine="none", precision="int8", schedule="0:12,1:7", dense=Fa
             precision=precision,
             **({"dense": True} if dense else {"schedule": schedule}),
             engine=engine,
-            int8=Int8Options(**settings) if precision == "int8" else None,
+            quantize=QuantizeOptions(**settings) if precision in ("int8", "fp8") else None,
         )
     )
     made.verify()
@@ -92,7 +91,7 @@ def test_the_artifact_is_whole_and_a_cache_rebuilds_it_bit_for_bit(tiny, tmp_pat
     found = data["int8"]
     assert found["images"]["demonstration"] and found["images"]["count"] == 16
     assert "only 16 images" in found["images"]["warnings"][0]
-    assert (found["layers"], found["layers_int8"]) == (14, 12)
+    assert (found["layers"], found["layers_quantized"]) == (14, 12)
     assert found["keep_fp16"] == {"patch_embed": "recipe default", "head": "recipe default"}
     assert 0.5 < found["macs_share"] < 1
     assert found["activations_bytes"]["int8"] < 0.7 * found["activations_bytes"]["fp16"]
@@ -155,13 +154,39 @@ def test_both_engines_are_built_and_speed_is_not_claimed(tiny, tmp_path):
     assert left == {"model.onnx", "model.trt.onnx", "reference.npz", "manifest.json"}
 
 
+@needs_rtx
+@without_gpu
+def test_fp8_from_images_and_from_the_cache_for_the_gpus_that_have_it(tiny, tmp_path):
+    data = build(tmp_path / "a", engine="rtx", precision="fp8")
+    assert data["int8"] is None and data["fp8"]["layers_quantized"] == 13 == data["fp8"]["layers"]
+    assert data["check"]["ok"] and data["check"]["pairs"][0]["precision"] == "fp8"
+    assert data["fp8"]["keep_fp16"] == {}
+    targets = set(data["engine"]["targets"])
+    assert {"sm_89", "sm_120"} <= targets and not {"sm_75", "sm_80", "sm_86"} & targets
+    assert data["engine"]["precision"] == "fp8" and set(data["fp8"]["engine_bytes"]) == {
+        "fp8",
+        "fp16",
+    }
+    cache = tmp_path / "a" / "calibration.json"
+    build(tmp_path / "b", calib=None, cache=cache, precision="fp8")
+    for name in ("model.onnx", "model.trt.onnx", "calibration.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    with pytest.raises(CalibrationError, match="number format: fp8, not int8"):
+        build(tmp_path / "c", calib=None, cache=cache)
+
+
 def test_layers_that_cost_too_much_stay_in_fp16_and_in_the_cache(tiny, tmp_path, monkeypatch):
     asked = {}
-    measured = {"ranking": [], "groups": [], "all_int8": {"noise": 0.0, "points": 0.0}}
+    measured = {
+        "ranking": [],
+        "groups": [],
+        "precision": "int8",
+        "all_quantized": {"noise": 0.0, "points": 0.0},
+    }
     measured |= {"measure": "m", "images": 16, "flips": None, "drop": 0.1, "budget": 0.3}
     measured |= {"macs_share": 0.9}
 
-    def choose(model, scales, images, *, max_drop, keep_float, on_progress):
+    def choose(model, scales, images, form, *, max_drop, keep_float, on_progress):
         asked.update(max_drop=max_drop, keep=set(keep_float), scales=dict(scales), n=len(images))
         on_progress(1, 1)
         return types.SimpleNamespace(
@@ -176,7 +201,7 @@ def test_layers_that_cost_too_much_stay_in_fp16_and_in_the_cache(tiny, tmp_path,
     assert len(asked["scales"]) == 14 and asked["n"] == 16
     # what was measured stands in place of the recipe's list
     assert data["int8"]["keep_fp16"] == {"blocks.1.fc2": "costs 4 points"}
-    assert data["int8"]["layers_int8"] == 13 and data["int8"]["sensitivity"] == measured
+    assert data["int8"]["layers_quantized"] == 13 and data["int8"]["sensitivity"] == measured
     build(tmp_path / "b", calib=None, cache=tmp_path / "a" / "calibration.json")
     assert (tmp_path / "b/model.onnx").read_bytes() == (tmp_path / "a/model.onnx").read_bytes()
 
@@ -187,7 +212,7 @@ def test_equalised_models_are_calibrated_as_they_will_be(
 ):
     (tmp_path / "default.toml").write_text("equalize = 0.5")
     monkeypatch.setattr(recipes, "recipes_dir", lambda: tmp_path)
-    monkeypatch.setattr(build_int8, "FACTOR_IMAGES", 4)
+    monkeypatch.setattr(stage, "FACTOR_IMAGES", 4)
     genuine, counts = ranges.observe, []
 
     def observe(model, layers, batches, **options):
@@ -256,7 +281,11 @@ def test_flags_that_do_not_go_together_are_refused_at_once(
 
 def test_kept_layers_are_listed_shortly():
     reasons = {f"blocks.{b}.fc2": "recipe x" for b in (0, 1, 2, 5)}
-    lines = dict(int8_rows(artifact.Int8(**INT8_FACTS, keep_fp16={**reasons, "head": "zero"})))
+    lines = dict(
+        quantization_rows(
+            "int8", artifact.Quantization(**INT8_FACTS, keep_fp16={**reasons, "head": "zero"})
+        )
+    )
     assert lines["kept in FP16"].splitlines()[:2] == [
         "fc2 of blocks 0-2, 5: recipe x",
         "head: zero",
@@ -272,4 +301,4 @@ def test_the_summary_says_what_it_is(tiny, tmp_path, capsys):
     assert "INT8 in 12 of 14 weighted layers" in printed
     assert "DEMONSTRATION" in printed and "patch_embed, head: recipe default" in printed
     assert "calibration: only 8 images" in printed
-    assert json.loads((tmp_path / "b.json").read_text())["int8"]["layers_int8"] == 12
+    assert json.loads((tmp_path / "b.json").read_text())["int8"]["layers_quantized"] == 12
