@@ -212,8 +212,8 @@ extern "C" size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* p
 // y: first tokens of x; out_size: their size; log_size: first column of QKV; float32 only.
 extern "C" int jmp_token_reduce(const JmpTokenReduceParams* p, const void* x, const void* qkv,
                                 const void* size, void* y, void* out_size, void* log_size,
-                                int32_t* destination, void* workspace, void* stream) {
-  if (stream != reinterpret_cast<void*>(0x123456789) || destination || p->dtype != JMP_FLOAT32)
+                                int32_t* index, void* workspace, void* stream) {
+  if (stream != reinterpret_cast<void*>(0x123456789) || index || p->dtype != JMP_FLOAT32)
     return 1;
   const auto* in = static_cast<const float*>(x);
   const auto* projection = static_cast<const float*>(qkv);
