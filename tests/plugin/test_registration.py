@@ -23,7 +23,8 @@ from jmp_deploy.plugin import library as plugin
 from jmp_deploy.plugin import toolchain
 
 REPO = Path(__file__).resolve().parents[2]
-BOTH = "JMPTokenReduce/1/ JMPTokenReduce/1/jmp_deploy "
+BOTH = "".join(f"JMPTokenReduce/{v}/{space} " for v in (1, 2) for space in ("", "jmp_deploy"))
+"""Both versions in both namespaces."""
 
 
 def header_sets() -> list[Path]:
@@ -160,7 +161,7 @@ RTX = """
 import ctypes, _ctypes
 plugin = ctypes.CDLL(sys.argv[1])
 import tensorrt_rtx as trt
-found = lambda: [c.plugin_namespace for c in trt.get_plugin_registry().all_creators
+found = lambda: [c.plugin_version + c.plugin_namespace for c in trt.get_plugin_registry().all_creators
                  if c.name == "JMPTokenReduce"]
 registry = trt.get_plugin_registry()
 print(found())
@@ -189,7 +190,7 @@ def test_tensorrt_rtx_takes_what_was_only_opened(first: str) -> None:
         env=worker_environment("rtx"),
     )
     assert done.returncode == 0, done.stderr
-    both = "['', 'jmp_deploy']"
+    both = "['1', '1jmp_deploy', '2', '2jmp_deploy']"
     assert done.stdout.splitlines() == [both, f"True {both}", "[]"]
     assert "IPluginRegistry" not in done.stderr
 
