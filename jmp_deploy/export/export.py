@@ -167,16 +167,21 @@ def _symbolic_reductions(model: nn.Module) -> Iterator[None]:
 
 def _reduce_node(
     x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Stands for `token_reduce` while the model is traced: one ONNX node."""
-    batch, _, width = x.shape
+    batch, before, width = x.shape
     tokens = attributes.num_prefix + attributes.num_keep
-    y, out_size, log_size = torch.onnx.ops.symbolic_multi_out(
+    shapes = [(batch, tokens, width), (batch, tokens), (batch, tokens)]
+    dtypes = [x.dtype] * len(shapes)
+    if attributes.index:
+        shapes.append((batch, before - attributes.num_prefix))
+        dtypes.append(torch.int32)
+    outputs = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{node.OP_TYPE}",
         (x, qkv, size),
         attributes.to_onnx(),
-        dtypes=(x.dtype,) * 3,
-        shapes=((batch, tokens, width), (batch, tokens), (batch, tokens)),
-        version=node.VERSION,
+        dtypes=dtypes,
+        shapes=shapes,
+        version=attributes.version,
     )
-    return y, out_size, log_size
+    return tuple(outputs)

@@ -110,7 +110,8 @@ def read_node(graph_node: onnx.NodeProto) -> TokenReduce:
             a.name: get_attribute_value(a)
             for a in graph_node.attribute
             if not a.name.startswith(PLUGIN_PREFIX)
-        }
+        },
+        outputs=len(graph_node.output),
     )
 
 

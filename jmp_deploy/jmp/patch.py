@@ -20,7 +20,7 @@ from .reduction import token_reduce
 from .schedule import DEFAULT, ModelShape, Schedule, check_last_prefix_only, parse
 from .torch_op import check_backend, reduce_auto, reduce_cuda
 
-Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, Tensor, Tensor]]
+Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, ...]]
 
 REDUCES: dict[str, Reduce] = {
     "auto": reduce_auto,

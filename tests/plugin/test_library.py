@@ -782,7 +782,9 @@ def onnx_model(
     if namespace is not None:
         attributes["plugin_namespace"] = namespace
     given = ["x", "qkv", "size"]
-    node = helper.make_node("JMPTokenReduce", given, names, name="reduce_3", domain=domain, **attributes)
+    node = helper.make_node(
+        "JMPTokenReduce", given, names, name="reduce_3", domain=domain, **attributes
+    )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("jmp_deploy", 1)]
     graph = helper.make_graph([node], "g", inputs, outputs)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
