@@ -161,9 +161,9 @@ RTX = """
 import ctypes, _ctypes
 plugin = ctypes.CDLL(sys.argv[1])
 import tensorrt_rtx as trt
-found = lambda: [c.plugin_version + c.plugin_namespace for c in trt.get_plugin_registry().all_creators
-                 if c.name == "JMPTokenReduce"]
 registry = trt.get_plugin_registry()
+found = lambda: [c.plugin_version + c.plugin_namespace for c in registry.all_creators
+                 if c.name == "JMPTokenReduce"]
 print(found())
 handle = registry.load_library(sys.argv[1])
 print(handle is not None, found())
