@@ -22,6 +22,7 @@ from ..core.images import INPUT
 from ..core.outputs import LOGITS, PROBABILITIES, output_of
 from ..jmp import node
 from ..jmp.families import family_of, written_out_attention
+from ..jmp.families.rope import constant_rotations
 from ..jmp.node import DOMAIN, OPSET, TokenReduce
 from ..jmp.patch import JMPBlocks
 from .body import add_bodies
@@ -100,6 +101,7 @@ def to_proto(
     try:
         with (
             written_out_attention(module),
+            constant_rotations(module),
             warnings.catch_warnings(),
             redirect_stdout(io.StringIO()),
         ):

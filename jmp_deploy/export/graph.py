@@ -185,6 +185,8 @@ def block_tensors(proto: onnx.ModelProto) -> list[Block]:
     )
     inputs = [stream(n.input[0]) for n in proto.graph.node if n.op_type == "LayerNormalization"]
     norms = [name for name in inputs if readers[name] > 1]
+    # Pooling by attention has one more, behind the blocks.
+    norms = norms[: len(norms) // 2 * 2]
     entries, reduced = norms[0::2], norms[1::2]
     # The last block's output is the residual sum over what its MLP reads.
     sums = [

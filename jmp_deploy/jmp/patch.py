@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,25 @@ REDUCES: dict[str, Reduce] = {
     "reference": token_reduce,
 }
 """The implementation behind each word of `patch(backend=...)`."""
+
+
+class Left:
+    """What pooling by attention has to know of the tokens that leave the blocks.
+
+    A forward pre-hook of the pooling, so that its parameters keep their names.
+
+    Attributes:
+        mask: [B, 1, 1, N] log sizes, added to the logits; None where nothing was reduced.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def tell(self, pooling: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask, self.mask = self.mask, None
+        if mask is not None:  # some heads leave the prefix tokens out
+            mask = mask[..., -args[0].shape[1] :]
+        return args, {**kwargs, "attn_mask": mask}
 
 
 class JMPBlocks(nn.Module):
@@ -63,11 +83,13 @@ class JMPBlocks(nn.Module):
         reduce: the implementation (`patch(backend=...)`); export.py puts in one that becomes a
             single ONNX node, whatever it was.
         last_prefix_only: P if only the P prefix tokens leave the last block, else 0.
+        left: what the head's pooling by attention is told, if it has one.
+        hooks: to take out with JMP.
     """
 
     def __init__(
         self,
-        blocks: nn.Sequential,
+        blocks: nn.Sequential | nn.ModuleList,
         family: Family,
         reductions: dict[int, TokenReduce],
         last_prefix_only: int = 0,
@@ -87,6 +109,13 @@ class JMPBlocks(nn.Module):
         self.reductions = reductions
         self.reduce = reduce
         self.last_prefix_only = last_prefix_only
+        self.left = Left()
+        pooling = family.pooling(model)
+        self.hooks = (
+            ()
+            if pooling is None
+            else (pooling.register_forward_pre_hook(self.left.tell, with_kwargs=True),)
+        )
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """[B, N, C] -> [B, P + K_last, C], or [B, P, C] with `last_prefix_only`.
@@ -108,20 +137,26 @@ class JMPBlocks(nn.Module):
         prefix_only = self.last_prefix_only if self._reads_prefix_only() else 0
         size = x.new_ones(1, x.shape[1])
         mask: Tensor | None = None
+        rotary = self.family.rotary(self.model[0])
         # Not children(): those list a module that stands in two places once.
         for index, block in list(enumerate(self._modules.values()))[start:]:
             attributes = self.reductions.get(index)
+            rope = None if rotary is None else rotary.rows(index)
             if prefix_only and index == len(self) - 1:
-                x, _ = self.family.attend(block, x, mask, prefix_only)
+                x, _ = self.family.attend(block, x, mask, rope, prefix_only)
                 x = self.family.feed(block, x)
             elif attributes is None:
-                x = self.family.run(block, x, mask)
+                x = self.family.run(block, x, mask, rope)
             else:
-                x, qkv = self.family.attend(block, x, mask)
-                x, size, log_size = self.reduce(x, qkv, size, attributes)
+                x, qkv = self.family.attend(block, x, mask, rope)
+                x, size, log_size, *became = self.reduce(x, qkv, size, attributes)
                 if attributes.proportional:
                     mask = log_size[:, None, None, :]
+                if rotary is not None:
+                    rotary = rotary.follow(became[0], attributes.num_keep)
                 x = self.family.feed(block, x)
+        if self.hooks:
+            self.left.mask = mask
         return x
 
     def _reads_prefix_only(self) -> bool:
@@ -186,6 +221,7 @@ def patch(
     if isinstance(model.blocks, JMPBlocks):
         raise ModelError("the model is patched already", "call jmp_deploy.unpatch(model)")
     reductions: dict[int, TokenReduce] = {}
+    follows = family.rotary(model) is not None  # who is left where
     for block, keep in schedule.steps:
         num_heads, head_dim, scale = family.heads(model.blocks[block])
         reductions[block] = TokenReduce(
@@ -200,11 +236,12 @@ def patch(
             proportional=proportional,
             selection=schedule.selection,
             merge_weight=schedule.merge_weight,
+            index=follows,
         )
     prefix = shape.num_prefix if schedule.last_prefix_only else 0
     written_out = {*reductions, *([shape.depth - 1] if prefix else [])}
     _refuse_own_forward(model.blocks, written_out, family)
-    model.blocks = JMPBlocks(
+    blocks = JMPBlocks(
         model.blocks,
         family,
         reductions,
@@ -213,6 +250,7 @@ def patch(
         model=model,
         num_tokens=shape.num_prefix + shape.num_patches,
     )
+    family.put(model, blocks)
     return model
 
 
@@ -256,7 +294,10 @@ def _refuse_own_forward(blocks: nn.Sequential, indices: set[int], family: Family
 def unpatch(model: nn.Module) -> nn.Module:
     """Takes JMP out again: the very `nn.Sequential` that `patch` found is put back."""
     if isinstance(model.blocks, JMPBlocks):
-        model.blocks = model.blocks.original[0]
+        blocks = model.blocks
+        for hook in blocks.hooks:
+            hook.remove()
+        blocks.family.put(model, blocks.original[0])
     return model
 
 

@@ -347,10 +347,8 @@ def _watch_blocks(stack: ExitStack, model: nn.Module, seen: dict[str, NDArray[An
     for index, block in enumerate(children):
         for norm, what in zip(family.norms(block), ("entry", "reduced"), strict=True):
             stack.callback(norm.register_forward_pre_hook(before(f"{index}.{what}")).remove)
-    hook = model.blocks.register_forward_hook(
-        lambda module, inputs, output: keep(f"{len(children)}.entry", output)
-    )
-    stack.callback(hook.remove)
+    # What leaves the last block; the blocks themselves are not always called as one.
+    stack.callback(model.norm.register_forward_pre_hook(before(f"{len(children)}.entry")).remove)
 
 
 def _torch_block(seen: Mapping[str, NDArray[Any]], index: int) -> Block:

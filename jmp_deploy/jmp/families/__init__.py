@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...core.errors import ModelError
 from ..schedule import ModelShape
+from .rope import Rope, Rotary
 from .vit import ViT
 
 
@@ -77,6 +78,15 @@ class Family(Protocol):
     def reads_prefix_only(self, model: Any) -> bool:
         """Whether the head looks at no patch token."""
 
+    def pooling(self, model: Any) -> nn.Module | None:
+        """The head's pooling by attention, called with tokens and `attn_mask`, if it has one."""
+
+    def rotary(self, model: Any) -> Rotary | None:
+        """Rotations of its patch tokens, for the image size that it has; None if it has none."""
+
+    def put(self, model: Any, blocks: nn.Module) -> None:
+        """Makes the model run these blocks: JMP's, or its own again."""
+
     def passed_over(self, block: Any) -> list[tuple[str, nn.Module]]:
         """(name, module) of what `attend` and `feed` do not call, but only its layers."""
 
@@ -86,11 +96,19 @@ class Family(Protocol):
     def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
         """The modules that the tokens enter the attention half and the MLP half by."""
 
-    def run(self, block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The whole block, by timm's code; `mask` is added to the attention logits."""
+    def run(
+        self, block: Any, x: Tensor, mask: Tensor | None = None, rope: Tensor | None = None
+    ) -> Tensor:
+        """The whole block, by timm's code; `mask` is added to the attention logits, `rope` are
+        the rows of `rotary`."""
 
     def attend(
-        self, block: Any, x: Tensor, mask: Tensor | None = None, first: int | None = None
+        self,
+        block: Any,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rope: Tensor | None = None,
+        first: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The attention half with its residual, of all tokens or of the first ones alone.
 
@@ -103,7 +121,7 @@ class Family(Protocol):
         """The MLP half with its residual."""
 
 
-FAMILIES: tuple[Family, ...] = (ViT(),)
+FAMILIES: tuple[Family, ...] = (ViT(), Rope())
 
 SHORT_NAMES = {name: model for family in FAMILIES for name, model in family.short_names.items()}
 """Short name -> (timm name, image size if not timm's own)."""
@@ -111,7 +129,7 @@ SHORT_NAMES = {name: model for family in FAMILIES for name, model in family.shor
 
 def roots(names: Mapping[str, Any]) -> list[str]:
     """The prefixes under which named tensors hold a model of any family."""
-    return [root for family in FAMILIES for root in family.roots(names)]
+    return list(dict.fromkeys(root for family in FAMILIES for root in family.roots(names)))
 
 
 def family_of(model: nn.Module) -> Family:
