@@ -156,11 +156,11 @@ def positions_of(index: Tensor, keep: int, before: Tensor) -> Tensor:
         index: [B, M] of a reduction to K = `keep`.
         before: int64.
     """
-    # Everything but the kept goes to one place too many, which nobody reads: plain numbers into
-    # distinct places, as every engine scatters them.
-    places = before.new_zeros(index.shape[0], keep + 1)
+    # Who is not kept goes to a place that nobody reads: who is has a place of its own, so that the
+    # order in which an engine scatters is all the same. (TensorRT wants the data no smaller than
+    # the indices.)
     slot = index.clamp(max=keep).long()
-    return places.scatter(1, slot, before.expand_as(slot))[:, :keep]
+    return torch.zeros_like(slot).scatter(1, slot, before.expand_as(slot))[:, :keep]
 
 
 def slots_of(index: Tensor, keep: int) -> Tensor:
