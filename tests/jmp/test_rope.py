@@ -185,6 +185,15 @@ def test_what_is_built_otherwise_is_refused_with_the_reason(options, reason):
         model_shape(tiny_eva(**options))
 
 
+def test_images_need_be_neither_square_nor_in_colour():
+    model = tiny_eva(img_size=(16, 64), in_chans=2, dynamic_img_size=True, global_pool="token")
+    images = torch.randn(2, 2, 16, 64, generator=torch.Generator().manual_seed(0))
+    before, shape = model(images), model_shape(model)
+    assert (shape.num_patches, family_of(model).channels(model)) == (16, 2)
+    patch(model, schedule.Schedule("none", (), last_prefix_only=True))
+    torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
+
+
 def test_images_of_another_form_and_masks_are_refused():
     model = patch(MODELS["DINOv3"](), "1:12")
     with pytest.raises(ModelError, match="2x8 patches, the schedule is for 4x4"):

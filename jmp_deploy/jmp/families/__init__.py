@@ -123,6 +123,22 @@ class Family(Protocol):
 
 FAMILIES: tuple[Family, ...] = (ViT(), Rope())
 
+_BIAS = "its attention has a position bias for every pair of places, which JMP would have to cut"
+_WINDOWS = "its blocks attend within windows of the image, in which every token has to be in place"
+_GLOBAL = "take one that attends over the whole image: dinov2_*, dinov3_*, deit3_*"
+OTHERS: dict[str, tuple[str, str]] = {
+    "NaFlexVit": (
+        "its images come in any size, so that their number of tokens is not fixed",
+        "take its twin of one size: siglip2_b for naflexvit_base_patch16_siglip",
+    ),
+    "VisionTransformerSAM": (_WINDOWS, _GLOBAL),
+    "SwinTransformer": (_WINDOWS, _GLOBAL),
+    "SwinTransformerV2": (_WINDOWS, _GLOBAL),
+    "Beit": (_BIAS, "take its successor: eva02_*"),
+    "VisionTransformerRelPos": (_BIAS, "take deit3_*, or one that rotates: vit_*_rope_*"),
+}
+"""Transformers of timm that are of no family: class -> (why, what to take instead)."""
+
 SHORT_NAMES = {name: model for family in FAMILIES for name, model in family.short_names.items()}
 """Short name -> (timm name, image size if not timm's own)."""
 
@@ -139,16 +155,20 @@ def family_of(model: nn.Module) -> Family:
         ModelError: JMP cannot be put into it, with the reason.
     """
     names = [family.model_class.__name__ for family in FAMILIES]
-    reason: str | None = f"it is not built like timm's {' or '.join(names)}"
+    reason: str | None
+    reason, instead = OTHERS.get(
+        type(model).__name__,
+        (
+            f"it is not built like timm's {' or '.join(names)}",
+            f"supported: {', '.join(family.supported for family in FAMILIES)}",
+        ),
+    )
     for family in FAMILIES:
         if isinstance(model, family.model_class):
             reason = family.refusal(model)
             if reason is None:
                 return family
-    raise ModelError(
-        f"{type(model).__name__} cannot be patched: {reason}",
-        f"supported: {', '.join(family.supported for family in FAMILIES)}",
-    )
+    raise ModelError(f"{type(model).__name__} cannot be patched: {reason}", instead)
 
 
 @contextmanager
