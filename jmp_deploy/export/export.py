@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.errors import GraphError
 from ..core.images import INPUT
-from ..core.outputs import LOGITS, PROBABILITIES, output_of
+from ..core.outputs import DENSE, LOGITS, PROBABILITIES, output_of
 from ..jmp import node
+from ..jmp.dense import DenseFeatures
 from ..jmp.families import family_of, written_out_attention
 from ..jmp.families.rope import constant_rotations
 from ..jmp.node import DOMAIN, OPSET, TokenReduce
@@ -31,7 +32,9 @@ from .graph import load_model, reductions, save_model
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
 
-def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) -> Path:
+def export_onnx(
+    model: nn.Module, path: Path, *, image_size: tuple[int, int], dense: bool = False
+) -> Path:
     """Exports a timm ViT, patched or dense, to portable FP32 ONNX with a dynamic batch.
 
     Args:
@@ -40,6 +43,8 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
             classifier.
         path: file to write.
         image_size: (H, W) in pixels.
+        dense: the output is `dense` [B, M, C], features of every patch; a patched model was patched
+            with `restore`.
 
     Returns:
         `path`.
@@ -51,7 +56,9 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     # A batch of 2: torch.export takes sizes 0 and 1 for constants.
     example = torch.zeros(2, family_of(model).channels(model), *image_size)
     with _symbolic_reductions(model), _evaluating(model):
-        proto = to_proto(model, example, {0: BATCH}, output_of(model).name)
+        given = DenseFeatures(model) if dense else model
+        name = DENSE.name if dense else output_of(model).name
+        proto = to_proto(given, example, {0: BATCH}, name)
     add_bodies(proto)
     _name_reductions(proto, model.blocks)
     _strip_debug_info(proto)

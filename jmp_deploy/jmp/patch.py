@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.errors import ModelError
 from .families import Family, family_of
 from .node import TokenReduce
-from .reduction import token_reduce
+from .reduction import slots_of, token_reduce
 from .schedule import DEFAULT, ModelShape, Schedule, check_last_prefix_only, parse
 from .torch_op import check_backend, reduce_auto, reduce_cuda
 
@@ -32,18 +32,34 @@ REDUCES: dict[str, Reduce] = {
 
 
 class Left:
-    """What pooling by attention has to know of the tokens that leave the blocks.
-
-    A forward pre-hook of the pooling, so that its parameters keep their names.
+    """What is to be known of the tokens that leave the blocks. Who wants it takes it away.
 
     Attributes:
-        mask: [B, 1, 1, N] log sizes, added to the logits; None where nothing was reduced.
+        mask: [B, 1, 1, N] log sizes, for pooling by attention to add to its logits; None where
+            nothing was reduced.
+        slots: [B, M] int64, the patch token, 0 to K-1, that each patch of the image is in or, of
+            the pruned, resembled most (see `dense.py`).
     """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
+        self.slots: Tensor | None = None
+
+    def take_slots(self) -> Tensor:
+        """The slots of the call before.
+
+        Raises:
+            ModelError: the blocks were not told to keep them.
+        """
+        slots, self.slots = self.slots, None
+        if slots is None:
+            raise ModelError(
+                "the model does not say where its patches went", "patch(model, ..., restore=True)"
+            )
+        return slots
 
     def tell(self, pooling: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the pooling, so that its parameters keep their names."""
         mask, self.mask = self.mask, None
         if mask is not None:  # some heads leave the prefix tokens out
             mask = mask[..., -args[0].shape[1] :]
@@ -83,7 +99,8 @@ class JMPBlocks(nn.Module):
         reduce: the implementation (`patch(backend=...)`); export.py puts in one that becomes a
             single ONNX node, whatever it was.
         last_prefix_only: P if only the P prefix tokens leave the last block, else 0.
-        left: what the head's pooling by attention is told, if it has one.
+        restores: `left` says where each patch went.
+        left: what the head, or who restores features, is told.
         hooks: to take out with JMP.
     """
 
@@ -97,6 +114,7 @@ class JMPBlocks(nn.Module):
         *,
         model: nn.Module,
         num_tokens: int,
+        restores: bool = False,
     ) -> None:
         super().__init__()
         for name, block in blocks.named_children():
@@ -109,6 +127,7 @@ class JMPBlocks(nn.Module):
         self.reductions = reductions
         self.reduce = reduce
         self.last_prefix_only = last_prefix_only
+        self.restores = restores
         self.left = Left()
         pooling = family.pooling(model)
         self.hooks = (
@@ -138,6 +157,7 @@ class JMPBlocks(nn.Module):
         size = x.new_ones(1, x.shape[1])
         mask: Tensor | None = None
         rotary = self.family.rotary(self.model[0])
+        slots: Tensor | None = None
         # Not children(): those list a module that stands in two places once.
         for index, block in list(enumerate(self._modules.values()))[start:]:
             attributes = self.reductions.get(index)
@@ -154,9 +174,14 @@ class JMPBlocks(nn.Module):
                     mask = log_size[:, None, None, :]
                 if rotary is not None:
                     rotary = rotary.follow(became[0], attributes.num_keep)
+                if self.restores:
+                    went = slots_of(became[0], attributes.num_keep)
+                    slots = went if slots is None else went.gather(1, slots)
                 x = self.family.feed(block, x)
         if self.hooks:
             self.left.mask = mask
+        if self.restores:
+            self.left.slots = slots
         return x
 
     def _reads_prefix_only(self) -> bool:
@@ -189,6 +214,7 @@ def patch(
     granularity: str = "token",
     proportional: bool = True,
     backend: str = "auto",
+    restore: bool = False,
 ) -> nn.Module:
     """Puts JMP into a timm VisionTransformer, in place.
 
@@ -203,6 +229,8 @@ def patch(
         backend: what computes the reductions (see `torch_op`): "cuda" the CUDA kernel, "reference"
             plain PyTorch, "auto" the kernel for CUDA tensors where it can be had. ONNX export is
             the same for all.
+        restore: keep what `dense.DenseFeatures` restores the features of every patch by; no token
+            is left out in the last block then.
 
     Returns:
         The same model.
@@ -215,13 +243,15 @@ def patch(
     check_backend(backend)
     family = family_of(model)
     shape = family.shape(model)
+    if restore:
+        shape = shape.for_patches()
     if isinstance(schedule, str):
         schedule = parse(schedule, shape)
     check_last_prefix_only(schedule, shape)
     if isinstance(model.blocks, JMPBlocks):
         raise ModelError("the model is patched already", "call jmp_deploy.unpatch(model)")
     reductions: dict[int, TokenReduce] = {}
-    follows = family.rotary(model) is not None  # who is left where
+    follows = restore or family.rotary(model) is not None
     for block, keep in schedule.steps:
         num_heads, head_dim, scale = family.heads(model.blocks[block])
         reductions[block] = TokenReduce(
@@ -249,6 +279,7 @@ def patch(
         REDUCES[backend],
         model=model,
         num_tokens=shape.num_prefix + shape.num_patches,
+        restores=restore,
     )
     family.put(model, blocks)
     return model

@@ -80,6 +80,10 @@ class ModelShape:
     head_macs_per_patch: int = 0
     head_reads_prefix_only: bool = False
 
+    def for_patches(self) -> ModelShape:
+        """The same model without its head: the features of every patch are wanted."""
+        return replace(self, head_macs=0, head_macs_per_patch=0, head_reads_prefix_only=False)
+
 
 @dataclass(frozen=True)
 class Schedule:
