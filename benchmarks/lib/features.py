@@ -35,11 +35,16 @@ STEM = 2  # blocks in front of the first reduction of most schedules, computed o
 
 
 @contextmanager
-def reduced(loaded: LoadedModel, schedule: Schedule, method: Method) -> Iterator[Rule | None]:
-    """The model with `method` in the blocks of `schedule`; dense again on leaving."""
+def reduced(
+    loaded: LoadedModel, schedule: Schedule, method: Method, *, restore: bool = False
+) -> Iterator[Rule | None]:
+    """The model with `method` in the blocks of `schedule`; dense again on leaving.
+
+    `restore`: as for `patch`.
+    """
     rule = method.make_rule()
     steps = method.scheduled(schedule)
-    patch(loaded.model, steps, tau=method.tau, proportional=method.proportional)
+    patch(loaded.model, steps, tau=method.tau, proportional=method.proportional, restore=restore)
     try:
         if rule is not None:
             loaded.model.blocks.reduce = rule
