@@ -216,10 +216,10 @@ def patch(
     backend: str = "auto",
     restore: bool = False,
 ) -> nn.Module:
-    """Puts JMP into a timm VisionTransformer, in place.
+    """Puts JMP into a timm vision transformer, in place.
 
     Args:
-        model: of a family in `families`: DeiT (distilled too), ViT, DINOv2.
+        model: of a family in `families`: DeiT (distilled too), ViT, DINOv2, DINOv3, SigLIP, EVA-02.
         schedule: as `schedule.parse` takes it ("spread", "paper", "3:138,6:97", a file), or
             resolved for this model already. Where it says `last_prefix_only`, `forward_features`
             returns the P prefix tokens alone: the last block computes no others (the head reads
