@@ -159,8 +159,9 @@ def test_the_parser_sees_the_plugin_where_the_schedule_says(exported):
     plugins = [layer for layer in found["layers"] if layer["type"] == "PLUGIN_V3"]
     assert [layer["name"] for layer in plugins] == [f"blocks.{i}.token_reduce" for i in (1, 2, 4)]
     prefix = model.num_prefix_tokens
-    for layer, keep in zip(plugins, (12, 8, 5), strict=True):
-        y, size, log_size = layer["outputs"]
+    for layer, keep, came in zip(plugins, (12, 8, 5), (16, 12, 8), strict=True):
+        y, size, log_size, *became = layer["outputs"]
+        assert [tensor["shape"] for tensor in became] == [[-1, came]] * hasattr(model, "rope")
         assert y["shape"] == [-1, prefix + keep, 48] and y["dtype"] == "HALF"
         assert size["shape"] == log_size["shape"] == [-1, prefix + keep]
 
