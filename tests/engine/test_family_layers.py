@@ -19,13 +19,10 @@ from tests.fakes.rtx import layers_of
 CAT = {"rope_type": "cat", "rope_rotate_half": False}
 EVA02 = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
 MODELS = {
-    "DINOv3": lambda: tiny_eva(depth=3),
-    "EVA-02": lambda: tiny_eva(depth=3, **CAT, **EVA02),
-    "PE": lambda: tiny_eva(depth=3, **CAT, attn_type="rope", global_pool="map"),
-    "RoPE of each head": lambda: tiny_eva(
-        depth=3, rope_type="mixed", rope_rotate_half=False, attn_type="rope"
-    ),
-    "SigLIP": lambda: tiny_vit(depth=3, class_token=False, global_pool="map"),
+    "DINOv3": lambda: tiny_eva(depth=2),
+    "EVA-02": lambda: tiny_eva(depth=2, **CAT, **EVA02),
+    "PE": lambda: tiny_eva(depth=2, **CAT, attn_type="rope", global_pool="map"),
+    "SigLIP": lambda: tiny_vit(depth=2, class_token=False, global_pool="map"),
 }
 
 
@@ -35,7 +32,7 @@ def engines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     found, paths = {}, []
     for family, make in MODELS.items():
-        full = export_onnx(patch(make(), "0:11,1:6"), folder / "full.onnx", image_size=(32, 32))
+        full = export_onnx(patch(make(), "0:11"), folder / "full.onnx", image_size=(32, 32))
         proto = load_model(full)
         softmax = [n.name for n in proto.graph.node if n.op_type == "Softmax"]
         scales = {layer.name: float(np.float16(0.02)) for layer in find_layers(proto)}
@@ -58,8 +55,8 @@ def test_the_plugin_is_there_and_attention_is_one_kernel(engines, family, kind):
     softmax, layers = engines[family, kind]
     ours = [layer for layer in layers if layer.kind == "custom_layer"]
     names = [name for layer in ours for name in layer.nodes]
-    assert names == ["blocks.0.token_reduce", "blocks.1.token_reduce"]
+    assert names == ["blocks.0.token_reduce"]
     # Of the blocks; a pooling that asks once is a softmax more.
-    assert fused(layers, softmax) >= set(range(3))
+    assert fused(layers, softmax) >= set(range(2))
     if kind == "int8":
         assert any("Int8" in types for layer in layers for types, _ in layer.inputs.values())

@@ -23,7 +23,6 @@ from jmp_deploy.jmp.patch import model_shape, patch, unpatch
 from jmp_deploy.plugin.library import plugin_library
 from tests.fakes.models import tiny_eva, tiny_vit
 
-CAT = {"rope_type": "cat", "rope_rotate_half": False, "scale_attn_inner": True}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "distilled": {"reg_tokens": 1},
@@ -35,10 +34,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "no classifier": {"num_classes": 0},
     "pooling by attention": {"class_token": False, "global_pool": "map"},
 }
-ROPE = {
+ROPE: dict[str, dict[str, Any]] = {
     "DINOv3": {},
-    "EVA-02": {**CAT, "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True},
-    "RoPE of each head": {"rope_type": "mixed", "rope_rotate_half": False, "attn_type": "rope"},
+    "EVA-02, rotations of each head": {
+        "rope_type": "mixed",
+        "rope_rotate_half": False,
+        "scale_attn_inner": True,
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+    },
 }
 needs_rtx = pytest.mark.skipif(not builder.installed("rtx"), reason="TensorRT-RTX not installed")
 

@@ -87,7 +87,8 @@ def test_a_model_that_does_not_keep_slots_says_how(model):
     assert "restore=True" in (caught.value.hint or "")
 
 
-def test_the_onnx_restores_them_too(model, tmp_path):
+def test_the_onnx_restores_them_too(tmp_path):
+    model = tiny_eva()
     patch(model, schedule.parse("1:12,2:9,4:5", model_shape(model)), tau=0.3, restore=True)
     path = export_onnx(model, tmp_path / "model.onnx", image_size=(32, 32), dense=True)
     options = onnxruntime.SessionOptions()
