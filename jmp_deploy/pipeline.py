@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -52,7 +52,7 @@ from .core.images import (
     sample_photos,
     spread,
 )
-from .core.outputs import LOGITS, PROBABILITIES, output_of
+from .core.outputs import DENSE, LOGITS, PROBABILITIES, output_of
 from .engine import builder
 from .engine.stage import Clock, make_engines
 from .jmp.models import OwnModel
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
     from .jmp.models import LoadedModel
     from .jmp.node import TokenReduce
+    from .jmp.schedule import ModelShape
     from .quantize.stage import QuantizeOptions
 
 REFERENCE_IMAGES = 4
@@ -104,6 +105,7 @@ class BuildOptions:
             not.
         fold_normalization: the model takes 0-255 RGB and normalises it itself.
         softmax: probabilities come out, not logits.
+        output: "pooled", what the model gives, or "dense", the features of every patch.
         inline: write `model.inlined.onnx` too, the portable model without local functions.
         images: photos for the check; empty takes sample photos.
         seed: of random weights, and of the draw of calibration images.
@@ -132,6 +134,7 @@ class BuildOptions:
     embed_plugin: bool = False
     fold_normalization: bool = False
     softmax: bool = False
+    output: Literal["pooled", "dense"] = "pooled"
     inline: bool = False
     images: tuple[Path, ...] = ()
     seed: int = 0
@@ -269,7 +272,8 @@ def _portable(
     with clock("export"):
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
-        export.export_onnx(loaded.model, fp32, image_size=size)
+        restored = options.output == DENSE.name
+        export.export_onnx(loaded.model, fp32, image_size=size, dense=restored)
     kept = None
     if options.precision != "fp32":
         with clock("magnitudes"):
@@ -280,7 +284,7 @@ def _portable(
         with clock(options.precision):
             precision.to_low(fp32, portable, options.precision, kept.nodes)
             fp32.unlink()
-    macs = _macs(loaded, jmp)
+    macs = _macs(loaded, jmp, options)
     quantized = None
     if kept and form:
         precision.to_low(fp32, staging / _TWIN, "fp16", kept.nodes)
@@ -317,8 +321,8 @@ def _portable(
         ),
         weights=loaded.origin,
         preprocess=loaded.preprocess,
-        class_names=loaded.class_names,
-        synsets=loaded.synsets,
+        class_names=None if restored else loaded.class_names,
+        synsets=None if restored else loaded.synsets,
         multi_label=loaded.multi_label,
         jmp=jmp,
         macs=macs,
@@ -333,6 +337,8 @@ def _portable(
 
 def _output(loaded: LoadedModel, options: BuildOptions) -> str:
     """What the artifact's output is; raises ModelError where a softmax makes no sense."""
+    if options.output == DENSE.name:
+        return DENSE.name
     given = output_of(loaded.model)
     if not options.softmax:
         return given.name
@@ -355,10 +361,10 @@ def _asked_for(options: BuildOptions, loaded: LoadedModel) -> str:
 
 def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
     from .jmp import schedule as schedules
-    from .jmp.patch import model_shape, patch
+    from .jmp.patch import patch
     from .jmp.published import expected
 
-    shape = model_shape(loaded.model)
+    shape = _shape(loaded, options)
     if options.keep_rate is not None and options.blocks is not None:
         schedule = schedules.keep_rate(options.keep_rate, options.blocks, shape)
     else:
@@ -375,6 +381,7 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
         tau=tau,
         granularity=options.granularity,
         proportional=options.proportional,
+        restore=options.output == DENSE.name,
     )
     as_published = options.strategy == "jmp" and options.granularity == "token"
     as_published = as_published and options.proportional and loaded.origin.kind != "random"
@@ -389,11 +396,17 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
     )
 
 
-def _macs(loaded: LoadedModel, jmp: Jmp | None) -> Macs:
-    from .jmp import schedule as schedules
+def _shape(loaded: LoadedModel, options: BuildOptions) -> ModelShape:
     from .jmp.patch import model_shape
 
     shape = model_shape(loaded.model)
+    return shape.for_patches() if options.output == DENSE.name else shape
+
+
+def _macs(loaded: LoadedModel, jmp: Jmp | None, options: BuildOptions) -> Macs:
+    from .jmp import schedule as schedules
+
+    shape = _shape(loaded, options)
     dense = schedules.macs(shape)
     if jmp is None:
         return Macs(dense, dense)
@@ -496,6 +509,11 @@ def _refuse_contradictions(options: BuildOptions) -> None:
         raise EngineError(
             f"--embed-plugin puts the plugin into the engine, and {without} has none",
             "leave one of them out",
+        )
+    if options.output == DENSE.name and (options.softmax or options.precision == "int8"):
+        what = "--softmax is of classes" if options.softmax else "INT8 is decided by pooled outputs"
+        raise ModelError(
+            f"--output dense gives features of every patch, and {what}", "leave one of them out"
         )
     check_spelling(options.schedule)
     if options.strategy != "jmp" and options.tau is not None:

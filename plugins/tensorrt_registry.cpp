@@ -70,14 +70,17 @@ struct Registry11 {
 
 namespace {
 
-// Two creators for one plugin: an ONNX importer looks it up by the node's attribute
+// Two creators for each version of the plugin: an ONNX importer looks it up by the node's attribute
 // `plugin_namespace`, which is "" if absent, or, in newer versions, by the node's domain.
-constexpr int32_t kNbCreators = 2;
+constexpr int32_t kNbCreators = 4;
+constexpr char const* kNamespaces[kNbCreators] = {"", "jmp_deploy", "", "jmp_deploy"};
 
 Creator* const* all_creators() {
-  static TokenReduceCreator without_namespace("");
-  static TokenReduceCreator in_our_namespace("jmp_deploy");
-  static Creator* const creators[kNbCreators] = {&without_namespace, &in_our_namespace};
+  static TokenReduceCreator plain(Version::kPlain, kNamespaces[0]);
+  static TokenReduceCreator plain_in_ours(Version::kPlain, kNamespaces[1]);
+  static TokenReduceCreator index(Version::kWithIndex, kNamespaces[2]);
+  static TokenReduceCreator index_in_ours(Version::kWithIndex, kNamespaces[3]);
+  static Creator* const creators[kNbCreators] = {&plain, &plain_in_ours, &index, &index_in_ours};
   return creators;
 }
 
@@ -188,14 +191,14 @@ class Registration {
           continue;
         }
         int32_t done = 0;
-        for (char const* plugin_namespace : {"", "jmp_deploy"}) {
-          if (!register_with(tensorrt, *creators[done], plugin_namespace)) break;
+        while (done < kNbCreators &&
+               register_with(tensorrt, *creators[done], kNamespaces[done])) {
           ++done;
         }
         if (done == kNbCreators) {
           with_.push_back(tensorrt);
-        } else if (done > 0) {
-          deregister_from(tensorrt, *creators[0]);
+        } else {
+          for (int32_t i = 0; i < done; ++i) deregister_from(tensorrt, *creators[i]);
         }
       }
     } catch (...) {

@@ -24,7 +24,8 @@
 
 namespace {
 
-constexpr int kPruned = -1;
+constexpr int kMerged = 1;  // fates in `index`; 0: kept
+constexpr int kPruned = 2;
 
 using Params = JmpTokenReduceParams;
 

@@ -205,7 +205,7 @@ int choose_groups(const Params& p, const Device& device) {
 
 template <typename T, int kSteps>
 cudaError_t run_resident(const Params& p, const Device& device, const T* x, const T* qkv,
-                         const T* size, T* y, T* out_size, T* log_size, int32_t* destination,
+                         const T* size, T* y, T* out_size, T* log_size, int32_t* index,
                          const Scratch& w, cudaStream_t stream) {
   const int groups = choose_groups(p, device);
   Grid grid{product(p.batch, groups), static_cast<size_t>(ResidentLayout::of<kSteps>(p).bytes)};
@@ -213,7 +213,7 @@ cudaError_t run_resident(const Params& p, const Device& device, const T* x, cons
     const cudaError_t error = allow_shared(kernel, allowed, device);
     if (error != cudaSuccess) return error;
     return launch(kernel, grid, kThreads, stream, p, x, qkv, size, w, y, out_size, log_size,
-                  destination, groups);
+                  index, groups);
   };
   static std::atomic<uint64_t> allowed[6];
   if (groups == 1) return start(resident_kernel<T, kSteps, kAlone>, allowed[4]);
@@ -270,7 +270,7 @@ cudaError_t launch_decide(const Params& p, const Scratch& w, const Device& devic
 
 template <typename T>
 cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, T* y, T* out_size,
-                      T* log_size, int32_t* destination, char* scratch, cudaStream_t stream) {
+                      T* log_size, int32_t* index, char* scratch, cudaStream_t stream) {
   const Scratch w(p, scratch);
   const Device device = this_device();
   if (is_resident(p, device)) {
@@ -278,7 +278,7 @@ cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, 
 #if !JMP_TEST_SUBSET
     if (p.head_dim > 32) run = &run_resident<T, 4>;
 #endif
-    return run(p, device, x, qkv, size, y, out_size, log_size, destination, w, stream);
+    return run(p, device, x, qkv, size, y, out_size, log_size, index, w, stream);
   }
   cudaError_t error = cudaErrorInvalidValue;
   if (p.head_dim <= 32) {
@@ -299,30 +299,30 @@ cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, 
   if (error != cudaSuccess) return error;
   const int64_t blocks = divide_up(product(p.batch, p.num_prefix + p.num_keep), kWarps);
   return launch(merge_kernel<T>, Grid{blocks, 0, device.overlap}, kThreads, stream, p, x, size, w, y,
-                out_size, log_size, destination);
+                out_size, log_size, index);
 }
 
 // --- Both versions ---------------------------------------------------------------------------------
 
 template <typename T>
 cudaError_t run(const Params& p, bool tuned, const void* x, const void* qkv, const void* size,
-                void* y, void* out_size, void* log_size, int32_t* destination, void* workspace,
+                void* y, void* out_size, void* log_size, int32_t* index, void* workspace,
                 void* stream) {
   const auto function = tuned ? &run_tuned<T> : &plain::run_plain<T>;
   return function(p, static_cast<const T*>(x), static_cast<const T*>(qkv),
                   static_cast<const T*>(size), static_cast<T*>(y), static_cast<T*>(out_size),
-                  static_cast<T*>(log_size), destination, static_cast<char*>(workspace),
+                  static_cast<T*>(log_size), index, static_cast<char*>(workspace),
                   static_cast<cudaStream_t>(stream));
 }
 
 cudaError_t run_any(const Params& p, bool tuned, const void* x, const void* qkv, const void* size,
-                    void* y, void* out_size, void* log_size, int32_t* destination,
+                    void* y, void* out_size, void* log_size, int32_t* index,
                     void* workspace, void* stream) {
   auto function = p.dtype == JMP_FLOAT32 ? &run<float> : &run<__half>;
 #if !JMP_TEST_SUBSET
   if (p.dtype == JMP_BFLOAT16) function = &run<__nv_bfloat16>;
 #endif
-  return function(p, tuned, x, qkv, size, y, out_size, log_size, destination, workspace, stream);
+  return function(p, tuned, x, qkv, size, y, out_size, log_size, index, workspace, stream);
 }
 
 }  // namespace
@@ -437,12 +437,12 @@ size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params) {
 
 int jmp_token_reduce(const JmpTokenReduceParams* params, const void* x, const void* qkv,
                      const void* size, void* y, void* out_size, void* log_size,
-                     int32_t* destination, void* workspace, void* stream) {
+                     int32_t* index, void* workspace, void* stream) {
   if (jmp_token_reduce_check(params, nullptr, 0) != 0) return cudaErrorInvalidValue;
   const cudaError_t error = check_memory({x, qkv, size, y, out_size, log_size}, workspace);
   if (error != cudaSuccess) return error;
   const bool tuned = is_tuned(*params) && is_aligned(x) && is_aligned(qkv) && is_aligned(y);
-  return run_any(*params, tuned, x, qkv, size, y, out_size, log_size, destination, workspace,
+  return run_any(*params, tuned, x, qkv, size, y, out_size, log_size, index, workspace,
                  stream);
 }
 
@@ -453,11 +453,11 @@ size_t jmp_token_reduce_plain_workspace_bytes(const JmpTokenReduceParams* params
 
 int jmp_token_reduce_plain(const JmpTokenReduceParams* params, const void* x, const void* qkv,
                            const void* size, void* y, void* out_size, void* log_size,
-                           int32_t* destination, void* workspace, void* stream) {
+                           int32_t* index, void* workspace, void* stream) {
   if (jmp_token_reduce_check(params, nullptr, 0) != 0) return cudaErrorInvalidValue;
   const cudaError_t error = check_memory({x, qkv, size, y, out_size, log_size}, workspace);
   if (error != cudaSuccess) return error;
-  return run_any(*params, false, x, qkv, size, y, out_size, log_size, destination, workspace,
+  return run_any(*params, false, x, qkv, size, y, out_size, log_size, index, workspace,
                  stream);
 }
 

@@ -66,19 +66,21 @@ void jmp_token_reduce_prepare(void);
 // may be captured into a CUDA graph.
 //   x [B, N, C], qkv [B, N, W], size [size_batch, N]  ->
 //   y [B, P+K, C], out_size [B, P+K], log_size [B, P+K]
-//   destination: null, or int32 [B, N]: output position of each input token, -1 = pruned
+//   index: null, or int32 [B, M]: what became of each of the M = N - P incoming patch tokens,
+//     fate * K + slot. Fate 0: it is the kept patch token `slot` of 0..K-1; 1: it was merged into
+//     that; 2: it was pruned, and resembles that most (slot 0 where nothing compares, for NaN)
 //   workspace: aligned to 16 bytes. So should be x, qkv and y: else the plain kernels run
 // Returns a cudaError_t: cudaErrorInvalidValue (1) if jmp_token_reduce_check refuses `params` or a
-// pointer but `destination` is null, cudaErrorMisalignedAddress (716) for the workspace.
+// pointer but `index` is null, cudaErrorMisalignedAddress (716) for the workspace.
 int jmp_token_reduce(const JmpTokenReduceParams* params, const void* x, const void* qkv,
                      const void* size, void* y, void* out_size, void* log_size,
-                     int32_t* destination, void* workspace, void* stream);
+                     int32_t* index, void* workspace, void* stream);
 
 // The same by the plain kernels, the specification: slow, for any shape and alignment.
 size_t jmp_token_reduce_plain_workspace_bytes(const JmpTokenReduceParams* params);
 int jmp_token_reduce_plain(const JmpTokenReduceParams* params, const void* x, const void* qkv,
                            const void* size, void* y, void* out_size, void* log_size,
-                           int32_t* destination, void* workspace, void* stream);
+                           int32_t* index, void* workspace, void* stream);
 
 // Text of a value that jmp_token_reduce returned.
 const char* jmp_token_reduce_error_string(int error);

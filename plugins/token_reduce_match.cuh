@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2) match_kernel(Params p, Scratch w)
     const bool pruned = p.granularity == JMP_PER_TOKEN && !(best[r] >= p.tau);
     const int64_t out = product(sample, rest) + first_row + at;
     w.similarity[out] = none ? NAN : best[r];
-    w.source[out] = row_tokens[at] | (none || pruned ? kNobody : nearest[r]) << 16;
+    w.source[out] = row_tokens[at] | (none ? kNobody : nearest[r] | (pruned ? kFar : 0u)) << 16;
   }
 }
 

@@ -11,6 +11,7 @@ constexpr int kMaxInner = 8192;   // H*d: the query row lies in shared memory as
 constexpr int kMaxPatches = 2048;
 constexpr int kMaxHeadDim = 128;
 constexpr uint32_t kNobody = 0xffffu;
+constexpr uint32_t kFar = 0x8000u;  // beside the slot of the nearest: too unlike, so pruned
 
 // Matrix units take 16 columns at a time. One kernel for each of 2, 4, 6 and 8 such steps.
 __host__ __device__ inline int matrix_steps(int head_dim) {

@@ -55,17 +55,17 @@ __device__ inline void add_row(const T* row, float weight, int piece, int pieces
   }
 }
 
-// Writes where this output token's own token and its sources went; the first critical token's warp
-// also writes who was pruned. By a whole warp.
+// Writes what became of a critical token and of its sources; the first critical token's warp also
+// writes what the pruned resemble. By a whole warp.
 __device__ inline void record(const Params& p, const uint32_t* source, int rest, bool merges,
-                              int self, int place, int32_t* places) {
-  if (lane_index() == 0) places[self] = place;
-  const int slot = place - p.num_prefix;
+                              int self, int slot, int32_t* index) {
+  if (lane_index() == 0) index[self - p.num_prefix] = slot;
   for (int i = lane_index(); i < rest; i += kWarpSize) {
-    const int token = p.num_prefix + static_cast<int>(source[i] & 0xffffu);
-    const uint32_t target = merges ? source[i] >> 16 : kNobody;
-    if (target == static_cast<uint32_t>(slot)) places[token] = place;
-    if (slot == 0 && target == kNobody) places[token] = kPruned;
+    const uint32_t target = source[i] >> 16;
+    const bool merged = merges && (target & kFar) == 0u;
+    const int nearest = target == kNobody ? 0 : static_cast<int>(target & ~kFar);
+    const int fate = merged ? kMerged : kPruned;
+    if (slot == (merged ? nearest : 0)) index[source[i] & 0xffffu] = fate * p.num_keep + nearest;
   }
 }
 
@@ -75,7 +75,7 @@ __device__ inline void record(const Params& p, const uint32_t* source, int rest,
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kMergeBlocks)
     merge_kernel(Params p, const T* x, const T* size, Scratch w, T* y, T* out_size, T* log_size,
-                 int32_t* destination) {
+                 int32_t* index) {
   const int out_tokens = p.num_prefix + p.num_keep;
   const int64_t out = product(blockIdx.x, kWarps) + warp_index();
   // No let_next_start(): whatever follows us in the stream may not wait.
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads, kMergeBlocks)
   const bool merges = slot >= 0 && rest > 0 &&
                       (p.granularity == JMP_PER_TOKEN || sample_merges(p, w, sample, rest));
 
-  if (destination != nullptr) {
-    record(p, source, rest, merges, self, place, destination + token_row(p, sample, 0));
+  if (index != nullptr && slot >= 0) {
+    record(p, source, rest, merges, self, slot, index + product(sample, patch_tokens(p)));
   }
 
   const int64_t own_row = token_row(p, sample, self);

@@ -195,12 +195,7 @@ std::string name_of(DataType type) {
   return "type " + std::to_string(static_cast<int32_t>(type));
 }
 
-void expect_counts(int32_t nb_inputs, int32_t nb_outputs) {
-  if (nb_inputs != kNbInputs || nb_outputs != kNbOutputs) {
-    throw std::invalid_argument("expected 3 inputs (x, qkv, size) and 3 outputs, found " +
-                                std::to_string(nb_inputs) + " and " + std::to_string(nb_outputs));
-  }
-}
+char const* text_of(Version version) { return version == Version::kPlain ? "1" : "2"; }
 
 void expect_rank(int32_t input, int32_t rank) {
   if (rank != kInputRanks[input]) {
@@ -229,19 +224,29 @@ int32_t narrow(char const* what, int64_t value) {
 
 }  // namespace
 
-TokenReducePlugin::TokenReducePlugin(JmpTokenReduceParams const& attributes,
+TokenReducePlugin::TokenReducePlugin(JmpTokenReduceParams const& attributes, Version version,
                                      std::string plugin_namespace, std::string name)
-    : attributes_(attributes), namespace_(std::move(plugin_namespace)), name_(std::move(name)) {
+    : attributes_(attributes),
+      version_(version),
+      namespace_(std::move(plugin_namespace)),
+      name_(std::move(name)) {
   fields_ = make_fields(&attributes_);
-  timing_id_ = text_of(attributes_);
+  timing_id_ = text_of(attributes_) + (version_ == Version::kPlain ? "" : "index;");
 }
 
 // Not the default: the fields point into the object.
 TokenReducePlugin::TokenReducePlugin(TokenReducePlugin const& other)
-    : TokenReducePlugin(other.attributes_, other.namespace_, other.name_) {}
+    : TokenReducePlugin(other.attributes_, other.version_, other.namespace_, other.name_) {}
 
 std::string TokenReducePlugin::prefixed(std::string const& message) const {
   return std::string(kPluginName) + ": " + (name_.empty() ? "" : "layer " + name_ + ": ") + message;
+}
+
+void TokenReducePlugin::expect_counts(int32_t nb_inputs, int32_t nb_outputs) const {
+  if (nb_inputs == kNbInputs && nb_outputs == getNbOutputs()) return;
+  throw std::invalid_argument("expected 3 inputs (x, qkv, size) and " +
+                              std::to_string(getNbOutputs()) + " outputs, found " +
+                              std::to_string(nb_inputs) + " and " + std::to_string(nb_outputs));
 }
 
 void TokenReducePlugin::report(std::string const& message) const noexcept {
@@ -307,7 +312,7 @@ nvinfer1::AsciiChar const* TokenReducePlugin::getPluginName() const noexcept {
 }
 
 nvinfer1::AsciiChar const* TokenReducePlugin::getPluginVersion() const noexcept {
-  return kPluginVersion;
+  return text_of(version_);
 }
 
 nvinfer1::AsciiChar const* TokenReducePlugin::getPluginNamespace() const noexcept {
@@ -316,7 +321,9 @@ nvinfer1::AsciiChar const* TokenReducePlugin::getPluginNamespace() const noexcep
 
 // --- IPluginV3OneBuild -----------------------------------------------------------------------------
 
-int32_t TokenReducePlugin::getNbOutputs() const noexcept { return kNbOutputs; }
+int32_t TokenReducePlugin::getNbOutputs() const noexcept {
+  return version_ == Version::kPlain ? kIndex : kIndex + 1;
+}
 
 int32_t TokenReducePlugin::getOutputDataTypes(DataType* output_types, int32_t nb_outputs,
                                               DataType const* input_types,
@@ -331,7 +338,9 @@ int32_t TokenReducePlugin::getOutputDataTypes(DataType* output_types, int32_t nb
             name_of(input_types[2]));
       }
     }
-    for (int32_t i = 0; i < kNbOutputs; ++i) output_types[i] = input_types[0];
+    for (int32_t i = 0; i < nb_outputs; ++i) {
+      output_types[i] = i == kIndex ? DataType::kINT32 : input_types[0];
+    }
     return kSuccess;
   } catch (std::exception const& error) {
     report(error.what());
@@ -353,10 +362,15 @@ int32_t TokenReducePlugin::getOutputShapes(nvinfer1::DimsExprs const* inputs, in
     outputs[0].d[0] = batch;
     outputs[0].d[1] = places;
     outputs[0].d[2] = inputs[0].d[2];
-    for (int32_t i = 1; i < kNbOutputs; ++i) {
+    for (int32_t i = 1; i < nb_outputs; ++i) {
       outputs[i].nbDims = 2;
       outputs[i].d[0] = batch;
       outputs[i].d[1] = places;
+    }
+    if (nb_outputs > kIndex) {
+      outputs[kIndex].d[1] =
+          builder.operation(nvinfer1::DimensionOperation::kSUB, *inputs[0].d[1],
+                            *builder.constant(attributes_.num_prefix));
     }
     return kSuccess;
   } catch (std::exception const& error) {
@@ -371,6 +385,9 @@ bool TokenReducePlugin::supportsFormatCombination(int32_t position,
                                                   int32_t nb_outputs) noexcept {
   if (position < 0 || position >= nb_inputs + nb_outputs) return false;
   auto const& desc = in_out[position].desc;
+  if (position == nb_inputs + kIndex) {
+    return desc.format == nvinfer1::TensorFormat::kLINEAR && desc.type == DataType::kINT32;
+  }
   return desc.format == nvinfer1::TensorFormat::kLINEAR && is_supported(desc.type) &&
          desc.type == in_out[0].desc.type;
 }
@@ -435,8 +452,10 @@ int32_t TokenReducePlugin::enqueue(nvinfer1::PluginTensorDesc const* input_desc,
   try {
     JmpTokenReduceParams const params =
         complete(input_desc[0].dims, input_desc[1].dims, input_desc[2].dims, input_desc[0].type);
+    auto* const index =
+        version_ == Version::kPlain ? nullptr : static_cast<int32_t*>(outputs[kIndex]);
     int const error = jmp_token_reduce(&params, inputs[0], inputs[1], inputs[2], outputs[0],
-                                       outputs[1], outputs[2], nullptr, workspace, stream);
+                                       outputs[1], outputs[2], index, workspace, stream);
     if (error == 0) return kSuccess;
     report(std::string("CUDA: ") + jmp_token_reduce_error_string(error));
     return kFailure;
@@ -460,14 +479,14 @@ nvinfer1::PluginFieldCollection const* TokenReducePlugin::getFieldsToSerialize()
 
 // --- IPluginCreatorV3One ---------------------------------------------------------------------------
 
-TokenReduceCreator::TokenReduceCreator(char const* plugin_namespace)
-    : namespace_(plugin_namespace), fields_(make_fields(nullptr)) {}
+TokenReduceCreator::TokenReduceCreator(Version version, char const* plugin_namespace)
+    : version_(version), namespace_(plugin_namespace), fields_(make_fields(nullptr)) {}
 
 nvinfer1::IPluginV3* TokenReduceCreator::createPlugin(
     nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fields,
     nvinfer1::TensorRTPhase /*phase*/) noexcept {
   try {
-    return new TokenReducePlugin(parse_attributes(fields), namespace_,
+    return new TokenReducePlugin(parse_attributes(fields), version_, namespace_,
                                  name == nullptr ? "" : name);
   } catch (std::exception const& error) {
     try {
@@ -491,7 +510,7 @@ nvinfer1::AsciiChar const* TokenReduceCreator::getPluginName() const noexcept {
 }
 
 nvinfer1::AsciiChar const* TokenReduceCreator::getPluginVersion() const noexcept {
-  return kPluginVersion;
+  return text_of(version_);
 }
 
 nvinfer1::AsciiChar const* TokenReduceCreator::getPluginNamespace() const noexcept {

@@ -16,9 +16,11 @@
 namespace jmp_deploy {
 
 constexpr char const* kPluginName = "JMPTokenReduce";
-constexpr char const* kPluginVersion = "1";
-constexpr int32_t kNbInputs = 3;   // x, qkv, size
-constexpr int32_t kNbOutputs = 3;  // y, out_size, log_size
+// Version "1" of the plugin gives y, out_size and log_size; "2" also `index`, int32 [B, M]. They are
+// two names of one class, so that models that need no index are what they always were.
+enum class Version : int32_t { kPlain = 1, kWithIndex = 2 };
+constexpr int32_t kNbInputs = 3;  // x, qkv, size
+constexpr int32_t kIndex = 3;     // the output of version 2
 
 class TokenReducePlugin final : public nvinfer1::IPluginV3,
                                 public nvinfer1::IPluginV3OneCore,
@@ -26,8 +28,8 @@ class TokenReducePlugin final : public nvinfer1::IPluginV3,
                                 public nvinfer1::IPluginV3OneRuntime {
  public:
   // `attributes`: the attribute part of the struct, already checked. `name`: of the layer.
-  TokenReducePlugin(JmpTokenReduceParams const& attributes, std::string plugin_namespace,
-                    std::string name);
+  TokenReducePlugin(JmpTokenReduceParams const& attributes, Version version,
+                    std::string plugin_namespace, std::string name);
   TokenReducePlugin(TokenReducePlugin const& other);
   TokenReducePlugin& operator=(TokenReducePlugin const&) = delete;
   ~TokenReducePlugin() override = default;
@@ -80,7 +82,10 @@ class TokenReducePlugin final : public nvinfer1::IPluginV3,
   std::string prefixed(std::string const& message) const;  // by plugin and layer
   void report(std::string const& message) const noexcept;
 
+  void expect_counts(int32_t nb_inputs, int32_t nb_outputs) const;
+
   JmpTokenReduceParams attributes_;
+  Version version_;
   std::string namespace_;
   std::string name_;
   std::vector<nvinfer1::PluginField> fields_;  // what getFieldsToSerialize points at
@@ -90,7 +95,7 @@ class TokenReducePlugin final : public nvinfer1::IPluginV3,
 
 class TokenReduceCreator final : public nvinfer1::IPluginCreatorV3One {
  public:
-  explicit TokenReduceCreator(char const* plugin_namespace);
+  TokenReduceCreator(Version version, char const* plugin_namespace);
 
   // IPluginCreatorV3One
   nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name,
@@ -102,6 +107,7 @@ class TokenReduceCreator final : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override;
 
  private:
+  Version version_;
   char const* namespace_;
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_{};

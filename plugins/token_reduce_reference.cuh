@@ -187,7 +187,8 @@ __global__ void select_kernel(Params p, const float* rating, int32_t* critical) 
 }
 
 // One thread per token: prefix tokens keep their place, critical tokens follow in their order.
-// kept: [B, K] patch index of each critical token; destination: [B, N], pruned for all others.
+// kept: [B, K] patch index of each critical token; destination: [B, N] its output position, -1 for
+// all others.
 __global__ void place_kernel(Params p, const int32_t* critical, int32_t* kept,
                              int32_t* destination) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -201,7 +202,7 @@ __global__ void place_kernel(Params p, const int32_t* critical, int32_t* kept,
   const int me = token - p.num_prefix;
   const int32_t* row = critical + static_cast<int64_t>(sample) * patch_tokens(p);
   if (!row[me]) {
-    destination[at] = kPruned;
+    destination[at] = -1;
     return;
   }
   int slot = 0;
@@ -256,9 +257,10 @@ __global__ void similarity_kernel(Params p, const int32_t* critical, const int32
 
 // --- 5. Decision -------------------------------------------------------------------------------
 
-// One block per sample: who is merged gets the place of its nearest critical token.
+// One block per sample: who is merged gets the place of its nearest critical token. index: null, or
+// [B, M] as token_reduce_kernel.h says.
 __global__ void decide_kernel(Params p, const int32_t* critical, const float* similarity,
-                              const int32_t* nearest, int32_t* destination) {
+                              const int32_t* nearest, int32_t* destination, int32_t* index) {
   const int sample = static_cast<int>(blockIdx.x);
   const int patches = patch_tokens(p);
   const int64_t first = static_cast<int64_t>(sample) * patches;
@@ -272,11 +274,17 @@ __global__ void decide_kernel(Params p, const int32_t* critical, const float* si
     mean = block_sum(sum) / static_cast<float>(patches - p.num_keep);  // unused if K = M
   }
   for (int i = static_cast<int>(threadIdx.x); i < patches; i += static_cast<int>(blockDim.x)) {
-    if (critical[first + i]) continue;
-    const float value = p.granularity == JMP_PER_SAMPLE ? mean : similarity[first + i];
-    if (value >= p.tau && nearest[first + i] >= 0) {  // false for a NaN: pruned
-      destination[token_row(p, sample, p.num_prefix + i)] = p.num_prefix + nearest[first + i];
+    int32_t* const place = destination + token_row(p, sample, p.num_prefix + i);
+    if (critical[first + i]) {
+      if (index != nullptr) index[first + i] = *place - p.num_prefix;
+      continue;
     }
+    const float value = p.granularity == JMP_PER_SAMPLE ? mean : similarity[first + i];
+    const bool any = nearest[first + i] >= 0;
+    const int slot = any ? nearest[first + i] : 0;
+    const bool merged = any && value >= p.tau;  // false for a NaN: pruned
+    if (merged) *place = p.num_prefix + slot;
+    if (index != nullptr) index[first + i] = (merged ? kMerged : kPruned) * p.num_keep + slot;
   }
 }
 
@@ -363,9 +371,8 @@ struct PlainScratch {
 
 template <typename T>
 cudaError_t run_plain(const Params& p, const T* x, const T* qkv, const T* size, T* y, T* out_size,
-                      T* log_size, int32_t* destination, char* scratch, cudaStream_t stream) {
+                      T* log_size, int32_t* index, char* scratch, cudaStream_t stream) {
   const PlainScratch w(p, scratch);
-  int32_t* places = destination == nullptr ? w.destination : destination;
   const int64_t patches = product(p.batch, patch_tokens(p));
   const int64_t tokens = product(p.batch, p.tokens);
   const int64_t rows = product(p.batch, query_rows(p), p.num_heads);
@@ -384,10 +391,10 @@ cudaError_t run_plain(const Params& p, const T* x, const T* qkv, const T* size, 
     rating = w.rating;
   }
   JMP_STEP(select_kernel, blocks_for(patches), rating, w.critical);
-  JMP_STEP(place_kernel, blocks_for(tokens), w.critical, w.kept, places);
+  JMP_STEP(place_kernel, blocks_for(tokens), w.critical, w.kept, w.destination);
   JMP_STEP(similarity_kernel, patches, w.critical, w.kept, w.metric, w.similarity, w.nearest);
-  JMP_STEP(decide_kernel, p.batch, w.critical, w.similarity, w.nearest, places);
-  JMP_STEP(merge_kernel<T>, outputs, x, size, w.kept, places, y, out_size, log_size);
+  JMP_STEP(decide_kernel, p.batch, w.critical, w.similarity, w.nearest, w.destination, index);
+  JMP_STEP(merge_kernel<T>, outputs, x, size, w.kept, w.destination, y, out_size, log_size);
 #undef JMP_STEP
   return cudaSuccess;
 }

@@ -324,7 +324,7 @@ __device__ inline void copy_outputs(const Params& p, const T* x, int sample, int
 }
 
 // The output of `slot`, which takes others in. `source`: of every other token index | slot << 16,
-// ascending; kNobody for the slot of a pruned one. By a whole warp.
+// ascending; with kFar, a pruned one. By a whole warp.
 template <typename T>
 __device__ inline void mix_output(const Params& p, const T* x, const T* sizes, int sample, int self,
                                   int slot, const uint32_t* source, int rest, T* y, T* out_size,
@@ -422,21 +422,18 @@ __device__ inline void mix_output(const Params& p, const T* x, const T* sizes, i
   }
 }
 
-// Where every token went, by one block.
+// What became of every patch token, by one block.
 __device__ inline void record_sample(const Params& p, const uint16_t* kept, const uint32_t* source,
-                                     int rest, int32_t* places) {
+                                     int rest, int32_t* index) {
   const int me = static_cast<int>(threadIdx.x);
   JMP_NO_UNROLL
-  for (int i = me; i < p.num_prefix; i += kThreads) places[i] = i;
-  JMP_NO_UNROLL
-  for (int i = me; i < p.num_keep; i += kThreads) {
-    places[p.num_prefix + kept[i]] = p.num_prefix + i;
-  }
+  for (int i = me; i < p.num_keep; i += kThreads) index[kept[i]] = i;
   JMP_NO_UNROLL
   for (int i = me; i < rest; i += kThreads) {
-    const uint32_t slot = source[i] >> 16;
-    places[p.num_prefix + static_cast<int>(source[i] & 0xffffu)] =
-        slot == kNobody ? kPruned : p.num_prefix + static_cast<int>(slot);
+    const uint32_t target = source[i] >> 16;
+    const int nearest = target == kNobody ? 0 : static_cast<int>(target & ~kFar);
+    const int fate = (target & kFar) == 0u ? kMerged : kPruned;
+    index[source[i] & 0xffffu] = fate * p.num_keep + nearest;
   }
 }
 
@@ -445,7 +442,7 @@ __device__ inline void record_sample(const Params& p, const uint16_t* kept, cons
 template <typename T, int kSteps, int kDo>
 __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv, const T* size,
                                        const Scratch& w, T* y, T* out_size, T* log_size,
-                                       int32_t* destination, int groups) {
+                                       int32_t* index, int groups) {
   JMP_DYNAMIC_SHARED(shared);
   __shared__ uint32_t words[kResidentPatches / kWarpSize];
   __shared__ int flag;
@@ -703,7 +700,8 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
       const float similarity = redundancy_of(static_cast<uint32_t>(nearest[i] >> 32));
       const bool pruned = p.granularity == JMP_PER_TOKEN && !(similarity >= p.tau);
       const uint32_t slot = 0xffffffffu - static_cast<uint32_t>(nearest[i] & 0xffffffffu);
-      (kOwn ? source : their_source)[i] = others[i] | (none || pruned ? kNobody : slot) << 16;
+      (kOwn ? source : their_source)[i] =
+          others[i] | (none ? kNobody : slot | (pruned ? kFar : 0u)) << 16;
       if (p.granularity == JMP_PER_SAMPLE) {
         w.similarity[product(sample, rest) + i] = none ? NAN : similarity;
       }
@@ -727,10 +725,10 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
     JMP_NO_UNROLL
     for (int i = me; i < rest; i += kThreads) {
       uint32_t word = (kOwn ? source : their_source)[i];
-      if (!merges) word |= kNobody << 16;
+      if (!merges) word |= kFar << 16;
       source[i] = word;
       const uint32_t slot = word >> 16;
-      if (slot != kNobody) atomicOr(taken + slot / kWarpSize, 1u << slot % kWarpSize);
+      if ((slot & kFar) == 0u) atomicOr(taken + slot / kWarpSize, 1u << slot % kWarpSize);
     }
     __syncthreads();
     const auto takes_in = [=](int slot) {
@@ -745,8 +743,8 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
       }
       count += __popc(word);
     }
-    if (destination != nullptr && group == 0) {
-      record_sample(p, kept, source, rest, destination + token_row(p, sample, 0));
+    if (index != nullptr && group == 0) {
+      record_sample(p, kept, source, rest, index + product(sample, patches));
     }
     const T* const sizes = size + (p.size_batch == 1 ? 0 : token_row(p, sample, 0));
     const int places = p.num_prefix + p.num_keep;
@@ -785,9 +783,9 @@ constexpr bool kWanted = kDo == kAlone || (kDo == kCluster) == (__CUDA_ARCH__ >=
 template <typename T, int kSteps, int kDo>
 __global__ void __launch_bounds__(kThreads, 2)
     resident_kernel(Params p, const T* x, const T* qkv, const T* size, Scratch w, T* y, T* out_size,
-                    T* log_size, int32_t* destination, int groups) {
+                    T* log_size, int32_t* index, int groups) {
   if constexpr (kWanted<kDo>) {
-    reduce_resident<T, kSteps, kDo>(p, x, qkv, size, w, y, out_size, log_size, destination, groups);
+    reduce_resident<T, kSteps, kDo>(p, x, qkv, size, w, y, out_size, log_size, index, groups);
   }
 }
 

@@ -34,6 +34,8 @@ class Reduced:
         log_size: [B, P+K] natural logarithm of `out_size`.
         kept: [B, K] input index of each critical token, ascending.
         destination: [B, N] output position that an input token went to; -1 = pruned.
+        index: [B, M] fate * K + k of each patch token: 0, it is kept token k; 1, it was merged into
+            that; 2, it was pruned and resembles that most (k = 0 where nothing compares).
         importance: [B, N] mean attention that the token receives; prefix tokens included.
         similarity: [B, N] v of the non-critical patch tokens; NaN elsewhere.
         select_margin: [B] how close the choice of the critical set was: importance (or, for
@@ -50,6 +52,7 @@ class Reduced:
     log_size: Float
     kept: Int
     destination: Int
+    index: Int
     importance: Float
     similarity: Float
     select_margin: Float
@@ -105,6 +108,7 @@ def token_reduce(
         log_size=np.zeros((batch, out_tokens)),
         kept=np.zeros((batch, num_keep), dtype=np.int64),
         destination=np.full((batch, tokens), PRUNED, dtype=np.int64),
+        index=np.zeros((batch, tokens - num_prefix), dtype=np.int64),
         importance=np.zeros((batch, tokens)),
         similarity=np.full((batch, tokens), np.nan),
         select_margin=np.full(batch, np.inf),
@@ -190,6 +194,7 @@ def _reduce_sample(
         result.destination[b, t] = t
     for slot, t in enumerate(critical):
         result.destination[b, t] = num_prefix + slot
+        result.index[b, t - num_prefix] = slot
 
     # 3. Similarity of each other token to its nearest critical token. A NaN never wins.
     nearest: dict[int, int] = {}
@@ -214,8 +219,11 @@ def _reduce_sample(
         judged = values if granularity == TOKEN else np.full(len(others), values.mean())
         for i, value in zip(others, judged, strict=True):
             result.decide_margin[b, i] = abs(value - tau)
-            if value >= tau and nearest[i] >= 0:
+            merged = value >= tau and nearest[i] >= 0
+            if merged:
                 result.destination[b, i] = num_prefix + nearest[i]
+            fate = 1 if merged else 2
+            result.index[b, i - num_prefix] = fate * num_keep + max(nearest[i], 0)
 
     # 5. and 6. Merge by size, guests at `merge_weight`; a token without guests is copied.
     for out in range(num_prefix + num_keep):

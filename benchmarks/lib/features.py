@@ -35,11 +35,16 @@ STEM = 2  # blocks in front of the first reduction of most schedules, computed o
 
 
 @contextmanager
-def reduced(loaded: LoadedModel, schedule: Schedule, method: Method) -> Iterator[Rule | None]:
-    """The model with `method` in the blocks of `schedule`; dense again on leaving."""
+def reduced(
+    loaded: LoadedModel, schedule: Schedule, method: Method, *, restore: bool = False
+) -> Iterator[Rule | None]:
+    """The model with `method` in the blocks of `schedule`; dense again on leaving.
+
+    `restore`: as for `patch`.
+    """
     rule = method.make_rule()
     steps = method.scheduled(schedule)
-    patch(loaded.model, steps, tau=method.tau, proportional=method.proportional)
+    patch(loaded.model, steps, tau=method.tau, proportional=method.proportional, restore=restore)
     try:
         if rule is not None:
             loaded.model.blocks.reduce = rule
@@ -89,7 +94,7 @@ class Features:
         family = family_of(model)
         first = min(getattr(blocks, "reductions", {}) or {len(blocks): None})
         stems = self._stem(samples) if first >= STEM else None
-        rest = partial(blocks, start=STEM) if isinstance(blocks, JMPBlocks) else blocks[STEM:]
+        rest = partial(blocks if isinstance(blocks, JMPBlocks) else self._dense, start=STEM)
         rows = []
         with torch.inference_mode():
             for start in range(0, len(samples), BATCH):
@@ -108,11 +113,18 @@ class Features:
             with torch.inference_mode():
                 for start in range(0, len(samples), BATCH):
                     x = family.embed(model, self._images(samples, start))
-                    for block in list(model.blocks.children())[:STEM]:
-                        x = family.run(block, x)
-                    parts.append(x)
+                    parts.append(self._dense(x, stop=STEM))
             self._stems[samples.name] = torch.cat(parts)
         return self._stems[samples.name]
+
+    def _dense(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tokens through the model's own blocks start..stop-1, which reduce nothing."""
+        model = self.loaded.model
+        family = family_of(model)
+        rotary = family.rotary(model)
+        for index, block in list(enumerate(model.blocks.children()))[start:stop]:
+            x = family.run(block, x, None, rotary and rotary.rows(index))
+        return x
 
     def _images(self, samples: Samples, start: int) -> Tensor:
         images = batch(samples.images[start : start + BATCH], self.loaded.preprocess)

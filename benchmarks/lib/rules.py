@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jmp_deploy.jmp.node import TokenReduce
-from jmp_deploy.jmp.reduction import Plan, apply_plan
+from jmp_deploy.jmp.reduction import Plan, apply_plan, index_of
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Rule:
 
     def __call__(
         self, x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         if self.fate == "fuse":
             return self._fuse(x, qkv, size, attributes)
         plan = self.plan(x, qkv, size, attributes)
@@ -78,7 +78,8 @@ class Rule:
             )
             size = weighted
         if not self.keep_norm:
-            return apply_plan(x, size, plan, prefix, self.merge_weight)
+            reduced = apply_plan(x, size, plan, prefix, self.merge_weight)
+            return (*reduced, index_of(plan)) if attributes.index else reduced
         y, out_size, log_size = apply_plan(x, size, plan, prefix, self.merge_weight)
         parts = x.norm(dim=-1, keepdim=True)
         norms, _, _ = apply_plan(parts, size, plan, prefix, self.merge_weight)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, ImageError, NonFiniteError
+from ..core.files import atomic_path
 from ..core.images import UNREADABLE_LIMIT, Preprocess, find_images, load_readable
 from ..core.outputs import TOPK, Output, output_named
 from ..engine.runtime import Engine, require_finite
@@ -72,7 +73,12 @@ class Options:
 
 
 def predict(
-    path: Path, images: Sequence[Path], options: Options | None = None, *, topk: int = TOPK
+    path: Path,
+    images: Sequence[Path],
+    options: Options | None = None,
+    *,
+    topk: int = TOPK,
+    save: Path | None = None,
 ) -> Predictions:
     """Runs an artifact, or an engine without a manifest, on images.
 
@@ -80,6 +86,8 @@ def predict(
         path: the artifact's folder; without a manifest also a plan.
         images: files or folders.
         topk: classes per image.
+        save: a .npz file to write: `images`, their names, and what came out of the model under its
+            name, a row per image.
 
     Raises:
         ArtifactError: random weights, or a broken artifact.
@@ -97,6 +105,7 @@ def predict(
     paths = find_images(images)
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
+    rows: list[NDArray[Any]] = []
     with _open(path, found, options) as (infer, spec, output, backend, reason):
         names = found.class_names if found else None
         scored = {"multi_label": found.multi_label} if found else {}
@@ -104,8 +113,14 @@ def predict(
             piece, batch = _decode(paths[start : start + CHUNK], spec, skipped)
             for image, row in zip(piece, _run_finite(infer, output, batch, piece), strict=True):
                 records.append({"image": str(image), **output.answer(row, names, topk, **scored)})
+                if save is not None:
+                    rows.append(np.array(row))
     if not records:
         raise ImageError(skipped[0]["error"], f"{len(skipped)} images, none of them readable")
+    if save is not None:
+        with atomic_path(save) as temporary, temporary.open("wb") as file:
+            came: Any = {output.name: np.stack(rows)}
+            np.savez_compressed(file, images=[record["image"] for record in records], **came)
     return Predictions(records, output, backend, reason, skipped)
 
 

@@ -78,11 +78,15 @@ class TorchBackend(Backend):
 
 
 def with_output(model: Any, output: str) -> Any:
-    """A timm model that gives an artifact's output: with a softmax behind it for probabilities."""
+    """A timm model that gives an artifact's output: for probabilities with a softmax behind it, for
+    dense features with every patch restored."""
     import torch
 
-    from ..core.outputs import PROBABILITIES  # numpy is not for --help
+    from ..core.outputs import DENSE, PROBABILITIES  # numpy is not for --help
+    from ..jmp.dense import DenseFeatures
 
+    if output == DENSE.name:
+        return DenseFeatures(model)
     if output != PROBABILITIES.name:
         return model
     return torch.nn.Sequential(model, torch.nn.Softmax(dim=-1))

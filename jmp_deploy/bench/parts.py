@@ -94,8 +94,9 @@ def _export_chain(model: Any, name: str, shape: ModelShape, path: Path) -> None:
 
     from ..export.export import BATCH, to_proto
 
-    example = torch.zeros(2, shape.num_prefix + shape.num_patches, shape.width)
-    dims = {0: BATCH, 1: torch.export.Dim("tokens", min=2)}
+    most = shape.num_prefix + shape.num_patches
+    example = torch.zeros(2, most, shape.width)
+    dims = {0: BATCH, 1: torch.export.Dim("tokens", min=shape.num_prefix + 2)}
     proto = to_proto(_chain(model, name), example, dims, "out", name)
     graph.save_model(proto, path)
 
@@ -107,6 +108,7 @@ def _chain(model: Any, name: str) -> Any:
     from ..jmp.families import family_of
 
     family = family_of(model)
+    rotary = family.rotary(model)
 
     class Chain(nn.Module):
         def __init__(self) -> None:
@@ -114,8 +116,15 @@ def _chain(model: Any, name: str) -> Any:
             self.blocks = nn.ModuleList(model.blocks)
 
         def forward(self, x: Tensor) -> Tensor:
-            for block in self.blocks:
-                x = family.attend(block, x)[0] if name == ATTENTION else family.feed(block, x)
+            for index, block in enumerate(self.blocks):
+                if name == MLP:
+                    x = family.feed(block, x)
+                    continue
+                # The rows of the first patches: which ones takes no time.
+                rope = None if rotary is None else rotary.rows(index)
+                if rope is not None:
+                    rope = rope[..., : x.shape[1] - model.num_prefix_tokens, :]
+                x = family.attend(block, x, None, rope)[0]
             return x
 
     return Chain().eval()

@@ -160,6 +160,12 @@ def add(commands: Any) -> None:
         "logits",
     )
     parser.add_argument(
+        "--output",
+        choices=("pooled", "dense"),
+        help="pooled: what the model gives; dense: the features of every patch [B, M, C], those of "
+        "merged and pruned patches restored (pooled)",
+    )
+    parser.add_argument(
         "--inline",
         action="store_true",
         help="write model.inlined.onnx too: the portable model without local functions, for "

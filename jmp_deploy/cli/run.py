@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
         (
             "run artifacts/deit_s photo.jpg",
             "run artifacts/dinov2_s photos/ --json features.json",
+            "run artifacts/dinov2_s-dense-output photos/ --save features.npz",
             "run artifacts/deit_s photos/ --rebuild        # on another GPU or TensorRT",
             "run artifacts/deit_s photos/ --batch 4        # less GPU memory",
             "run some.engine photo.jpg --no-manifest",
@@ -40,6 +41,12 @@ def add(commands: Any) -> None:
         type=flags.positive,
         metavar="N",
         help="images per inference at most (the engine's own limit)",
+    )
+    parser.add_argument(
+        "--save",
+        type=flags.new_file,
+        metavar="FILE.npz",
+        help="write all that came out: arrays `images` (names) and logits, features or dense",
     )
     parser.add_argument(
         "--allow-random", action="store_true", help="run an artifact with random weights"

@@ -165,6 +165,7 @@ def measure(
         return _hopeless(
             a, b, output, precision, f"{a} gives {list(x.shape)}, {b} gives {list(y.shape)}"
         )
+    shape = x.shape
     x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
     broken = {name: _not_finite(v) for name, v in ((a, x), (b, y)) if not np.isfinite(v).all()}
     if broken:
@@ -172,7 +173,7 @@ def measure(
         return _hopeless(a, b, output, precision, *words, not_finite=broken)
     kind = output_named(output)
     x, y = kind.judged(x), kind.judged(y)
-    cosine = cosines(x, y)
+    cosine = _median_patch(x, y, shape) if near_ties and len(shape) == 3 else cosines(x, y)
     difference = np.abs(x - y)
     largest = float(difference.max())
     problems = []
@@ -201,6 +202,15 @@ def measure(
         ok=not problems,
         problems=tuple(problems),
         **kind.differences(x, y),
+    )
+
+
+def _median_patch(x: NDArray[Any], y: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Of features of patches [B, M, C], each image's cosine is that of its median patch: a near tie
+    moves some patches to another token, and those alone."""
+    rows = (-1, shape[2])
+    return np.asarray(
+        np.median(cosines(x.reshape(rows), y.reshape(rows)).reshape(shape[:2]), axis=1)
     )
 
 

@@ -403,7 +403,7 @@ class FileEntry:
 
 
 class Reference(NamedTuple):
-    """Input images [B, 3, H, W], PyTorch's outputs for them [B, D], and the images' names."""
+    """Input images [B, 3, H, W], PyTorch's outputs for them [B, ...], and the images' names."""
 
     images: NDArray[Any]
     output: NDArray[Any]
@@ -585,18 +585,19 @@ class Artifact:
         names = Reference._fields
         shapes = {name: arrays[name].shape for name in names if name in arrays}
         count = shapes.get("images", (0,))[:1]
+        axes = OUTPUTS[self.model.output].axes
         fits = (
             len(shapes) == len(names)
             and shapes["images"] == (*count, *self.image_shape)
             and shapes["names"] == count
             and shapes["output"][:1] == count
-            and len(shapes["output"]) == 2
+            and len(shapes["output"]) == len(axes)
             and min(*count, *shapes["output"]) > 0
             and all(arrays[name].dtype.kind == "f" for name in ("images", "output"))
             and arrays["names"].dtype.kind == "U"
         )
         if not fits:
-            expected = f"images {['B', *self.image_shape]}, output ['B', 'D'] and names ['B']"
+            expected = f"images {['B', *self.image_shape]}, output {list(axes)} and names ['B']"
             raise ArtifactError(
                 f"{path} is not a reference: it holds {shapes}, expected {expected}",
                 self.how_to_rebuild,

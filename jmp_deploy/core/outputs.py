@@ -1,6 +1,7 @@
-"""What leaves a model: logits, probabilities, features. How two are compared, how one is shown.
+"""What leaves a model: logits, probabilities, features, those of every patch.
 
-In core because a device, which runs engines without PyTorch, shows outputs too.
+How two are compared, how one is shown. In core because a device, which runs engines without
+PyTorch, shows outputs too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -23,13 +24,16 @@ TOPK = 5
 
 @dataclass(frozen=True)
 class Output(ABC):
-    """A kind of output, [B, D].
+    """A kind of output.
 
     Attributes:
+        axes: of its shape.
         name: in ONNX models, engines and manifests.
         classifies: its values rank classes.
         heading: of `words`, in a table.
     """
+
+    axes: ClassVar[tuple[str, ...]] = ("B", "D")
 
     name: str
     classifies: bool
@@ -52,7 +56,7 @@ class Output(ABC):
         *,
         multi_label: bool = False,
     ) -> dict[str, Any]:
-        """One image's output [D] as a record for JSON.
+        """One image's output, [D] or what `axes` say, as a record for JSON.
 
         Args:
             multi_label: each value is a question of its own: its score is a sigmoid, as it is for
@@ -146,10 +150,35 @@ class Features(Output):
         return f"[{head}, ...] {len(values)} values, norm {norm:.3f}"
 
 
+class Dense(Features):
+    """[B, M, C], features of each patch of the image, row by row. Compared as one long vector."""
+
+    axes = ("B", "M", "C")
+
+    def answer(
+        self,
+        row: NDArray[Any],
+        class_names: Sequence[str] | None = None,
+        topk: int = TOPK,
+        *,
+        multi_label: bool = False,
+    ) -> dict[str, Any]:
+        lengths = np.linalg.norm(np.asarray(row, np.float64), axis=1)
+        patches, channels = row.shape
+        return {"patches": patches, "channels": channels, "mean_norm": float(lengths.mean())}
+
+    def words(self, answer: dict[str, Any]) -> str:
+        return (
+            f"{answer['patches']} patches of {answer['channels']} values, "
+            f"mean norm {answer['mean_norm']:.3f}"
+        )
+
+
 LOGITS = Logits("logits", classifies=True, heading="top classes")
 PROBABILITIES = Probabilities("probabilities", classifies=True, heading="top classes")
 FEATURES = Features("features", classifies=False, heading="features")
-OUTPUTS = {output.name: output for output in (LOGITS, PROBABILITIES, FEATURES)}
+DENSE = Dense("dense", classifies=False, heading="features of the patches")
+OUTPUTS = {output.name: output for output in (LOGITS, PROBABILITIES, FEATURES, DENSE)}
 
 
 def output_of(model: Any) -> Output:

@@ -37,10 +37,11 @@ shape, so that they broadcast along channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..core.errors import GraphError
-from ..jmp.node import DOMAIN, OP_TYPE, OPSET, VERSION, TokenReduce
+from ..jmp.node import ATTRIBUTES, DOMAIN, OP_TYPE, OPSET, OUTPUTS, TokenReduce
 from .graph import read_node, reductions
 
 if TYPE_CHECKING:
@@ -240,6 +241,24 @@ _MERGE = """
 """
 
 
+# As `order` is a permutation, every token is written once.
+_INDEX = """
+  pruned_code = Mul (keep_s, two)
+  fate_code = Where (merged, keep_s, pruned_code)
+  code_rest = Add (fate_code, target_slot)
+  slot_row = Range (zero_s, keep_s, one_s)
+  slot_col = Unsqueeze (slot_row, one)
+  kept_shape = Shape (kept)
+  code_kept = Expand (slot_col, kept_shape)
+  code_token = Concat <axis = 1> (code_kept, code_rest)
+  token_all = Concat <axis = 1> (kept, rest)
+  token_patch = Sub (token_all, prefix)
+  index_col = ScatterElements <axis = 1> (token_patch, token_patch, code_token)
+  index_row = Squeeze (index_col, two)
+  index = Cast <to = 6> (index_row)
+"""
+
+
 def add_bodies(proto: onnx.ModelProto) -> None:
     """Gives a model's JMPTokenReduce nodes their portable body, in place.
 
@@ -253,11 +272,13 @@ def add_bodies(proto: onnx.ModelProto) -> None:
     del proto.functions[:]
     if not attributes:
         return
-    shared = {(a.granularity, a.importance, a.proportional, a.selection) for a in attributes}
+    shared = {
+        (a.granularity, a.importance, a.proportional, a.selection, a.index) for a in attributes
+    }
     if len(shared) > 1:
         raise GraphError(
-            "reductions of one model must agree in granularity, importance, proportional "
-            "and selection"
+            "reductions of one model must agree in granularity, importance, proportional, "
+            "selection and index"
         )
     widths = {
         value.name: value.type.tensor_type.shape.dim[-1].dim_value
@@ -272,7 +293,7 @@ def add_bodies(proto: onnx.ModelProto) -> None:
         raise GraphError("reductions need a QKV tensor of two or three parts, and its width known")
     proto.functions.append(body(attributes[0], int(parts.pop())))
     if DOMAIN not in {entry.domain for entry in proto.opset_import}:
-        proto.opset_import.append(make_opsetid(DOMAIN, VERSION))
+        proto.opset_import.append(make_opsetid(DOMAIN, attributes[0].version))
 
 
 def body(attributes: TokenReduce, parts: int) -> onnx.FunctionProto:
@@ -280,7 +301,7 @@ def body(attributes: TokenReduce, parts: int) -> onnx.FunctionProto:
 
     The arithmetic is float32 whatever T is, so the body serves FP32 and FP16 models unchanged.
     All nodes of a model share one body, so they must agree in granularity, importance,
-    proportional, selection and parts; K, tau and the rest are read from each node.
+    proportional, selection, index and parts; K, tau and the rest are read from each node.
 
     Args:
         attributes: of any of the nodes.
@@ -293,22 +314,24 @@ def body(attributes: TokenReduce, parts: int) -> onnx.FunctionProto:
             proportional=attributes.proportional,
             selection=attributes.selection,
             parts=parts,
-        )
+            index=attributes.index,
+        ),
+        attributes.outputs,
     )
 
 
-def function(operators: str) -> onnx.FunctionProto:
+def function(operators: str, outputs: Sequence[str] = OUTPUTS[:3]) -> onnx.FunctionProto:
     """A local function in the node's place: its inputs, outputs and attributes, these operators.
 
     Args:
-        operators: in ONNX's text form, from (x, qkv, size) to (y, out_size, log_size).
+        operators: in ONNX's text form, from (x, qkv, size) to `outputs`.
     """
     import onnx.parser
 
-    names = ", ".join(TokenReduce.__dataclass_fields__)
+    names = ", ".join(ATTRIBUTES)
     text = f"""
 <domain: "{DOMAIN}", opset_import: ["": {OPSET}]>
-{OP_TYPE} <{names}> (x, qkv, size) => (y, out_size, log_size)
+{OP_TYPE} <{names}> (x, qkv, size) => ({", ".join(outputs)})
 {{
 {operators}
 }}
@@ -317,7 +340,13 @@ def function(operators: str) -> onnx.FunctionProto:
 
 
 def _operators(
-    *, granularity: str, importance: str, proportional: bool, selection: str, parts: int
+    *,
+    granularity: str,
+    importance: str,
+    proportional: bool,
+    selection: str,
+    parts: int,
+    index: bool,
 ) -> str:
     """The body in ONNX's text form for what it cannot read from its node."""
     by_class = importance == "class"
@@ -338,5 +367,6 @@ def _operators(
         _SURVIVOR_PREFIX if by_class else _SURVIVOR_ANY,
         _DECISION_BY_TOKEN if granularity == "token" else _DECISION_BY_SAMPLE,
         _MERGE,
+        _INDEX if index else "",
     )
     return "".join(steps)

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.errors import GraphError
 from ..core.images import INPUT
-from ..core.outputs import LOGITS, PROBABILITIES, output_of
+from ..core.outputs import DENSE, LOGITS, PROBABILITIES, output_of
 from ..jmp import node
+from ..jmp.dense import DenseFeatures
 from ..jmp.families import family_of, written_out_attention
+from ..jmp.families.rope import constant_rotations
 from ..jmp.node import DOMAIN, OPSET, TokenReduce
 from ..jmp.patch import JMPBlocks
 from .body import add_bodies
@@ -30,7 +32,9 @@ from .graph import load_model, reductions, save_model
 BATCH = torch.export.Dim("batch", min=1, max=4096)
 
 
-def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) -> Path:
+def export_onnx(
+    model: nn.Module, path: Path, *, image_size: tuple[int, int], dense: bool = False
+) -> Path:
     """Exports a timm ViT, patched or dense, to portable FP32 ONNX with a dynamic batch.
 
     Args:
@@ -39,6 +43,8 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
             classifier.
         path: file to write.
         image_size: (H, W) in pixels.
+        dense: the output is `dense` [B, M, C], features of every patch; a patched model was patched
+            with `restore`.
 
     Returns:
         `path`.
@@ -50,7 +56,9 @@ def export_onnx(model: nn.Module, path: Path, *, image_size: tuple[int, int]) ->
     # A batch of 2: torch.export takes sizes 0 and 1 for constants.
     example = torch.zeros(2, family_of(model).channels(model), *image_size)
     with _symbolic_reductions(model), _evaluating(model):
-        proto = to_proto(model, example, {0: BATCH}, output_of(model).name)
+        given = DenseFeatures(model) if dense else model
+        name = DENSE.name if dense else output_of(model).name
+        proto = to_proto(given, example, {0: BATCH}, name)
     add_bodies(proto)
     _name_reductions(proto, model.blocks)
     _strip_debug_info(proto)
@@ -100,6 +108,7 @@ def to_proto(
     try:
         with (
             written_out_attention(module),
+            constant_rotations(module),
             warnings.catch_warnings(),
             redirect_stdout(io.StringIO()),
         ):
@@ -167,16 +176,21 @@ def _symbolic_reductions(model: nn.Module) -> Iterator[None]:
 
 def _reduce_node(
     x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Stands for `token_reduce` while the model is traced: one ONNX node."""
-    batch, _, width = x.shape
+    batch, before, width = x.shape
     tokens = attributes.num_prefix + attributes.num_keep
-    y, out_size, log_size = torch.onnx.ops.symbolic_multi_out(
+    shapes = [(batch, tokens, width), (batch, tokens), (batch, tokens)]
+    dtypes = [x.dtype] * len(shapes)
+    if attributes.index:
+        shapes.append((batch, before - attributes.num_prefix))
+        dtypes.append(torch.int32)
+    outputs = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{node.OP_TYPE}",
         (x, qkv, size),
         attributes.to_onnx(),
-        dtypes=(x.dtype,) * 3,
-        shapes=((batch, tokens, width), (batch, tokens), (batch, tokens)),
-        version=node.VERSION,
+        dtypes=dtypes,
+        shapes=shapes,
+        version=attributes.version,
     )
-    return y, out_size, log_size
+    return tuple(outputs)

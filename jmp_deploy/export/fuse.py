@@ -23,12 +23,9 @@ from onnx import numpy_helper
 from onnx.inliner import inline_local_functions
 
 from ..core.errors import GraphError
-from ..jmp import node
-from ..jmp.node import DOMAIN, OP_TYPE, TokenReduce
+from ..jmp.node import DOMAIN, OP_TYPE, OUTPUTS, TokenReduce
 from .body import QKV_PARTS, add_bodies, body
 from .graph import is_reduction, load_model, reductions, save_model
-
-PLUGIN_ATTRIBUTES = {"plugin_version": str(node.VERSION), "plugin_namespace": DOMAIN}
 
 
 def to_deployable(
@@ -67,7 +64,7 @@ def to_deployable(
             f"expected {len(expected)} {_keeps(expected)}"
         )
     for reduction in _reductions(graph):
-        reduction.attrs.update(PLUGIN_ATTRIBUTES)
+        reduction.attrs.update(_plugin_attributes(reduction))
     graph.functions.clear()
     save_model(_to_proto(graph, proto), target)
     return found
@@ -84,7 +81,7 @@ def to_portable(source: Path, target: Path) -> list[TokenReduce]:
         raise GraphError(f"{source} has local functions: it is portable already")
     graph = gs.import_onnx(proto)
     for reduction in _reductions(graph):
-        for name, value in PLUGIN_ATTRIBUTES.items():
+        for name, value in _plugin_attributes(reduction).items():
             if reduction.attrs.pop(name, None) != value:
                 raise GraphError(f"{reduction.name} in {source} does not say {name}={value!r}")
     found = _check_reductions(graph)
@@ -127,6 +124,14 @@ def _write_as_tensor(constant: onnx.NodeProto) -> None:
         attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
 
 
+def _plugin_attributes(reduction: gs.Node) -> dict[str, str]:
+    """What names the plugin; its version says how many outputs it has."""
+    return {
+        "plugin_version": "2" if len(reduction.outputs) == len(OUTPUTS) else "1",
+        "plugin_namespace": DOMAIN,
+    }
+
+
 def _reductions(graph: gs.Graph) -> list[gs.Node]:
     return [n for n in graph.nodes if is_reduction(n)]
 
@@ -147,7 +152,7 @@ def _check_reductions(graph: gs.Graph) -> list[TokenReduce]:
         label = f"{graph_node.domain}::{graph_node.op} ({graph_node.name})"
         if not is_reduction(graph_node) or graph_node.op != OP_TYPE:
             raise GraphError(f"unexpected operator in the model: {label}")
-        attributes = TokenReduce.from_onnx(dict(graph_node.attrs))
+        attributes = TokenReduce.from_onnx(dict(graph_node.attrs), outputs=len(graph_node.outputs))
         _check_wiring(graph_node, attributes, found[-1] if found else None, label)
         found.append(attributes)
     return found
@@ -156,10 +161,10 @@ def _check_reductions(graph: gs.Graph) -> list[TokenReduce]:
 def _check_wiring(
     graph_node: gs.Node, attributes: TokenReduce, before: TokenReduce | None, label: str
 ) -> None:
-    if len(graph_node.inputs) != 3 or len(graph_node.outputs) != 3:
+    if len(graph_node.inputs) != 3 or len(graph_node.outputs) not in (3, len(OUTPUTS)):
         raise GraphError(
             f"{label} has {len(graph_node.inputs)} inputs and {len(graph_node.outputs)} outputs, "
-            "expected 3 and 3"
+            f"expected 3 and 3 or {len(OUTPUTS)}"
         )
     for position, tensor in enumerate(graph_node.inputs):
         if not isinstance(tensor, gs.Constant) and not tensor.inputs:

@@ -117,7 +117,8 @@ def read_node(graph_node: onnx.NodeProto) -> TokenReduce:
             a.name: get_attribute_value(a)
             for a in graph_node.attribute
             if not a.name.startswith(PLUGIN_PREFIX)
-        }
+        },
+        outputs=len(graph_node.output),
     )
 
 
@@ -191,6 +192,8 @@ def block_tensors(proto: onnx.ModelProto) -> list[Block]:
     )
     inputs = [stream(n.input[0]) for n in proto.graph.node if n.op_type == "LayerNormalization"]
     norms = [name for name in inputs if readers[name] > 1]
+    # Pooling by attention has one more, behind the blocks.
+    norms = norms[: len(norms) // 2 * 2]
     entries, reduced = norms[0::2], norms[1::2]
     # The last block's output is the residual sum over what its MLP reads.
     sums = [

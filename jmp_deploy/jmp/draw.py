@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .trace import GONE, MERGED, PRUNED, Picture, Stage
+from .node import MERGED, PRUNED
+from .trace import GONE, Picture, Stage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -123,8 +123,8 @@ class Kernel:
 
         Args:
             params: of the call, not refused.
-            addresses: of x, qkv, size, y, out_size, log_size on the current device, dense, aligned
-                to 16 bytes.
+            addresses: of x, qkv, size, y, out_size, log_size and, if wanted, index on the current
+                device, dense, aligned to 16 bytes.
             workspace: address of `workspace_bytes(params)` bytes, aligned to 256.
             stream: handle of a CUDA stream.
             plain: by the plain kernels, the specification that the tuned ones are held to.
@@ -132,10 +132,8 @@ class Kernel:
         Raises:
             EngineError: CUDA refused the launch.
         """
-        destination = None
-        error = self._function("", plain)(
-            ctypes.byref(params), *addresses, destination, workspace, stream
-        )
+        given = [*addresses, *([None] * (7 - len(addresses)))]
+        error = self._function("", plain)(ctypes.byref(params), *given, workspace, stream)
         if error:
             text = self._library.jmp_token_reduce_error_string(error).decode()
             raise EngineError(f"the token reduction kernel did not start: CUDA: {text} ({error})")

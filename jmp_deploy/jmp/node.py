@@ -11,6 +11,11 @@ Inputs, all of one float type T:
     size  [B, N] or [1, N]  patches that each token stands for
 Outputs:
     y [B, P+K, C], out_size [B, P+K], log_size [B, P+K] = log(out_size)
+    index [B, N-P] int32, in version 2 alone: what became of each incoming patch token,
+                     fate * K + k. Fate 0: it is kept patch token k of 0..K-1; 1: it was merged into
+                     that; 2: it was pruned, and resembles that most.
+
+Positions follow, and features are restored, by `index`. Models that need neither have version 1.
 
 This module is light: it needs neither onnx nor PyTorch.
 """
@@ -26,7 +31,6 @@ from ..core.errors import GraphError
 
 DOMAIN = "jmp_deploy"
 OP_TYPE = "JMPTokenReduce"
-VERSION = 1
 OPSET = 20
 """ONNX opset of everything that we export: the newest that TensorRT 10.3 (JetPack 6.1) parses.
 It has Gelu and LayerNormalization as single ops; opset 23 would bring Attention, which
@@ -36,6 +40,9 @@ TensorRT-RTX builds in FP16 and refuses in FP32."""
 GRANULARITIES = get_args(Granularity)
 IMPORTANCES = ("class", "received")
 SELECTIONS = get_args(Selection)
+OUTPUTS = ("y", "out_size", "log_size", "index")
+KEPT, MERGED, PRUNED = range(3)
+"""Fates in `index`."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class TokenReduce:
             nearest token more important than themselves.
         merge_weight: how much of a merged token's content its target takes, 0 to 1: 1 is the mean
             weighted by size, 0 leaves the target as it is. Its size goes over in whole.
+        index: gives the fourth output. No attribute of the node but its version.
     """
 
     num_prefix: int
@@ -75,6 +83,7 @@ class TokenReduce:
     proportional: bool = True
     selection: str = "importance"
     merge_weight: float = 1.0
+    index: bool = False
 
     def __post_init__(self) -> None:
         checks = (
@@ -93,9 +102,20 @@ class TokenReduce:
             if not ok:
                 raise GraphError(f"{OP_TYPE}: {name}={getattr(self, name)!r} is not valid")
 
+    @property
+    def version(self) -> int:
+        """Of the node: 2 with `index`, else 1."""
+        return 2 if self.index else 1
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the node's outputs."""
+        return OUTPUTS if self.index else OUTPUTS[:3]
+
     def to_onnx(self) -> dict[str, int | float]:
         """The attributes as the node carries them: enumerations and booleans become integers."""
         attributes = asdict(self)
+        del attributes["index"]
         attributes["granularity"] = GRANULARITIES.index(self.granularity)
         attributes["importance"] = IMPORTANCES.index(self.importance)
         attributes["proportional"] = int(self.proportional)
@@ -109,13 +129,13 @@ class TokenReduce:
         return replace(self, scale=scale, tau=tau, merge_weight=weight)
 
     @classmethod
-    def from_onnx(cls, attributes: dict[str, Any]) -> TokenReduce:
-        """Reads a node's attributes.
+    def from_onnx(cls, attributes: dict[str, Any], *, outputs: int = 3) -> TokenReduce:
+        """Reads a node's attributes; it has as many outputs.
 
         Raises:
             GraphError: an attribute is missing, unknown, of the wrong type or out of range.
         """
-        names = set(cls.__dataclass_fields__)
+        names = set(ATTRIBUTES)
         found = set(attributes)
         if found != names:
             raise GraphError(
@@ -138,7 +158,11 @@ class TokenReduce:
                 raise GraphError(f"{OP_TYPE}: {name}={values[name]!r} is not valid")
             values[name] = words[values[name]]
         values["proportional"] = bool(values["proportional"])
-        return cls(**values)
+        return cls(**values, index=outputs == len(OUTPUTS))
+
+
+ATTRIBUTES = tuple(name for name in TokenReduce.__dataclass_fields__ if name != "index")
+"""Of the ONNX node, in its order."""
 
 
 def reduction_name(block: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from ..core.errors import ModelError
 from .families import Family, family_of
 from .node import TokenReduce
-from .reduction import token_reduce
+from .reduction import slots_of, token_reduce
 from .schedule import DEFAULT, ModelShape, Schedule, check_last_prefix_only, parse
 from .torch_op import check_backend, reduce_auto, reduce_cuda
 
-Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, Tensor, Tensor]]
+Reduce = Callable[[Tensor, Tensor, Tensor, TokenReduce], tuple[Tensor, ...]]
 
 REDUCES: dict[str, Reduce] = {
     "auto": reduce_auto,
@@ -28,6 +29,41 @@ REDUCES: dict[str, Reduce] = {
     "reference": token_reduce,
 }
 """The implementation behind each word of `patch(backend=...)`."""
+
+
+class Left:
+    """What is to be known of the tokens that leave the blocks. Who wants it takes it away.
+
+    Attributes:
+        mask: [B, 1, 1, N] log sizes, for pooling by attention to add to its logits; None where
+            nothing was reduced.
+        slots: [B, M] int64, the patch token, 0 to K-1, that each patch of the image is in or, of
+            the pruned, resembled most (see `dense.py`).
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.slots: Tensor | None = None
+
+    def take_slots(self) -> Tensor:
+        """The slots of the call before.
+
+        Raises:
+            ModelError: the blocks were not told to keep them.
+        """
+        slots, self.slots = self.slots, None
+        if slots is None:
+            raise ModelError(
+                "the model does not say where its patches went", "patch(model, ..., restore=True)"
+            )
+        return slots
+
+    def tell(self, pooling: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the pooling, so that its parameters keep their names."""
+        mask, self.mask = self.mask, None
+        if mask is not None:  # some heads leave the prefix tokens out
+            mask = mask[..., -args[0].shape[1] :]
+        return args, {**kwargs, "attn_mask": mask}
 
 
 class JMPBlocks(nn.Module):
@@ -63,11 +99,14 @@ class JMPBlocks(nn.Module):
         reduce: the implementation (`patch(backend=...)`); export.py puts in one that becomes a
             single ONNX node, whatever it was.
         last_prefix_only: P if only the P prefix tokens leave the last block, else 0.
+        restores: `left` says where each patch went.
+        left: what the head, or who restores features, is told.
+        hooks: to take out with JMP.
     """
 
     def __init__(
         self,
-        blocks: nn.Sequential,
+        blocks: nn.Sequential | nn.ModuleList,
         family: Family,
         reductions: dict[int, TokenReduce],
         last_prefix_only: int = 0,
@@ -75,6 +114,7 @@ class JMPBlocks(nn.Module):
         *,
         model: nn.Module,
         num_tokens: int,
+        restores: bool = False,
     ) -> None:
         super().__init__()
         for name, block in blocks.named_children():
@@ -87,6 +127,14 @@ class JMPBlocks(nn.Module):
         self.reductions = reductions
         self.reduce = reduce
         self.last_prefix_only = last_prefix_only
+        self.restores = restores
+        self.left = Left()
+        pooling = family.pooling(model)
+        self.hooks = (
+            ()
+            if pooling is None
+            else (pooling.register_forward_pre_hook(self.left.tell, with_kwargs=True),)
+        )
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """[B, N, C] -> [B, P + K_last, C], or [B, P, C] with `last_prefix_only`.
@@ -108,20 +156,32 @@ class JMPBlocks(nn.Module):
         prefix_only = self.last_prefix_only if self._reads_prefix_only() else 0
         size = x.new_ones(1, x.shape[1])
         mask: Tensor | None = None
+        rotary = self.family.rotary(self.model[0])
+        slots: Tensor | None = None
         # Not children(): those list a module that stands in two places once.
         for index, block in list(enumerate(self._modules.values()))[start:]:
             attributes = self.reductions.get(index)
+            rope = None if rotary is None else rotary.rows(index)
             if prefix_only and index == len(self) - 1:
-                x, _ = self.family.attend(block, x, mask, prefix_only)
+                x, _ = self.family.attend(block, x, mask, rope, prefix_only)
                 x = self.family.feed(block, x)
             elif attributes is None:
-                x = self.family.run(block, x, mask)
+                x = self.family.run(block, x, mask, rope)
             else:
-                x, qkv = self.family.attend(block, x, mask)
-                x, size, log_size = self.reduce(x, qkv, size, attributes)
+                x, qkv = self.family.attend(block, x, mask, rope)
+                x, size, log_size, *became = self.reduce(x, qkv, size, attributes)
                 if attributes.proportional:
                     mask = log_size[:, None, None, :]
+                if rotary is not None:
+                    rotary = rotary.follow(became[0], attributes.num_keep)
+                if self.restores:
+                    went = slots_of(became[0], attributes.num_keep)
+                    slots = went if slots is None else went.gather(1, slots)
                 x = self.family.feed(block, x)
+        if self.hooks:
+            self.left.mask = mask
+        if self.restores:
+            self.left.slots = slots
         return x
 
     def _reads_prefix_only(self) -> bool:
@@ -154,11 +214,12 @@ def patch(
     granularity: str = "token",
     proportional: bool = True,
     backend: str = "auto",
+    restore: bool = False,
 ) -> nn.Module:
-    """Puts JMP into a timm VisionTransformer, in place.
+    """Puts JMP into a timm vision transformer, in place.
 
     Args:
-        model: of a family in `families`: DeiT (distilled too), ViT, DINOv2.
+        model: of a family in `families`: DeiT (distilled too), ViT, DINOv2, DINOv3, SigLIP, EVA-02.
         schedule: as `schedule.parse` takes it ("spread", "paper", "3:138,6:97", a file), or
             resolved for this model already. Where it says `last_prefix_only`, `forward_features`
             returns the P prefix tokens alone: the last block computes no others (the head reads
@@ -168,6 +229,8 @@ def patch(
         backend: what computes the reductions (see `torch_op`): "cuda" the CUDA kernel, "reference"
             plain PyTorch, "auto" the kernel for CUDA tensors where it can be had. ONNX export is
             the same for all.
+        restore: keep what `dense.DenseFeatures` restores the features of every patch by; no token
+            is left out in the last block then.
 
     Returns:
         The same model.
@@ -180,12 +243,15 @@ def patch(
     check_backend(backend)
     family = family_of(model)
     shape = family.shape(model)
+    if restore:
+        shape = shape.for_patches()
     if isinstance(schedule, str):
         schedule = parse(schedule, shape)
     check_last_prefix_only(schedule, shape)
     if isinstance(model.blocks, JMPBlocks):
         raise ModelError("the model is patched already", "call jmp_deploy.unpatch(model)")
     reductions: dict[int, TokenReduce] = {}
+    follows = restore or family.rotary(model) is not None
     for block, keep in schedule.steps:
         num_heads, head_dim, scale = family.heads(model.blocks[block])
         reductions[block] = TokenReduce(
@@ -200,11 +266,12 @@ def patch(
             proportional=proportional,
             selection=schedule.selection,
             merge_weight=schedule.merge_weight,
+            index=follows,
         )
     prefix = shape.num_prefix if schedule.last_prefix_only else 0
     written_out = {*reductions, *([shape.depth - 1] if prefix else [])}
     _refuse_own_forward(model.blocks, written_out, family)
-    model.blocks = JMPBlocks(
+    blocks = JMPBlocks(
         model.blocks,
         family,
         reductions,
@@ -212,7 +279,9 @@ def patch(
         REDUCES[backend],
         model=model,
         num_tokens=shape.num_prefix + shape.num_patches,
+        restores=restore,
     )
+    family.put(model, blocks)
     return model
 
 
@@ -256,7 +325,10 @@ def _refuse_own_forward(blocks: nn.Sequential, indices: set[int], family: Family
 def unpatch(model: nn.Module) -> nn.Module:
     """Takes JMP out again: the very `nn.Sequential` that `patch` found is put back."""
     if isinstance(model.blocks, JMPBlocks):
-        model.blocks = model.blocks.original[0]
+        blocks = model.blocks
+        for hook in blocks.hooks:
+            hook.remove()
+        blocks.family.put(model, blocks.original[0])
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ScheduleError
-from .node import TokenReduce
+from .node import MERGED, PRUNED, TokenReduce
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Plan:
 
 def token_reduce(
     x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Reduces M patch tokens to K, sample by sample.
 
     Args:
@@ -52,7 +52,8 @@ def token_reduce(
 
     Returns:
         y [B, P+K, C], out_size [B, P+K] and log_size [B, P+K], all of x's dtype. Prefix tokens
-        first, then the kept ones in original order.
+        first, then the kept ones in original order. With `attributes.index` also index [B, M]
+        int32 (see `node.py`).
 
     Raises:
         ScheduleError: fewer than K patch tokens come in.
@@ -62,13 +63,14 @@ def token_reduce(
 
 def planned_reduce(
     x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
-) -> tuple[Plan, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Plan, tuple[Tensor, ...]]:
     """`token_reduce` and what it decided; arguments and errors as there.
 
     Whoever wants to see decisions takes them from here: they are those of the result.
     """
     plan = make_plan(qkv, size, attributes)
-    return plan, apply_plan(x, size, plan, attributes.num_prefix, attributes.merge_weight)
+    reduced = apply_plan(x, size, plan, attributes.num_prefix, attributes.merge_weight)
+    return plan, (*reduced, index_of(plan)) if attributes.index else reduced
 
 
 def make_plan(qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Plan:
@@ -135,6 +137,35 @@ def apply_plan(
     y = torch.cat((wide[:, :num_prefix], kept), dim=1)
     out_size = torch.cat((sizes[:, :num_prefix], kept_size), dim=1)
     return y.to(x.dtype), out_size.to(x.dtype), out_size.log().to(x.dtype)
+
+
+def index_of(plan: Plan) -> Tensor:
+    """What became of each patch token: [B, M] int32, as `node.py` says."""
+    keep = plan.kept.shape[1]
+    slots = torch.arange(keep, device=plan.kept.device).expand_as(plan.kept)
+    others = plan.target + torch.where(plan.merged, MERGED * keep, PRUNED * keep)
+    tokens = torch.cat((plan.kept, plan.rest), dim=1)
+    found = torch.empty_like(tokens).scatter(1, tokens, torch.cat((slots, others), dim=1))
+    return found.to(torch.int32)
+
+
+def positions_of(index: Tensor, keep: int, before: Tensor) -> Tensor:
+    """Where the kept tokens stand: [B, K], of `before` [B, M], where the incoming ones did.
+
+    Args:
+        index: [B, M] of a reduction to K = `keep`.
+        before: int64.
+    """
+    # Who is not kept goes to a place that nobody reads: who is has a place of its own, so that the
+    # order in which an engine scatters is all the same. (TensorRT wants the data no smaller than
+    # the indices.)
+    slot = index.clamp(max=keep).long()
+    return torch.zeros_like(slot).scatter(1, slot, before.expand_as(slot))[:, :keep]
+
+
+def slots_of(index: Tensor, keep: int) -> Tensor:
+    """The kept token, 0 to K-1, that each incoming one went to or resembles: [B, M] int64."""
+    return index.long() % keep
 
 
 def _queries_and_keys(qkv: Tensor, attributes: TokenReduce) -> tuple[Tensor, Tensor]:

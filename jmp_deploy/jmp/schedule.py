@@ -57,10 +57,12 @@ class ModelShape:
         attn_dim: heads times head width.
         head_dim: width of one head.
         attn_weights: weights in the linear layers of one attention (QKV, projection, gate).
-        qkv_weights: those of the QKV projection alone.
+        qkv_weights: those of the QKV projection alone, as far as the last block computes it for all
+            tokens.
         mlp_weights: weights in the linear layers of one MLP.
         stem_macs: patch embedding, MACs per image.
-        head_macs: classifier heads, MACs per image.
+        head_macs: classifier heads and what else the head does once, MACs per image.
+        head_macs_per_patch: of a head that pools by attention, for each patch token.
         has_class_token: importance comes from the class token; else from all queries.
         head_reads_prefix_only: the head does not look at patch tokens after the last block.
     """
@@ -78,7 +80,12 @@ class ModelShape:
     head_macs: int
     has_class_token: bool
     qkv_weights: int = 0
+    head_macs_per_patch: int = 0
     head_reads_prefix_only: bool = False
+
+    def for_patches(self) -> ModelShape:
+        """The same model without its head: the features of every patch are wanted."""
+        return replace(self, head_macs=0, head_macs_per_patch=0, head_reads_prefix_only=False)
 
 
 @dataclass(frozen=True)
@@ -437,7 +444,7 @@ def macs(shape: ModelShape, schedule: Schedule | None = None, *, jmp_cost: bool 
                     total += patches**2 * shape.head_dim
             patches = keep
         total += (shape.num_prefix + patches) * shape.mlp_weights
-    return total
+    return total + patches * shape.head_macs_per_patch
 
 
 def _shrink(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..core.errors import JmpDeployError, ModelError, ScheduleError, ToolchainError
 from .kernel import DTYPES, Kernel, kernel_library, make_params
-from .node import GRANULARITIES, IMPORTANCES, SELECTIONS, TokenReduce
+from .node import ATTRIBUTES, GRANULARITIES, IMPORTANCES, SELECTIONS, TokenReduce
 from .reduction import token_reduce
 
 BACKENDS = ("auto", "cuda", "reference")
@@ -55,7 +55,7 @@ def check_backend(backend: str) -> None:
 
 def reduce_cuda(
     x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`token_reduce` by the operator; arguments and results as there.
 
     Raises:
@@ -67,7 +67,7 @@ def reduce_cuda(
 
 def reduce_auto(
     x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`token_reduce` by the kernel where that is possible; arguments and results as there."""
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or qkv.requires_grad)
     if not x.is_cuda or wants_gradient:
@@ -100,14 +100,14 @@ def _find_kernel(capability: tuple[int, int]) -> Kernel | JmpDeployError:
 
 def _call(
     x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce, *, fallback: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if x.shape[1] - attributes.num_prefix < attributes.num_keep:
         raise ScheduleError(
             f"a reduction keeps {attributes.num_keep} patch tokens but only "
             f"{x.shape[1] - attributes.num_prefix} come in",
             "resolve the schedule for the image size that the model is run with",
         )
-    return torch.ops.jmp_deploy.token_reduce(
+    outputs = torch.ops.jmp_deploy.token_reduce(
         x,
         qkv,
         size,
@@ -122,8 +122,10 @@ def _call(
         attributes.proportional,
         SELECTIONS.index(attributes.selection),
         attributes.merge_weight,
+        attributes.index,
         fallback,
     )
+    return tuple(outputs)
 
 
 # --- The operator --------------------------------------------------------------------------------
@@ -145,8 +147,9 @@ def _operator(
     proportional: bool,
     selection: int,
     merge_weight: float,
+    index: bool,
     fallback: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """On a CPU: the reference. Enumerations are the integers that the ONNX node carries.
 
     `fallback`: on a GPU, compute by the reference what the kernel does not take.
@@ -163,6 +166,7 @@ def _operator(
         proportional,
         selection,
         merge_weight,
+        index,
     )
     return _dense(*token_reduce(x, qkv, size, attributes))
 
@@ -170,25 +174,25 @@ def _operator(
 @cache
 def _attributes(*values: Any) -> TokenReduce:
     """The operator's numbers, in the order of `TokenReduce`'s fields, as the ONNX node has them."""
-    attributes = dict(zip(TokenReduce.__dataclass_fields__, values, strict=True))
-    return TokenReduce.from_onnx({**attributes, "proportional": int(attributes["proportional"])})
+    *numbers, index = values
+    attributes = dict(zip(ATTRIBUTES, numbers, strict=True))
+    attributes["proportional"] = int(attributes["proportional"])
+    return TokenReduce.from_onnx(attributes, outputs=4 if index else 3)
 
 
 @_operator.register_fake
 def _(
     x: Tensor, qkv: Tensor, size: Tensor, num_prefix: int, num_keep: int, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    places = num_prefix + num_keep
-    y = x.new_empty((x.shape[0], places, x.shape[2]))
-    return y, x.new_empty((x.shape[0], places)), x.new_empty((x.shape[0], places))
+) -> list[Tensor]:
+    return _empty(x, num_prefix, num_keep, index=bool(rest[-2]))
 
 
 @_operator.register_kernel("cuda")
-def _(x: Tensor, qkv: Tensor, size: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, qkv: Tensor, size: Tensor, *values: Any) -> list[Tensor]:
     *numbers, fallback = values
     attributes = _attributes(*numbers)
     try:
-        return launch(x, qkv, size, attributes, tuned_only=fallback)
+        return list(launch(x, qkv, size, attributes, tuned_only=fallback))
     except JmpDeployError as error:
         if not fallback:
             raise
@@ -203,7 +207,7 @@ def launch(
     attributes: TokenReduce,
     *,
     tuned_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """One launch of the kernel on the current stream of x's device.
 
     Args:
@@ -213,7 +217,7 @@ def launch(
             own operators are the better way then.
 
     Returns:
-        y, out_size, log_size as `reduction.token_reduce`.
+        As `reduction.token_reduce`.
 
     Raises:
         ModelError: the kernel refuses the shapes, types or attributes.
@@ -234,21 +238,24 @@ def launch(
         raise ModelError(f"the CUDA kernel refuses this reduction: {refusal}", REFERENCE_HINT)
     if tuned_only and (reason := kernel.why_plain(params)) is not None:
         raise ModelError(f"only the slow plain CUDA kernels take this: {reason}", REFERENCE_HINT)
-    places = attributes.num_prefix + attributes.num_keep
     inputs = [_aligned(tensor.to(x.dtype)) for tensor in (x, qkv, size)]
-    outputs = (
-        x.new_empty((x.shape[0], places, x.shape[2])),
-        x.new_empty((x.shape[0], places)),
-        x.new_empty((x.shape[0], places)),
-    )
+    outputs = _empty(x, attributes.num_prefix, attributes.num_keep, index=attributes.index)
     if x.shape[0] == 0:
-        return outputs
+        return tuple(outputs)
     workspace = torch.empty(kernel.workspace_bytes(params), dtype=torch.uint8, device=x.device)
     addresses = [tensor.data_ptr() for tensor in (*inputs, *outputs)]
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream(x.device).cuda_stream
         kernel.launch(params, addresses, workspace.data_ptr(), stream)
-    return outputs
+    return tuple(outputs)
+
+
+def _empty(x: Tensor, prefix: int, keep: int, *, index: bool) -> list[Tensor]:
+    """Memory for the outputs."""
+    batch, tokens, channels = x.shape
+    shapes = ((batch, prefix + keep, channels), (batch, prefix + keep), (batch, prefix + keep))
+    outputs = [x.new_empty(shape) for shape in shapes]
+    return [*outputs, *([x.new_empty((batch, tokens - prefix), dtype=torch.int32)] * index)]
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -257,8 +264,8 @@ def _aligned(tensor: Tensor) -> Tensor:
     return dense if dense.data_ptr() % 16 == 0 else dense.clone()
 
 
-def _dense(y: Tensor, out_size: Tensor, log_size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return y.contiguous(), out_size.contiguous(), log_size.contiguous()
+def _dense(*outputs: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in outputs]
 
 
 @cache

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.errors import ModelError
 from ..core.images import join, split
-from .node import TokenReduce, reduction_name
+from .node import KEPT, MERGED, PRUNED, TokenReduce, reduction_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
     from .reduction import Plan
 
-    Note = Callable[[int, Tensor, Plan, tuple[Tensor, Tensor, Tensor]], None]
+    Note = Callable[[int, Tensor, Plan, tuple[Tensor, ...]], None]
 
 BATCH = 8
 DECIDED = ("kept", "rating", "importance", "target", "merged")
 """What `Choice` is made of, as `reduction.Plan` has it."""
-GONE, KEPT, MERGED, PRUNED = range(4)
-"""Fate of a patch in a stage; GONE: pruned in an earlier one."""
+GONE = 3
+"""Fate of a patch in a stage beside those of `node.py`: pruned in an earlier one."""
 
 
 class Block(NamedTuple):
@@ -320,12 +320,12 @@ def _stage(
 def _keeper(seen: dict[str, NDArray[Any]], tensors: bool) -> Note:
     """Notes into `seen` what reductions decide and, with `tensors`, what they take and give."""
 
-    def note(block: int, x: Tensor, plan: Plan, reduced: tuple[Tensor, Tensor, Tensor]) -> None:
+    def note(block: int, x: Tensor, plan: Plan, reduced: tuple[Tensor, ...]) -> None:
         name = reduction_name(block)
         notes = {f"{name}.{what}": getattr(plan, what) for what in DECIDED}
         if tensors:
             notes[f"{block}.attended"] = x
-            notes[f"{block}.size"], notes[f"{block}.log_size"] = reduced[1:]
+            notes[f"{block}.size"], notes[f"{block}.log_size"] = reduced[1:3]
         seen.update({key: value.numpy().copy() for key, value in notes.items()})
 
     return note
@@ -347,10 +347,8 @@ def _watch_blocks(stack: ExitStack, model: nn.Module, seen: dict[str, NDArray[An
     for index, block in enumerate(children):
         for norm, what in zip(family.norms(block), ("entry", "reduced"), strict=True):
             stack.callback(norm.register_forward_pre_hook(before(f"{index}.{what}")).remove)
-    hook = model.blocks.register_forward_hook(
-        lambda module, inputs, output: keep(f"{len(children)}.entry", output)
-    )
-    stack.callback(hook.remove)
+    # What leaves the last block; the blocks themselves are not always called as one.
+    stack.callback(model.norm.register_forward_pre_hook(before(f"{len(children)}.entry")).remove)
 
 
 def _torch_block(seen: Mapping[str, NDArray[Any]], index: int) -> Block:

@@ -25,6 +25,7 @@ from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, CheckError, EngineError
 from ..core.files import sha256, write_bytes
 from ..core.images import as_picture
+from ..core.outputs import DENSE
 from ..plugin.library import OTHER_SOURCES, SOURCES, plugin_info, prebuilt_for, sources_dir
 from .targets import ENGINE, TARGETS, engine_command, plans_of, plugin_command
 from .wheel import write_wheel
@@ -78,6 +79,12 @@ def make_bundle(artifact: Artifact, options: BundleOptions) -> Bundle:
         EngineError: the engine does not fit the target, or there is none.
     """
     target = TARGETS[options.target]
+    if artifact.model.output == DENSE.name:
+        raise ArtifactError(
+            f"{artifact.folder} gives features of every patch, bundles are for one answer per "
+            "image",
+            "serve model.engine with a configuration of your own, or build without --output dense",
+        )
     out, tar = options.out, options.out.with_name(options.out.name + ".tar")
     for path in (out, tar):
         if path.exists():

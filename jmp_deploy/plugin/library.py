@@ -11,6 +11,7 @@ what toolchain.py reads.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 NAME = "JMPTokenReduce"
-VERSION = "1"
+VERSIONS = ("1", "2")  # with `index` as a fourth output: 2
 NAMESPACES = ("", "jmp_deploy")
 LIBRARY = "libjmp_deploy_plugin.so"
 SOURCES = (
@@ -254,30 +255,31 @@ def load_plugin(trt: Any, path: Path) -> None:
             f"the TensorRT plugin {path} does not exist", "python -m jmp_deploy plugin build"
         )
     registry = trt.get_plugin_registry()
-    if _missing_namespaces(registry):
+    if _missing_creators(registry):
         try:
             registry.load_library(str(path))
         except Exception as error:  # the bindings raise types of their own
             raise EngineError(f"{trt.__name__} cannot load the plugin {path}: {error}") from error
-    missing = _missing_namespaces(registry)
+    missing = _missing_creators(registry)
     if missing:
-        names = " and ".join(f'"{namespace}"' for namespace in missing)
+        names = " and ".join(f'{version} in the namespace "{space}"' for version, space in missing)
         raise EngineError(
-            f"{trt.__name__} {trt.__version__} loaded {path}, but {NAME} version {VERSION} is not "
-            f"registered in the namespace {names}",
+            f"{trt.__name__} {trt.__version__} loaded {path}, but {NAME} is not registered: "
+            f"version {names}",
             "python -m jmp_deploy plugin build --force; TensorRT's log above may say more",
         )
     _loaded[trt.__name__] = path
 
 
-def _missing_namespaces(registry: Any) -> list[str]:
-    """Read off the list: `get_creator` logs an error for every creator that is not there."""
+def _missing_creators(registry: Any) -> list[tuple[str, str]]:
+    """(version, namespace), read off the list: `get_creator` logs an error for each that is not
+    there."""
     ours = {
-        creator.plugin_namespace
+        (creator.plugin_version, creator.plugin_namespace)
         for creator in registry.all_creators
-        if (creator.name, creator.plugin_version) == (NAME, VERSION)
+        if creator.name == NAME
     }
-    return [namespace for namespace in NAMESPACES if namespace not in ours]
+    return [each for each in itertools.product(VERSIONS, NAMESPACES) if each not in ours]
 
 
 # --- Which library fits the GPUs here ------------------------------------------------------------

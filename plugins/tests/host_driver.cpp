@@ -7,7 +7,7 @@
 //
 //   driver VERSION CASE OUT [SHORT]
 // VERSION: "tuned" or "plain" kernels; "tuned" for a case that they do not take is an error.
-// CASE: JmpTokenReduceParams, then x, qkv, size. OUT: y, out_size, log_size, destination.
+// CASE: JmpTokenReduceParams, then x, qkv, size. OUT: y, out_size, log_size, index.
 // SHORT names a buffer that is allocated one element (workspace: 512 bytes) too small: a planted bug,
 // to prove that AddressSanitizer notices.
 // Every buffer is an allocation of its own, of its exact size, filled with 0xff (a NaN) at first.
@@ -112,30 +112,31 @@ int main(int argc, char** argv) {
   const Buffer y = make("y", outputs * channels * element, element, planted);
   const Buffer out_size = make("out_size", outputs * element, element, planted);
   const Buffer log_size = make("log_size", outputs * element, element, planted);
-  const Buffer destination = make("destination", tokens * 4, 4, planted);
+  const size_t patches = tokens - static_cast<size_t>(p.batch) * static_cast<size_t>(p.num_prefix);
+  const Buffer index = make("index", patches * 4, 4, planted);
   const Buffer workspace = make("workspace", workspace_bytes(&p), 512, planted);
   fill(x, file);
   fill(qkv, file);
   fill(size, file);
   fclose(file);
 #ifdef JMP_CUDA_ON_HOST
-  for (const Buffer& b : {y, out_size, log_size, destination, workspace}) {
+  for (const Buffer& b : {y, out_size, log_size, index, workspace}) {
     memset(b.data, 0xff, b.allocated);
   }
 #endif  // on a GPU they stay uninitialized: initcheck is to see who reads them
 
   const int error =
       launch(&p, x.data, qkv.data, size.data, y.data, out_size.data, log_size.data,
-             static_cast<int32_t*>(destination.data), workspace.data, nullptr);
+             static_cast<int32_t*>(index.data), workspace.data, nullptr);
   if (error != 0) {
     fprintf(stderr, "%s\n", jmp_token_reduce_error_string(error));
     return 1;
   }
   FILE* out = fopen(argv[3], "wb");
   if (out == nullptr) return 2;
-  for (const Buffer& b : {y, out_size, log_size, destination}) store(b, out);
+  for (const Buffer& b : {y, out_size, log_size, index}) store(b, out);
   if (fclose(out) != 0) return 2;
-  for (const Buffer& b : {x, qkv, size, y, out_size, log_size, destination, workspace}) {
+  for (const Buffer& b : {x, qkv, size, y, out_size, log_size, index, workspace}) {
     device_free(b.data);
   }
   return 0;

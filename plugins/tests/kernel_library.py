@@ -50,12 +50,21 @@ class Params(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Outputs:
-    """y [B, P+K, C], out_size and log_size [B, P+K], destination int32 [B, N]."""
+    """y [B, P+K, C], out_size and log_size [B, P+K], index int32 [B, M] of M tokens, K kept."""
 
     y: np.ndarray
     out_size: np.ndarray
     log_size: np.ndarray
-    destination: np.ndarray
+    index: np.ndarray
+    num_keep: int
+
+    @property
+    def destination(self) -> np.ndarray:
+        """[B, N] output position of each input token, -1 = pruned: what `index` says of it."""
+        prefix = self.out_size.shape[1] - self.num_keep
+        fate, slot = np.divmod(self.index, self.num_keep)
+        first = np.broadcast_to(np.arange(prefix), (len(slot), prefix))
+        return np.concatenate([first, np.where(fate == 2, -1, prefix + slot)], axis=1)
 
 
 def make_params(x: Any, qkv: Any, size: Any, dtype: int, **attributes: Any) -> Params:
@@ -120,7 +129,7 @@ class KernelLibrary:
     def launch(
         self, params: Params, *pointers: int | None, stream: int = 0, plain: bool = False
     ) -> None:
-        """Launch with the addresses x, qkv, size, y, out_size, log_size, destination, workspace.
+        """Launch with the addresses x, qkv, size, y, out_size, log_size, index, workspace.
 
         Raises:
             RuntimeError: the launcher returned a CUDA error.
@@ -138,7 +147,7 @@ class KernelLibrary:
         qkv: np.ndarray,
         size: np.ndarray,
         *,
-        want_destination: bool = True,
+        want_index: bool = True,
         plain: bool = False,
         **attributes: Any,
     ) -> Outputs:
@@ -153,15 +162,16 @@ class KernelLibrary:
             y=np.full((batch, places, channels), np.nan, x.dtype),
             out_size=np.full((batch, places), np.nan, x.dtype),
             log_size=np.full((batch, places), np.nan, x.dtype),
-            destination=np.full((batch, tokens), np.iinfo(np.int32).min, np.int32),
+            index=np.full((batch, tokens - params.num_prefix), np.iinfo(np.int32).min, np.int32),
+            num_keep=params.num_keep,
         )
         workspace = np.full(self.workspace_bytes(params, plain=plain), 0xFF, np.uint8)
         arrays = [x, qkv, size, outputs.y, outputs.out_size, outputs.log_size]
         assert all(array.flags.c_contiguous for array in arrays)
         assert len({array.dtype for array in arrays}) == 1
-        destination = outputs.destination.ctypes.data if want_destination else None
+        index = outputs.index.ctypes.data if want_index else None
         pointers = [array.ctypes.data for array in arrays]
-        self.launch(params, *pointers, destination, workspace.ctypes.data, plain=plain)
+        self.launch(params, *pointers, index, workspace.ctypes.data, plain=plain)
         return outputs
 
 
@@ -173,8 +183,10 @@ def write_case(
     path.write_bytes(bytes(params) + x.tobytes() + qkv.tobytes() + size.tobytes())
 
 
-def read_outputs(path: Path, x: np.ndarray, places: int) -> Outputs:
-    """Read what host_driver.cpp wrote for a case with input `x` and `places` = P+K."""
+def read_outputs(path: Path, x: np.ndarray, attributes: dict[str, Any]) -> Outputs:
+    """Read what host_driver.cpp wrote for a case with input `x`."""
+    prefix, keep = attributes["num_prefix"], attributes["num_keep"]
+    places = prefix + keep
     batch, tokens, channels = x.shape
     content = path.read_bytes()
     arrays, offset = [], 0
@@ -182,11 +194,11 @@ def read_outputs(path: Path, x: np.ndarray, places: int) -> Outputs:
         ((batch, places, channels), x.dtype),
         ((batch, places), x.dtype),
         ((batch, places), x.dtype),
-        ((batch, tokens), np.dtype(np.int32)),
+        ((batch, tokens - prefix), np.dtype(np.int32)),
     ):
         count = int(np.prod(shape))
         arrays.append(np.frombuffer(content, dtype, count, offset).reshape(shape))
         offset += count * dtype.itemsize
     if offset != len(content):
         raise ValueError(f"{path}: {len(content)} bytes, expected {offset}")
-    return Outputs(*arrays)
+    return Outputs(*arrays, keep)

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from jmp_deploy.bench import parts
 from jmp_deploy.bench import table as bench_table
 from jmp_deploy.cli.main import main
 from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.core.errors import ArtifactError
 from jmp_deploy.jmp import latency
+from jmp_deploy.jmp.families import family_of
 from jmp_deploy.jmp.schedule import ModelShape
 from tests.fakes.artifacts import RANDOM_WEIGHTS
 from tests.fakes.bench import FakeBackend, artifact
+from tests.fakes.models import tiny_eva
 
 
 def shape() -> ModelShape:
@@ -34,6 +38,18 @@ def shape() -> ModelShape:
         head_macs=1,
         has_class_token=True,
     )
+
+
+def test_attention_is_timed_with_its_rotations():
+    model = tiny_eva()
+    family = family_of(model)
+    x = torch.randn(2, 19, 48, generator=torch.Generator().manual_seed(0))
+    want = x
+    for index, block in enumerate(model.blocks):
+        want = family.attend(block, want, None, family.rotary(model).rows(index))[0]
+    chain = parts._chain(model, parts.ATTENTION)
+    assert torch.equal(chain(x), want)
+    assert chain(x[:, :9]).shape == (2, 9, 48)  # as many as a reduction leaves
 
 
 class Device:

@@ -115,6 +115,21 @@ def test_one_near_tie_does_not_fail_a_reduced_model():
     assert not compare.measure("a", "b", "features", a, b, "fp16", min_cosine=0.999).ok
 
 
+def test_dense_features_of_a_reduced_model_are_judged_by_the_median_patch():
+    """A near tie moves a few patches to another token; with all a little off, or none reduced, it
+    is no near tie."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(4, 20, 8))
+    moved = x.copy()
+    moved[:, :3] = random.normal(size=(4, 3, 8))
+    off = x + 0.1 * random.normal(size=x.shape)
+    judged = [
+        measures.measure("a", "b", "dense", x, y, "fp16", near_ties=ties).ok
+        for y, ties in ((moved, True), (moved, False), (off, True))
+    ]
+    assert judged == [True, False, False]
+
+
 def test_many_small_differences_or_a_large_one_fail_a_reduced_model():
     for cosines, word in (([0.998, 0.998, 0.9999], "median"), ([0.9999, 0.9, 0.9999], "smallest")):
         pair = compare.measure("a", "b", "features", *turned(cosines), "fp16")

@@ -13,7 +13,9 @@ from jmp_deploy.core.paths import PACKAGE
 HEAVY = {
     *(
         "jmp.families",
+        "jmp.dense",
         "jmp.families.naming",
+        "jmp.families.rope",
         "jmp.families.vit",
         "jmp.patch",
         "jmp.reduction",

@@ -19,13 +19,14 @@ from jmp_deploy.jmp.reduction import token_reduce
 from tests.fakes.models import attributes, expected, inputs
 
 ORT = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-RANK = {"x": 3, "qkv": 3, "size": 2, "y": 3, "out_size": 2, "log_size": 2}
+RANK = {"x": 3, "qkv": 3, "size": 2, "y": 3, "out_size": 2, "log_size": 2, "index": 2}
 
 
 def run_body(x, qkv, size, attrs: TokenReduce):
     parts = qkv.shape[2] // (attrs.num_heads * attrs.head_dim)
     kind = {np.dtype("f4"): TensorProto.FLOAT, np.dtype("f2"): TensorProto.FLOAT16}[x.dtype]
-    names_in, names_out = ("x", "qkv", "size"), ("y", "out_size", "log_size")
+    names_in, names_out = ("x", "qkv", "size"), attrs.outputs
+    kinds = dict.fromkeys(names_out, kind) | {"index": TensorProto.INT32}
     reduction = helper.make_node(
         node.OP_TYPE, names_in, names_out, domain=node.DOMAIN, **attrs.to_onnx()
     )
@@ -33,9 +34,9 @@ def run_body(x, qkv, size, attrs: TokenReduce):
         [reduction],
         "one",
         [helper.make_tensor_value_info(n, kind, [None] * RANK[n]) for n in names_in],
-        [helper.make_tensor_value_info(n, kind, [None] * RANK[n]) for n in names_out],
+        [helper.make_tensor_value_info(n, kinds[n], [None] * RANK[n]) for n in names_out],
     )
-    opsets = [helper.make_opsetid("", node.OPSET), helper.make_opsetid(node.DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", node.OPSET), helper.make_opsetid(node.DOMAIN, attrs.version)]
     model = helper.make_model(
         graph, functions=[body.body(attrs, parts)], opset_imports=opsets, ir_version=10
     )
@@ -59,12 +60,15 @@ def test_equals_the_oracle(granularity, importance, proportional, selection, dty
         proportional=proportional,
         selection=selection,
         tau=tau,
+        index=True,
     )
     arrays = inputs(8, attrs=attrs, dtype=dtype)
     want = expected(*arrays, attrs)
     clear = want.clear(1e-5)
     assert clear.sum() >= 4
-    y, out_size, log_size = run_body(*arrays, attrs)
+    y, out_size, log_size, index = run_body(*arrays, attrs)
+    assert index.dtype == np.int32
+    np.testing.assert_array_equal(index[clear], want.index[clear])
     assert y.dtype == out_size.dtype == log_size.dtype == dtype
     tolerance = 2e-5 if dtype == np.float32 else 2**-10
     np.testing.assert_allclose(y[clear], want.y[clear], rtol=tolerance, atol=tolerance)
@@ -197,7 +201,7 @@ def test_a_sample_is_the_same_alone_and_again(selection):
 def test_attributes_survive_onnx():
     attrs = attributes(granularity="sample", importance="received", proportional=False, tau=0.5)
     attrs = replace(attrs, selection="distinct")
-    assert TokenReduce.from_onnx(attrs.to_onnx()) == attrs
+    assert TokenReduce.from_onnx(attrs.to_onnx(), outputs=len(attrs.outputs)) == attrs
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.reference
@@ -19,9 +21,9 @@ from jmp_deploy.export import body, export, fuse, graph, precision
 from jmp_deploy.jmp import node, schedule
 from jmp_deploy.jmp.patch import model_shape, patch, unpatch
 from jmp_deploy.plugin.library import plugin_library
-from tests.fakes.models import tiny_vit
+from tests.fakes.models import tiny_eva, tiny_vit
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "distilled": {"reg_tokens": 1},
     "registers": {"reg_tokens": 4},
@@ -30,6 +32,18 @@ KINDS = {
     "QK norm": {"qk_norm": True},
     "no class token": {"class_token": False, "global_pool": "avg"},
     "no classifier": {"num_classes": 0},
+    "pooling by attention": {"class_token": False, "global_pool": "map"},
+}
+ROPE: dict[str, dict[str, Any]] = {
+    "DINOv3": {},
+    "EVA-02, rotations of each head": {
+        "rope_type": "mixed",
+        "rope_rotate_half": False,
+        "scale_attn_inner": True,
+        "qkv_fused": False,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+    },
 }
 needs_rtx = pytest.mark.skipif(not builder.installed("rtx"), reason="TensorRT-RTX not installed")
 
@@ -50,10 +64,11 @@ def images():
     return np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, *ROPE])
 def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    model = tiny_vit(**KINDS[request.param])
+    kind = request.param
+    model = tiny_vit(**KINDS[kind]) if kind in KINDS else tiny_eva(**ROPE[kind])
     steps = schedule.parse("1:12,2:8,4:5", model_shape(model))
     patch(model, steps, tau=0.3)
     export.export_onnx(model, folder / "model.onnx", image_size=(32, 32))
@@ -149,8 +164,9 @@ def test_the_parser_sees_the_plugin_where_the_schedule_says(exported):
     plugins = [layer for layer in found["layers"] if layer["type"] == "PLUGIN_V3"]
     assert [layer["name"] for layer in plugins] == [f"blocks.{i}.token_reduce" for i in (1, 2, 4)]
     prefix = model.num_prefix_tokens
-    for layer, keep in zip(plugins, (12, 8, 5), strict=True):
-        y, size, log_size = layer["outputs"]
+    for layer, keep, came in zip(plugins, (12, 8, 5), (16, 12, 8), strict=True):
+        y, size, log_size, *became = layer["outputs"]
+        assert [tensor["shape"] for tensor in became] == [[-1, came]] * hasattr(model, "rope")
         assert y["shape"] == [-1, prefix + keep, 48] and y["dtype"] == "HALF"
         assert size["shape"] == log_size["shape"] == [-1, prefix + keep]
 

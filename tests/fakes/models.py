@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from jmp_deploy.jmp.node import GRANULARITIES, IMPORTANCES, TokenReduce
@@ -13,14 +15,26 @@ from tests import oracle
 
 
 def tiny_vit(**options: Any) -> VisionTransformer:
-    """A ViT of 16 patch tokens, 6 blocks and 10 classes, with seeded random weights.
-
-    The init is widened: timm's makes attention so even that every selection is a near tie.
-    """
+    """A ViT of 16 patch tokens, 6 blocks and 10 classes."""
     settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3}
+    return _widened(lambda: VisionTransformer(**{**settings, "num_classes": 10, **options}))
+
+
+def tiny_eva(**options: Any) -> Eva:
+    """The same size with rotated queries and keys, a class token and two registers, as DINOv3's."""
+    settings: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6}
+    settings |= {"num_heads": 3, "num_classes": 10, "num_reg_tokens": 2, "init_values": 0.5}
+    settings |= {"use_rot_pos_emb": True, "use_abs_pos_emb": False, "no_embed_class": True}
+    settings |= {"rope_type": "dinov3", "rope_rotate_half": True}
+    return _widened(lambda: Eva(**{**settings, **options}))
+
+
+def _widened(make: Callable[[], Any]) -> Any:
+    """With seeded random weights, wider than timm's init: that makes attention so even that every
+    selection is a near tie."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = VisionTransformer(**{**settings, "num_classes": 10, **options}).eval()
+        model = make().eval()
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 torch.nn.init.normal_(parameter, std=0.2)

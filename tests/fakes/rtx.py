@@ -91,12 +91,14 @@ def layers_of(
     *,
     capability: str = "SM86",
     profiles: Sequence[tuple[int, int, int]] = ((1, 8, 64),),
+    slow: bool = False,
 ) -> list[list[Layer]]:
     """The layers of each deployable model's engine; skips the test where none can be built.
 
     Args:
         folder: for a link to the library.
         profiles: (min, opt, max) batches.
+        slow: the plugin may say that the plain kernels run.
     """
     spec = find_spec("tensorrt_rtx_libs")
     if spec is None or not spec.submodule_search_locations:
@@ -122,5 +124,5 @@ def layers_of(
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
     results = json.loads(done.stdout.split("RESULT")[-1])
     for result in results:
-        assert result["built"] and not result["log"], result["log"]
+        assert result["built"] and (slow or not result["log"]), result["log"]
     return [[Layer.parse(line) for line in result["layers"]] for result in results]

@@ -116,12 +116,12 @@ class Launch:
         self.shapes = [(len(x), places, x.shape[2]), (len(x), places), (len(x), places)]
         self.inputs = [Guarded(array.nbytes, array) for array in case]
         self.outputs = [Guarded(int(np.prod(s)) * x.dtype.itemsize) for s in self.shapes]
-        self.destination = Guarded(4 * x.shape[0] * x.shape[1])
+        self.index_shape = (len(x), x.shape[1] - self.params.num_prefix)
+        self.index = Guarded(4 * int(np.prod(self.index_shape)))
         self.workspace = Guarded(library.workspace_bytes(self.params, plain=self.plain))
-        self.destination_shape = x.shape[:2]
 
     def launch(self, stream: int = 0) -> None:
-        buffers = [*self.inputs, *self.outputs, self.destination, self.workspace]
+        buffers = [*self.inputs, *self.outputs, self.index, self.workspace]
         pointers = [buffer.pointer for buffer in buffers]
         self.library.launch(self.params, *pointers, stream=stream, plain=self.plain)
 
@@ -130,14 +130,14 @@ class Launch:
 
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        for buffer in (*self.inputs, *self.outputs, self.destination, self.workspace):
+        for buffer in (*self.inputs, *self.outputs, self.index, self.workspace):
             assert buffer.untouched(), "something wrote outside a buffer"
         y, out_size, log_size = (
             buffer.read(shape, self.dtype)
             for buffer, shape in zip(self.outputs, self.shapes, strict=True)
         )
-        destination = self.destination.read(self.destination_shape, np.int32)
-        return Outputs(y, out_size, log_size, destination)
+        index = self.index.read(self.index_shape, np.int32)
+        return Outputs(y, out_size, log_size, index, self.params.num_keep)
 
 
 def run(
@@ -149,7 +149,7 @@ def run(
 
 
 def same_bits(a: Outputs, b: Outputs, rows: slice = slice(None)) -> bool:
-    names = ("y", "out_size", "log_size", "destination")
+    names = ("y", "out_size", "log_size", "index")
     return all(getattr(a, n).tobytes() == getattr(b, n)[rows].tobytes() for n in names)
 
 
@@ -327,7 +327,7 @@ def test_bad_numbers_stay_in_their_sample(
     (x, qkv, size)[where][1] = bad
     want, got = run(library, clean, attrs), run(library, (x, qkv, size), attrs)
     for rows in (slice(0, 1), slice(2, 3)):
-        for name in ("y", "out_size", "log_size", "destination"):
+        for name in ("y", "out_size", "log_size", "index"):
             assert getattr(got, name)[rows].tobytes() == getattr(want, name)[rows].tobytes()
     assert_legal(got, x, size, attrs)
 

@@ -77,7 +77,7 @@ def test_the_operator_keeps_pytorchs_contract(dtype):
     values = {**attrs.to_onnx(), "proportional": True}
     tensors = on_gpu(inputs(3, 40, attrs=attrs, channels=64), dtype)
     torch.library.opcheck(
-        torch.ops.jmp_deploy.token_reduce.default, (*tensors, *values.values(), False)
+        torch.ops.jmp_deploy.token_reduce.default, (*tensors, *values.values(), attrs.index, False)
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jmp_deploy.core.errors import GraphError, ScheduleError
 from jmp_deploy.jmp.node import TokenReduce
-from jmp_deploy.jmp.reduction import make_plan, token_reduce
+from jmp_deploy.jmp.reduction import make_plan, positions_of, slots_of, token_reduce
 from tests.fakes.models import attributes, expected, inputs
 
 
@@ -40,6 +40,7 @@ def test_equals_the_oracle_wherever_no_decision_is_a_near_tie(data):
         proportional=draw(st.booleans(), "proportional"),
         selection=draw(st.sampled_from(["importance", "distinct"]), "selection"),
         merge_weight=draw(st.sampled_from([0.0, 0.25, 1.0]), "merge_weight"),
+        index=True,
     )
     arrays = inputs(
         draw(st.integers(1, 4), "batch"),
@@ -51,10 +52,26 @@ def test_equals_the_oracle_wherever_no_decision_is_a_near_tie(data):
     )
     want = expected(*arrays, attrs)
     clear = want.clear(1e-5)
-    y, out_size, log_size = reduce(*arrays, attrs)
+    y, out_size, log_size, index = reduce(*arrays, attrs)
     np.testing.assert_allclose(y[clear], want.y[clear], rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(out_size[clear], want.out_size[clear])
     np.testing.assert_allclose(log_size[clear], want.log_size[clear], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(index[clear], want.index[clear])
+
+
+def test_positions_and_slots_follow_from_the_index():
+    attrs = attributes(num_prefix=2, num_keep=7, index=True)
+    x, qkv, size = inputs(4, 20, attrs=attrs)
+    want = expected(x, qkv, size, attrs)
+    index = token_reduce(*map(torch.from_numpy, (x, qkv, size)), attrs)[3]
+    before = torch.arange(100, 120).expand(4, -1)
+    stand = positions_of(index, 7, before)
+    np.testing.assert_array_equal(stand, want.kept - 2 + 100)
+    slots = slots_of(index, 7)
+    went = want.destination[:, 2:] - 2
+    assert (went >= 0).any() and (went < 0).any(), "some are merged, some pruned"
+    np.testing.assert_array_equal(slots[went >= 0], went[went >= 0])
+    assert ((slots >= 0) & (slots < 7)).all()
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])

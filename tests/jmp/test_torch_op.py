@@ -10,6 +10,7 @@ import ctypes
 import os
 import subprocess
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def tensors(batch=3, *, attrs, dtype=torch.float32, **options):
 def operands(attrs, arrays, fallback=False):
     values = attrs.to_onnx()
     values["proportional"] = bool(values["proportional"])
-    return (*arrays, *values.values(), fallback)
+    return (*arrays, *values.values(), attrs.index, fallback)
 
 
 @pytest.fixture
@@ -48,19 +49,21 @@ def no_kernel(monkeypatch):
 @pytest.mark.parametrize("selection", ["importance", "distinct"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_on_a_cpu_the_operator_is_the_reference(selection, dtype):
-    attrs = attributes(selection=selection, granularity="sample", proportional=False)
+    attrs = attributes(
+        selection=selection, granularity="sample", proportional=False, index=dtype != torch.float64
+    )
     arrays = tensors(attrs=attrs, dtype=dtype)
     for ours, theirs in zip(
         torch_op.reduce_cuda(*arrays, attrs), token_reduce(*arrays, attrs), strict=True
     ):
-        assert ours.dtype == dtype and torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("importance", ["class", "received"])
 @pytest.mark.parametrize("broadcast", [False, True])
 def test_the_operator_keeps_pytorchs_contract(importance, broadcast):
     """Schema, fake kernel, no aliasing, the same result when compiled with dynamic shapes."""
-    attrs = attributes(importance=importance)
+    attrs = attributes(importance=importance, index=broadcast)
     x, qkv, size = tensors(attrs=attrs)
     size = size[:1] if broadcast else size
     torch.library.opcheck(
@@ -77,6 +80,8 @@ def test_shapes_without_computing(device, dtype):
         qkv = torch.empty(7, 13, 72, device=device, dtype=dtype)
         size = torch.empty(1, 13, device=device, dtype=dtype)
         y, out_size, log_size = torch_op.reduce_auto(x, qkv, size, attrs)
+        index = torch_op.reduce_auto(x, qkv, size, replace(attrs, index=True))[3]
+    assert (index.shape, index.dtype, index.device.type) == ((7, 11), torch.int32, device)
     assert (y.shape, out_size.shape, log_size.shape) == ((7, 7, 20), (7, 7), (7, 7))
     assert {t.dtype for t in (y, out_size, log_size)} == {dtype}
     assert {t.device.type for t in (y, out_size, log_size)} == {device}
@@ -194,6 +199,7 @@ def test_types_that_the_kernel_does_not_take_are_named(kinds, found):
 
 STAND_IN = r"""
 #include "token_reduce_kernel.h"
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -212,9 +218,10 @@ extern "C" size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* p
 // y: first tokens of x; out_size: their size; log_size: first column of QKV; float32 only.
 extern "C" int jmp_token_reduce(const JmpTokenReduceParams* p, const void* x, const void* qkv,
                                 const void* size, void* y, void* out_size, void* log_size,
-                                int32_t* destination, void* workspace, void* stream) {
-  if (stream != reinterpret_cast<void*>(0x123456789) || destination || p->dtype != JMP_FLOAT32)
+                                int32_t* index, void* workspace, void* stream) {
+  if (stream != reinterpret_cast<void*>(0x123456789) || p->dtype != JMP_FLOAT32)
     return 1;
+  if (index) std::fill(index, index + p->batch * (p->tokens - p->num_prefix), 77);
   const auto* in = static_cast<const float*>(x);
   const auto* projection = static_cast<const float*>(qkv);
   const auto* sizes = static_cast<const float*>(size);
@@ -272,13 +279,14 @@ def no_cuda_around(stand_in, monkeypatch):
 
 @pytest.mark.parametrize("broadcast", [False, True])
 def test_launch_hands_over_every_argument(no_cuda_around, broadcast):
-    attrs = attributes(num_prefix=2, tau=0.5)
+    attrs = attributes(num_prefix=2, tau=0.5, index=True)
     x, qkv, size = tensors(4, attrs=attrs)
     size = size[:1] if broadcast else size
     # x not dense, sizes off the 16-byte grid: the library must be given neither.
     strided = torch.stack((x, x), dim=-1)[..., 0]
     shifted = torch.cat((size.flatten()[:1], size.flatten()))[1:].view(size.shape)
-    y, out_size, log_size = torch_op.launch(strided, qkv, shifted, attrs)
+    y, out_size, log_size, index = torch_op.launch(strided, qkv, shifted, attrs)
+    assert index.shape == (4, 11) and (index == 77).all()
     assert torch.equal(y, x[:, :8])
     assert torch.equal(out_size, size[:, :8].expand(4, 8) * 0.5)
     assert torch.equal(log_size, qkv[:, :8, 0] * torch.tensor(attrs.scale, dtype=torch.float32))

@@ -727,7 +727,7 @@ for model in sys.argv[2:]:
     parser = trt.OnnxParser(network, log)
     result = {"parsed": parser.parse(Path(model).read_bytes()), "built": False}
     if result["parsed"]:
-        result["shapes"] = [list(network.get_output(i).shape) for i in range(3)]
+        result["shapes"] = [list(network.get_output(i).shape) for i in range(network.num_outputs)]
         config = builder.create_builder_config()
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.SM86, 0)
@@ -755,6 +755,7 @@ def onnx_model(
     types: str = "fff",
     domain: str = "jmp_deploy",
     namespace: str | None = None,
+    version: str = "1",
 ) -> Path:
     """One node with inputs x, qkv, size; types f (float32), h (float16), b (bfloat16) or i (int32)
     each."""
@@ -771,15 +772,19 @@ def onnx_model(
         helper.make_tensor_value_info(name, codes[code], shape)
         for name, code, shape in zip(("x", "qkv", "size"), types, shapes, strict=True)
     ]
+    names = ["y", "out_size", "log_size", *(["index"] if version == "2" else [])]
     outputs = [
-        helper.make_tensor_value_info(name, codes[types[0]], None)
-        for name in ("y", "out_size", "log_size")
+        helper.make_tensor_value_info(name, codes["i" if name == "index" else types[0]], None)
+        for name in names
     ]
-    attributes: dict[str, Any] = {name: value for name, _, value in GOOD} | {"plugin_version": "1"}
+    attributes: dict[str, Any] = {name: value for name, _, value in GOOD}
+    attributes["plugin_version"] = version
     if namespace is not None:
         attributes["plugin_namespace"] = namespace
-    names = ["x", "qkv", "size"], ["y", "out_size", "log_size"]
-    node = helper.make_node("JMPTokenReduce", *names, name="reduce_3", domain=domain, **attributes)
+    given = ["x", "qkv", "size"]
+    node = helper.make_node(
+        "JMPTokenReduce", given, names, name="reduce_3", domain=domain, **attributes
+    )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("jmp_deploy", 1)]
     graph = helper.make_graph([node], "g", inputs, outputs)
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
@@ -814,11 +819,14 @@ def test_real_builder_takes_it_in_every_form(library: Path, tmp_path: Path) -> N
         {"width": 768},  # q and k alone
         {"namespace": ""},
         {"namespace": "jmp_deploy"},
+        {"version": "2"},
+        {"version": "2", "types": "hhh", "namespace": "jmp_deploy"},
     ]
     models = [onnx_model(tmp_path / f"{i}.onnx", **form) for i, form in enumerate(forms)]
     for form, result in zip(forms, build_onnx(library, tmp_path, models), strict=True):
         assert result["built"] and not result["log"], (form, result)
-        assert result["shapes"] == [[-1, 139, 384], [-1, 139], [-1, 139]]
+        index = [[-1, 196]] if form.get("version") == "2" else []
+        assert result["shapes"] == [[-1, 139, 384], [-1, 139], [-1, 139], *index]
 
 
 def test_wrong_shapes_and_types_are_explained(library: Path, tmp_path: Path) -> None:
@@ -853,6 +861,7 @@ class Registry:
     def __init__(self, *registered: str) -> None:
         self.all_creators = [Creator("", name="AnotherPlugin")]
         self.would_register = registered
+        self.versions = ["1", "2"]
         self.loads = 0
 
     def get_plugin_registry(self) -> Registry:
@@ -860,7 +869,11 @@ class Registry:
 
     def load_library(self, path: str) -> None:
         self.loads += 1
-        self.all_creators += [Creator(namespace) for namespace in self.would_register]
+        self.all_creators += [
+            Creator(namespace, plugin_version=version)
+            for namespace in self.would_register
+            for version in self.versions
+        ]
 
 
 def test_load_checks_what_was_registered(
@@ -869,6 +882,10 @@ def test_load_checks_what_was_registered(
     monkeypatch.setattr(plugin, "_loaded", {})
     with pytest.raises(EngineError, match=r'namespace "jmp_deploy"'):
         plugin.load_plugin(Registry(""), library)
+    old = Registry("", "jmp_deploy")
+    old.versions.pop()
+    with pytest.raises(EngineError, match="version 2"):
+        plugin.load_plugin(old, library)
     with pytest.raises(EngineError, match="does not exist"):
         plugin.load_plugin(Registry("", "jmp_deploy"), tmp_path / "none.so")
     good = Registry("", "jmp_deploy")

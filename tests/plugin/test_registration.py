@@ -24,7 +24,8 @@ from jmp_deploy.plugin import library as plugin
 from jmp_deploy.plugin import toolchain
 
 REPO = Path(__file__).resolve().parents[2]
-BOTH = "JMPTokenReduce/1/ JMPTokenReduce/1/jmp_deploy "
+BOTH = "".join(f"JMPTokenReduce/{v}/{space} " for v in (1, 2) for space in ("", "jmp_deploy"))
+"""Both versions in both namespaces."""
 
 
 def header_sets() -> list[Path]:
@@ -164,9 +165,9 @@ if first == "tensorrt":
     trt = importlib.import_module(module)
 plugin = ctypes.CDLL(library)
 trt = importlib.import_module(module)
-found = lambda: [c.plugin_namespace for c in trt.get_plugin_registry().all_creators
-                 if c.name == "JMPTokenReduce"]
 registry = trt.get_plugin_registry()
+found = lambda: [c.plugin_version + c.plugin_namespace for c in registry.all_creators
+                 if c.name == "JMPTokenReduce"]
 print(found())
 handle = registry.load_library(library)
 print(handle is not None, found())
@@ -206,7 +207,7 @@ def test_a_real_tensorrt_takes_what_was_only_opened(kind: str, first: str) -> No
         env=environment,
     )
     assert done.returncode == 0, done.stderr
-    both = "['', 'jmp_deploy']"
+    both = "['1', '1jmp_deploy', '2', '2jmp_deploy']"
     assert done.stdout.splitlines() == [both, f"True {both}", "[]"]
     assert "IPluginRegistry" not in done.stderr
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...core.errors import ModelError
 from ..schedule import ModelShape
+from .rope import Rope, Rotary
 from .vit import ViT
 
 
@@ -77,6 +78,15 @@ class Family(Protocol):
     def reads_prefix_only(self, model: Any) -> bool:
         """Whether the head looks at no patch token."""
 
+    def pooling(self, model: Any) -> nn.Module | None:
+        """The head's pooling by attention, called with tokens and `attn_mask`, if it has one."""
+
+    def rotary(self, model: Any) -> Rotary | None:
+        """Rotations of its patch tokens, for the image size that it has; None if it has none."""
+
+    def put(self, model: Any, blocks: nn.Module) -> None:
+        """Makes the model run these blocks: JMP's, or its own again."""
+
     def passed_over(self, block: Any) -> list[tuple[str, nn.Module]]:
         """(name, module) of what `attend` and `feed` do not call, but only its layers."""
 
@@ -86,11 +96,19 @@ class Family(Protocol):
     def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
         """The modules that the tokens enter the attention half and the MLP half by."""
 
-    def run(self, block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The whole block, by timm's code; `mask` is added to the attention logits."""
+    def run(
+        self, block: Any, x: Tensor, mask: Tensor | None = None, rope: Tensor | None = None
+    ) -> Tensor:
+        """The whole block, by timm's code; `mask` is added to the attention logits, `rope` are
+        the rows of `rotary`."""
 
     def attend(
-        self, block: Any, x: Tensor, mask: Tensor | None = None, first: int | None = None
+        self,
+        block: Any,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rope: Tensor | None = None,
+        first: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The attention half with its residual, of all tokens or of the first ones alone.
 
@@ -103,7 +121,23 @@ class Family(Protocol):
         """The MLP half with its residual."""
 
 
-FAMILIES: tuple[Family, ...] = (ViT(),)
+FAMILIES: tuple[Family, ...] = (ViT(), Rope())
+
+_BIAS = "its attention has a position bias for every pair of places, which JMP would have to cut"
+_WINDOWS = "its blocks attend within windows of the image, in which every token has to be in place"
+_GLOBAL = "take one that attends over the whole image: dinov2_*, dinov3_*, deit3_*"
+OTHERS: dict[str, tuple[str, str]] = {
+    "NaFlexVit": (
+        "its images come in any size, so that their number of tokens is not fixed",
+        "take its twin of one size: siglip2_b for naflexvit_base_patch16_siglip",
+    ),
+    "VisionTransformerSAM": (_WINDOWS, _GLOBAL),
+    "SwinTransformer": (_WINDOWS, _GLOBAL),
+    "SwinTransformerV2": (_WINDOWS, _GLOBAL),
+    "Beit": (_BIAS, "take its successor: eva02_*"),
+    "VisionTransformerRelPos": (_BIAS, "take deit3_*, or one that rotates: vit_*_rope_*"),
+}
+"""Transformers of timm that are of no family: class -> (why, what to take instead)."""
 
 SHORT_NAMES = {name: model for family in FAMILIES for name, model in family.short_names.items()}
 """Short name -> (timm name, image size if not timm's own)."""
@@ -111,7 +145,7 @@ SHORT_NAMES = {name: model for family in FAMILIES for name, model in family.shor
 
 def roots(names: Mapping[str, Any]) -> list[str]:
     """The prefixes under which named tensors hold a model of any family."""
-    return [root for family in FAMILIES for root in family.roots(names)]
+    return list(dict.fromkeys(root for family in FAMILIES for root in family.roots(names)))
 
 
 def family_of(model: nn.Module) -> Family:
@@ -121,16 +155,20 @@ def family_of(model: nn.Module) -> Family:
         ModelError: JMP cannot be put into it, with the reason.
     """
     names = [family.model_class.__name__ for family in FAMILIES]
-    reason: str | None = f"it is not built like timm's {' or '.join(names)}"
+    reason: str | None
+    reason, instead = OTHERS.get(
+        type(model).__name__,
+        (
+            f"it is not built like timm's {' or '.join(names)}",
+            f"supported: {', '.join(family.supported for family in FAMILIES)}",
+        ),
+    )
     for family in FAMILIES:
         if isinstance(model, family.model_class):
             reason = family.refusal(model)
             if reason is None:
                 return family
-    raise ModelError(
-        f"{type(model).__name__} cannot be patched: {reason}",
-        f"supported: {', '.join(family.supported for family in FAMILIES)}",
-    )
+    raise ModelError(f"{type(model).__name__} cannot be patched: {reason}", instead)
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""timm's `VisionTransformer` of plain pre-norm blocks: DeiT (distilled too), ViT, DINOv2."""
+"""timm's `VisionTransformer` of plain pre-norm blocks: DeiT (distilled too), ViT, DINOv2, SigLIP.
+
+SigLIP pools by the attention of a learnt query: log sizes are added there as in the blocks. It has
+no class token; importance is the attention that a token receives.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,6 +47,8 @@ SHORT_NAMES: dict[str, tuple[str, int | None]] = {
     "dinov2_b_reg": ("vit_base_patch14_reg4_dinov2", 224),
     "dinov2_l_reg": ("vit_large_patch14_reg4_dinov2", 224),
     "dinov2_g_reg": ("vit_giant_patch14_reg4_dinov2", 224),
+    "siglip2_b": ("vit_base_patch16_siglip_224.v2_webli", None),
+    "siglip2_so400m": ("vit_so400m_patch14_siglip_224.v2_webli", None),
 }
 
 
@@ -50,8 +56,16 @@ class ViT:
     """See `Family`."""
 
     model_class = VisionTransformer
-    supported = "timm's deit_*, vit_*_patch*, vit_*_dinov2"
+    supported = "timm's deit_*, vit_*_patch*, vit_*_dinov2, vit_*_siglip_*"
     short_names = SHORT_NAMES
+
+    def refuse_block(self, block: Any) -> str | None:
+        """Why a block is none of the family's, as "is ..." or "has ..."; None if it is one."""
+        if type(block) is not Block:
+            return f"is a {type(block).__name__}, not a plain pre-norm Block"
+        if type(block.attn) is not Attention:
+            return f"has {type(block.attn).__name__}, not plain Attention"
+        return None
 
     def refusal(self, model: Any) -> str | None:
         missing = [name for name in PARTS if not hasattr(model, name)]
@@ -59,39 +73,21 @@ class ViT:
             return f"it has no {' and no '.join(missing)}"
         if not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d):
             return f"its patch embedding is {type(model.patch_embed).__name__}, not PatchEmbed"
-        if getattr(model, "attn_pool", None) is not None:
-            return "its head pools tokens by attention, which would have to know their sizes"
+        pooling = self.pooling(model)
+        if pooling is not None and type(pooling) is not AttentionPoolLatent:
+            return f"its head pools by {type(pooling).__name__}, which takes no sizes of tokens"
+        if getattr(pooling, "pos_embed", None) is not None:
+            return "its pooling adds a position embedding to every token of the image"
         for index, block in enumerate(model.blocks.children()):
-            if type(block) is not Block:
-                return f"block {index} is a {type(block).__name__}, not a plain pre-norm Block"
-            if type(block.attn) is not Attention:
-                return f"block {index} has {type(block.attn).__name__}, not plain Attention"
+            if (reason := self.refuse_block(block)) is not None:
+                return f"block {index} {reason}"
             for name, module in block.named_modules():
                 if (odd := _odd(module)) is not None:
                     return f"block {index} has {odd} at {name}"
         return None
 
     def shape(self, model: Any) -> ModelShape:
-        block = model.blocks[0]
-        heads = [getattr(model, name, None) for name in ("head", "head_dist")]
-        patches = model.patch_embed.num_patches
-        config = getattr(model, "pretrained_cfg", None) or {}
-        return ModelShape(
-            name=config.get("architecture") or type(model).__name__,
-            depth=len(model.blocks),
-            width=model.embed_dim,
-            num_prefix=model.num_prefix_tokens,
-            num_patches=patches,
-            attn_dim=block.attn.num_heads * block.attn.head_dim,
-            head_dim=block.attn.head_dim,
-            attn_weights=_linear_weights(block.attn),
-            mlp_weights=_linear_weights(block.mlp),
-            stem_macs=_stem_macs(model.patch_embed),
-            head_macs=sum(_linear_weights(head) for head in heads if head is not None),
-            has_class_token=model.cls_token is not None,
-            qkv_weights=block.attn.qkv.weight.numel(),
-            head_reads_prefix_only=self.reads_prefix_only(model),
-        )
+        return shape_of(self, model, qkv_weights=model.blocks[0].attn.qkv.weight.numel())
 
     def patch_embed(self, model: Any) -> Any:
         return model.patch_embed
@@ -105,34 +101,15 @@ class ViT:
     def settings(
         self, model: Any, state: dict[str, Tensor], size: tuple[int, int] | None = None
     ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        if STEM not in state:
+            return {}, ()
         own = model.state_dict()
-        found: dict[str, Any] = {}
-        notes: list[str] = []
+        found, notes = basics(model, state, SHORT_NAMES)
 
         def say(words: str, **settings: Any) -> None:
             found.update(settings)
             notes.append(words)
 
-        stem = state.get(STEM)
-        if stem is None:
-            return {}, ()
-        width, depth = len(stem), 1 + max(map(_block, state), default=-1)
-        if width != model.embed_dim or (depth and depth != len(model.blocks)):
-            raise WeightsError(
-                f"the weights are of a model of width {width} with {depth} blocks, this one has "
-                f"width {model.embed_dim} and {len(model.blocks)} blocks",
-                f"name the model that they are of{_named_like(width, depth)}",
-            )
-        if stem.ndim == 4 and stem.shape[1] != own[STEM].shape[1]:
-            say(f"{stem.shape[1]} input channels", in_chans=stem.shape[1])
-        patch = tuple(stem.shape[2:]) if stem.ndim == 4 else model.patch_embed.patch_size
-        if patch != tuple(model.patch_embed.patch_size):
-            say(f"patches of {patch[0]}x{patch[1]} pixels", patch_size=_one_if_square(patch))
-        classes = 0 if (head := state.get("head.weight")) is None else len(head)
-        if classes != model.num_classes:
-            words = f"{classes} class{'es' * (classes > 1)}" if classes else "no classifier"
-            say(f"{words}: the model gives {'logits' if classes else 'features'}")
-            found["num_classes"] = classes
         registers = state.get("reg_token", state.get("register_tokens"))
         count = 0 if registers is None else registers.shape[1]
         if count != (0 if model.reg_token is None else model.reg_token.shape[1]):
@@ -161,11 +138,9 @@ class ViT:
             for name, setting in (("attn.qkv.bias", "qkv_bias"), ("attn.q_norm.weight", "qk_norm")):
                 if (name in first) != (name in usual):
                     say(f"{setting} {name in first}", **{setting: name in first})
-        positions = state.get("pos_embed")
-        if positions is not None and positions.ndim == 3 and model.pos_embed is not None:
-            grid = _grid(positions.shape[1], model, has_class + count, size, patch)
-            if grid is not None:
-                found["img_size"] = (grid[0] * patch[0], grid[1] * patch[1])
+        grid = grid_of(model, state, has_class + count, size, found)
+        if grid is not None:
+            found["img_size"] = image_size(model, grid, found)
         return found, tuple(notes)
 
     def fit_checkpoint(self, model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,6 +163,15 @@ class ViT:
     def reads_prefix_only(self, model: Any) -> bool:
         return model.global_pool == "token" and model.cls_token is not None
 
+    def pooling(self, model: Any) -> nn.Module | None:
+        return getattr(model, "attn_pool", None)
+
+    def rotary(self, model: Any) -> Any:
+        return None
+
+    def put(self, model: Any, blocks: nn.Module) -> None:
+        model.blocks = blocks
+
     def passed_over(self, block: Any) -> list[tuple[str, nn.Module]]:
         return [("", block), (".attn", block.attn)]
 
@@ -197,11 +181,18 @@ class ViT:
     def norms(self, block: Any) -> tuple[nn.Module, nn.Module]:
         return block.norm1, block.norm2
 
-    def run(self, block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def run(
+        self, block: Any, x: Tensor, mask: Tensor | None = None, rope: Tensor | None = None
+    ) -> Tensor:
         return block(x) if mask is None else block(x, attn_mask=mask)
 
     def attend(
-        self, block: Any, x: Tensor, mask: Tensor | None = None, first: int | None = None
+        self,
+        block: Any,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rope: Tensor | None = None,
+        first: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         attended, qkv = attention(block.attn, block.norm1(x), mask, first)
         own = x if first is None else x[:, :first]
@@ -232,16 +223,7 @@ def attention(
     q, k, v = (part.reshape(shape).transpose(1, 2) for part in packed.chunk(3, dim=-1))
     has_qk_norm = not isinstance(layer.q_norm, nn.Identity)
     q, k = layer.q_norm(q[:, :, :first]), layer.k_norm(k)
-    if layer.fused_attn:
-        dropout = layer.attn_drop.p if layer.training else 0.0
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=layer.scale
-        )
-    else:
-        logits = (q * layer.scale) @ k.transpose(-2, -1)
-        if mask is not None:
-            logits = logits + mask
-        out = layer.attn_drop(logits.softmax(dim=-1)) @ v
+    out = products(layer, q, k, v, mask)
     out = layer.norm(out.transpose(1, 2).flatten(2))
     gate = getattr(layer, "gate", None)
     if gate is not None:
@@ -252,6 +234,128 @@ def attention(
             [part.transpose(1, 2).reshape(batch, tokens, -1) for part in (q, k)], dim=-1
         )
     return out, packed
+
+
+def products(layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T + mask) v as timm's attention computes it; all [B, H, N, d]."""
+    if layer.fused_attn:
+        dropout = layer.attn_drop.p if layer.training else 0.0
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=layer.scale
+        )
+    logits = (q * layer.scale) @ k.transpose(-2, -1)
+    if mask is not None:
+        logits = logits + mask
+    return layer.attn_drop(logits.softmax(dim=-1)) @ v
+
+
+def shape_of(family: Any, model: Any, *, qkv_weights: int) -> ModelShape:
+    """The sizes of a model of blocks with `attn` and `mlp`.
+
+    Args:
+        qkv_weights: of the projections that the last block computes for all tokens, whoever asks.
+    """
+    block = model.blocks[0]
+    heads = [getattr(model, name, None) for name in ("head", "head_dist")]
+    config = getattr(model, "pretrained_cfg", None) or {}
+    fixed, per_token = _pooling_macs(family.pooling(model))
+    if getattr(model, "pool_include_prefix", True):
+        fixed += model.num_prefix_tokens * per_token
+    return ModelShape(
+        name=config.get("architecture") or type(model).__name__,
+        depth=len(model.blocks),
+        width=model.embed_dim,
+        num_prefix=model.num_prefix_tokens,
+        num_patches=model.patch_embed.num_patches,
+        attn_dim=block.attn.num_heads * block.attn.head_dim,
+        head_dim=block.attn.head_dim,
+        attn_weights=linear_weights(block.attn),
+        mlp_weights=linear_weights(block.mlp),
+        stem_macs=_stem_macs(model.patch_embed),
+        head_macs=fixed + sum(linear_weights(head) for head in heads if head is not None),
+        head_macs_per_patch=per_token,
+        has_class_token=model.cls_token is not None,
+        qkv_weights=qkv_weights,
+        head_reads_prefix_only=family.reads_prefix_only(model),
+    )
+
+
+def basics(
+    model: Any, state: Mapping[str, Tensor], short_names: Mapping[str, tuple[str, int | None]]
+) -> tuple[dict[str, Any], list[str]]:
+    """What the shapes of a state tell of any model: channels, patches, classes. It has a STEM.
+
+    Raises:
+        WeightsError: it is of a model of another width or depth.
+    """
+    found: dict[str, Any] = {}
+    notes: list[str] = []
+    stem = state[STEM]
+    width, depth = len(stem), 1 + max(map(_block, state), default=-1)
+    if width != model.embed_dim or (depth and depth != len(model.blocks)):
+        raise WeightsError(
+            f"the weights are of a model of width {width} with {depth} blocks, this one has "
+            f"width {model.embed_dim} and {len(model.blocks)} blocks",
+            f"name the model that they are of{_named_like(width, depth, short_names)}",
+        )
+    if stem.ndim == 4 and stem.shape[1] != model.patch_embed.proj.weight.shape[1]:
+        found["in_chans"] = stem.shape[1]
+        notes.append(f"{stem.shape[1]} input channels")
+    patch = tuple(stem.shape[2:]) if stem.ndim == 4 else model.patch_embed.patch_size
+    if patch != tuple(model.patch_embed.patch_size):
+        found["patch_size"] = _one_if_square(patch)
+        notes.append(f"patches of {patch[0]}x{patch[1]} pixels")
+    classes = 0 if (head := state.get("head.weight")) is None else len(head)
+    if classes != model.num_classes:
+        words = f"{classes} class{'es' * (classes > 1)}" if classes else "no classifier"
+        notes.append(f"{words}: the model gives {'logits' if classes else 'features'}")
+        found["num_classes"] = classes
+    return found, notes
+
+
+def grid_of(
+    model: Any,
+    state: Mapping[str, Tensor],
+    prefix: int,
+    size: tuple[int, int] | None,
+    found: Mapping[str, Any],
+) -> tuple[int, int] | None:
+    """(rows, columns) of a state's position embeddings; None where it has none, or they do not say.
+
+    Args:
+        prefix: class, distillation and register tokens of the state.
+        size: (height, width) in pixels, where something else says it.
+        found: settings of the state that differ from the model's.
+
+    Raises:
+        WeightsError: they are of no square, and nothing says of which rectangle.
+    """
+    positions = state.get("pos_embed")
+    if positions is None or positions.ndim != 3 or model.pos_embed is None:
+        return None
+    return _grid(positions.shape[1], model, prefix, size, _patch(model, found))
+
+
+def image_size(model: Any, grid: tuple[int, int], found: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels of a grid of patches."""
+    height, width = _patch(model, found)
+    return grid[0] * height, grid[1] * width
+
+
+def _patch(model: Any, found: Mapping[str, Any]) -> tuple[int, int]:
+    patch = found.get("patch_size", model.patch_embed.patch_size)
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return height, width
+
+
+def _pooling_macs(pool: Any) -> tuple[int, int]:
+    """MACs of pooling by attention: for one image, and for each token that it reads."""
+    if pool is None:
+        return 0, 0
+    asking = [layer for layer in (pool.q, pool.proj, pool.mlp) if layer is not None]
+    fixed = pool.latent_len * sum(map(linear_weights, asking))
+    width = pool.num_heads * pool.head_dim
+    return fixed, linear_weights(pool.kv) + 2 * pool.latent_len * width
 
 
 def _channels(stem: nn.Module) -> int:
@@ -271,7 +375,7 @@ def _stem_macs(stem: Any) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _linear_weights(module: nn.Module) -> int:
+def linear_weights(module: nn.Module) -> int:
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     return sum(layer.weight.numel() for layer in layers)
 
@@ -300,12 +404,12 @@ def _one_if_square(size: tuple[int, ...]) -> Any:
     return size[0] if len(set(size)) == 1 else size
 
 
-def _named_like(width: int, depth: int) -> str:
+def _named_like(width: int, depth: int, short_names: Mapping[str, tuple[str, int | None]]) -> str:
     """Short names of models of that size, for a hint."""
     import timm
 
     names = []
-    for name, (timm_name, _) in SHORT_NAMES.items():
+    for name, (timm_name, _) in short_names.items():
         with torch.device("meta"):
             model = timm.create_model(timm_name)
         if (model.embed_dim, len(model.blocks)) == (width, depth):

@@ -1,0 +1,166 @@
+"""Features of every patch after token reduction, against the dense model's.
+
+    # the table of benchmarks/results/dense-validation.md; some minutes on two cores
+    python scripts/demo_weights.py artifacts/weights/dinov2_s.safetensors
+    python benchmarks/dense.py --weights artifacts/weights/dinov2_s.safetensors \
+        -o benchmarks/results/dense-validation
+
+    # does everything run? (random weights: the figures mean nothing)
+    python benchmarks/dense.py --model deit_t --weights random --limit 2 --budgets 62
+
+Every patch is restored as `build --output dense` does it, for ToMe as its authors do ("unmerge"):
+it has the features of the token that it went to. All methods run the schedule of their budget.
+Judged is the cosine of each patch to its features in the dense model, meaned over an image's
+patches, and the share of patches below 0.9; intervals are of the mean over images, 95 %, bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.lib import command
+from jmp_deploy.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from jmp_deploy.jmp.models import LoadedModel
+
+METHODS = ("jmp", "jmp-merge", "jmp-prune", "tome", "merge")
+BATCH = 10
+FAR = 0.9
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="benchmarks/dense.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("--model", default="dinov2_s", help="short or timm name (dinov2_s)")
+    add("--weights", default="auto", help="auto, pretrained, random, or a checkpoint's path (auto)")
+    add("--budgets", default="75,62,50", help="percent of the dense FLOPs (75,62,50)")
+    add("--methods", default=",".join(METHODS), help=f"({','.join(METHODS)})")
+    add("--part", choices=("validation", "test"), default="validation", help="which crops judge")
+    add("--limit", type=int, help="images at most")
+    add("--seed", type=int, default=0, help="of the crops and the bootstrap (0)")
+    add("-o", "--output", type=Path, help="base of the files to write (benchmarks/results/dense-*)")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs from the command line."""
+    return command.exit_code(lambda: run(parser().parse_args(arguments)))
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints and writes."""
+    from benchmarks.lib import data, report
+    from benchmarks.lib.features import reduced
+    from benchmarks.lib.methods import METHODS as KNOWN
+    from jmp_deploy.jmp import schedule
+    from jmp_deploy.jmp.models import load_model
+    from jmp_deploy.jmp.patch import model_shape
+
+    methods = options.methods.split(",")
+    if unknown := set(methods) - set(METHODS):
+        raise ModelError(
+            f"unknown methods {', '.join(sorted(unknown))}", f"choose of {', '.join(METHODS)}"
+        )
+    loaded = load_model(options.model, options.weights, seed=options.seed)
+    samples = getattr(data.photo_crops(options.seed), options.part)
+    samples = samples.first(options.limit) if options.limit else samples
+    images = data.batch(samples.images, loaded.preprocess)
+    shape = model_shape(loaded.model).for_patches()
+    dense = _features(loaded, images)
+    rows = []
+    for budget in map(float, options.budgets.split(",")):
+        steps = schedule.parse(f"spread:{budget:g}", shape)
+        for name in methods:
+            with reduced(loaded, steps, KNOWN[name], restore=True):
+                row = _judged(dense, _features(loaded, images), options.seed)
+            share = schedule.macs(shape, steps) / schedule.macs(shape)
+            rows.append({"budget": budget, "method": name, "flops": share, **row})
+            print(f"{budget:g} % {name}: {row['cosine']['mean']:.5f}", flush=True)
+    facts = report.machine()
+    result = {
+        "machine": facts,
+        "model": loaded.name,
+        "weights": command.weights_facts(loaded.origin),
+        "images": len(images),
+        "seed": options.seed,
+        "part": options.part,
+        "rows": rows,
+    }
+    base = options.output or report.default_output("dense", facts)
+    for path in report.write(base, result, _table(result)):
+        print(path)
+    return result
+
+
+def _features(loaded: LoadedModel, images: NDArray[Any]) -> NDArray[Any]:
+    """[n, M, C] float32, of every patch."""
+    import numpy as np
+    import torch
+
+    from jmp_deploy.jmp.dense import DenseFeatures
+
+    model = DenseFeatures(loaded.model)
+    with torch.inference_mode():
+        pieces = [
+            model(torch.from_numpy(images[start : start + BATCH])).numpy()
+            for start in range(0, len(images), BATCH)
+        ]
+    return np.concatenate(pieces)
+
+
+def _judged(dense: NDArray[Any], found: NDArray[Any], seed: int) -> dict[str, Any]:
+    import numpy as np
+
+    from benchmarks.lib.measures import bootstrap
+
+    lengths = np.linalg.norm(dense, axis=2) * np.linalg.norm(found, axis=2)
+    cosine = (dense * found).sum(axis=2) / np.maximum(lengths, 1e-12)
+    by_image = {"cosine": cosine.mean(axis=1), "far": 100 * (cosine < FAR).mean(axis=1)}
+    row = {}
+    for name, values in by_image.items():
+        low, high = bootstrap(values.astype(np.float64), seed=seed)
+        row[name] = {"mean": float(values.mean()), "low": low, "high": high}
+    return row
+
+
+def _table(result: dict[str, Any]) -> str:
+    from benchmarks.lib import report
+
+    def words(value: dict[str, float], digits: int) -> str:
+        mean, low, high = (f"{value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+        return f"{mean} ({low} to {high})"
+
+    head = ["method", "budget", "FLOPs", "cosine of a patch", f"patches below {FAR}, %"]
+    rows = [
+        [
+            row["method"],
+            f"{row['budget']:g} %",
+            f"{row['flops']:.1%}",
+            words(row["cosine"], 4),
+            words(row["far"], 1),
+        ]
+        for row in result["rows"]
+    ]
+    weights = "random weights: the figures mean nothing" * (result["weights"]["kind"] == "random")
+    about = f"{result['model']}, {result['images']} photo crops ({result['part']}). {weights}"
+    title = report.heading(
+        "Features of every patch, restored, against the dense model", result["machine"]
+    )
+    return "\n".join([title, about.strip(), "", report.markdown(head, rows)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""The harness of dense features: what it judges, and what its command line says."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks import dense
+from jmp_deploy.core.images import Preprocess
+from jmp_deploy.jmp import models
+from tests.fakes.artifacts import RANDOM_WEIGHTS
+from tests.fakes.models import tiny_vit
+
+
+def test_the_benchmark_judges_patch_by_patch(tmp_path, monkeypatch):
+    spec = Preprocess(32, 32, 32, "bicubic", "center", (0.5,) * 3, (0.5,) * 3)
+    loaded = models.LoadedModel(tiny_vit(num_classes=0), "tiny", RANDOM_WEIGHTS, spec, None)
+    monkeypatch.setattr(models, "load_model", lambda *args, **options: loaded)
+    asked = ["--limit", "3", "--budgets", "75", "--methods", "jmp,tome", "-o", str(tmp_path / "d")]
+    assert dense.main(asked) == 0
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["jmp", "tome"]
+    assert all(0 < row["cosine"]["low"] <= row["cosine"]["mean"] < 1 for row in rows)
+    assert "random weights" in (tmp_path / "d.md").read_text()
+    assert dense.main(["--methods", "evit"]) == 2
