@@ -185,9 +185,7 @@ cudaError_t allow_shared(Kernel kernel, std::atomic<uint64_t>& allowed, const De
 
 bool is_resident(const Params& p, const Device& device) {
   if (p.head_dim > kResidentHeadDim || patch_tokens(p) > kResidentPatches) return false;
-  const ResidentLayout at =
-      p.head_dim <= 32 ? ResidentLayout::of<2>(p) : ResidentLayout::of<4>(p);
-  return static_cast<uint32_t>(at.bytes + kStaticShared) <= device.shared_bytes;
+  return static_cast<uint32_t>(ResidentLayout(p).bytes + kStaticShared) <= device.shared_bytes;
 }
 
 // Blocks that a sample is divided among: while each has a multiprocessor of its own, up to a portable
@@ -203,12 +201,12 @@ int choose_groups(const Params& p, const Device& device) {
 #endif
 }
 
-template <typename T, int kSteps>
+template <typename T>
 cudaError_t run_resident(const Params& p, const Device& device, const T* x, const T* qkv,
                          const T* size, T* y, T* out_size, T* log_size, int32_t* index,
                          const Scratch& w, cudaStream_t stream) {
   const int groups = choose_groups(p, device);
-  Grid grid{product(p.batch, groups), static_cast<size_t>(ResidentLayout::of<kSteps>(p).bytes)};
+  Grid grid{product(p.batch, groups), static_cast<size_t>(ResidentLayout(p).bytes)};
   const auto start = [&](auto kernel, std::atomic<uint64_t>& allowed) {
     const cudaError_t error = allow_shared(kernel, allowed, device);
     if (error != cudaSuccess) return error;
@@ -216,17 +214,17 @@ cudaError_t run_resident(const Params& p, const Device& device, const T* x, cons
                   index, groups);
   };
   static std::atomic<uint64_t> allowed[6];
-  if (groups == 1) return start(resident_kernel<T, kSteps, kAlone>, allowed[4]);
+  if (groups == 1) return start(resident_kernel<T, kAlone>, allowed[4]);
   if (device.clusters) {
     grid.cluster = groups;
-    return start(resident_kernel<T, kSteps, kCluster>, allowed[5]);
+    return start(resident_kernel<T, kCluster>, allowed[5]);
   }
-  cudaError_t error = start(resident_kernel<T, kSteps, kMeasure>, allowed[0]);
+  cudaError_t error = start(resident_kernel<T, kMeasure>, allowed[0]);
   if (error == cudaSuccess && p.selection == JMP_DISTINCT) {
-    error = start(resident_kernel<T, kSteps, kRate>, allowed[1]);
+    error = start(resident_kernel<T, kRate>, allowed[1]);
   }
-  if (error == cudaSuccess) error = start(resident_kernel<T, kSteps, kMatch>, allowed[2]);
-  if (error == cudaSuccess) error = start(resident_kernel<T, kSteps, kMerge>, allowed[3]);
+  if (error == cudaSuccess) error = start(resident_kernel<T, kMatch>, allowed[2]);
+  if (error == cudaSuccess) error = start(resident_kernel<T, kMerge>, allowed[3]);
   return error;
 }
 
@@ -274,11 +272,7 @@ cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, 
   const Scratch w(p, scratch);
   const Device device = this_device();
   if (is_resident(p, device)) {
-    auto run = &run_resident<T, 2>;
-#if !JMP_TEST_SUBSET
-    if (p.head_dim > 32) run = &run_resident<T, 4>;
-#endif
-    return run(p, device, x, qkv, size, y, out_size, log_size, index, w, stream);
+    return run_resident(p, device, x, qkv, size, y, out_size, log_size, index, w, stream);
   }
   cudaError_t error = cudaErrorInvalidValue;
   if (p.head_dim <= 32) {

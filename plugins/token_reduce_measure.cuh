@@ -40,7 +40,8 @@ struct Scratch {
     redundancy = arena.take<uint32_t>(distinct);
     importance = arena.take<float>(distinct);
     logits = arena.take<float>(product(p.batch, p.tokens, p.num_heads));
-    metric = arena.take<__half>(product(patches, 32, matrix_steps(p.head_dim)));
+    const int steps = matrix_steps(p.head_dim);
+    metric = arena.take<__half>(product(patches, 32, steps < 4 ? 4 : steps));  // resident: 4
     bytes = arena.bytes();
   }
 };

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kResidentPatches = 256;
 constexpr int kResidentHeadDim = 64;
+constexpr int kResidentSteps = 4;  // of 16 columns, on matrix units; narrower heads are filled up with zeros
 constexpr int kStaticShared = 64;  // bytes
 
 // Steps, to be combined.
@@ -31,29 +32,26 @@ constexpr int kCluster = 31;
 struct ResidentLayout {
   int rows, keys, importance, query, logits, stats, nearest, source, kept, row_of, token_of, bytes;
 
-  template <int kSteps>
-  __host__ __device__ static ResidentLayout of(const Params& p) {
-    ResidentLayout at{};
+  __host__ __device__ explicit ResidentLayout(const Params& p) {
     const int patches = (patch_tokens(p) + 15) / 16 * 16;
     int end = 0;
-    const auto take = [&end](int bytes) {
+    const auto take = [&end](int size) {
       const int from = end;
-      end += (bytes + 15) / 16 * 16;
+      end += (size + 15) / 16 * 16;
       return from;
     };
-    at.rows = take(patches * kStride<kSteps>);
-    at.nearest = take(patches * 8);
-    at.keys = take(patches * 4);
-    at.importance = take(patches * 4);
-    at.source = take(patches * 4);
-    at.query = take(p.num_heads * p.head_dim * 4);
-    at.logits = take(p.num_heads * p.tokens * 4);
-    at.stats = take(p.num_heads * 8);
-    at.kept = take(patches * 2);
-    at.row_of = take(patches * 2);
-    at.token_of = take(patches * 2);
-    at.bytes = end;
-    return at;
+    rows = take(patches * kStride<kResidentSteps>);
+    nearest = take(patches * 8);
+    keys = take(patches * 4);
+    importance = take(patches * 4);
+    source = take(patches * 4);
+    query = take(p.num_heads * p.head_dim * 4);
+    logits = take(p.num_heads * p.tokens * 4);
+    stats = take(p.num_heads * 8);
+    kept = take(patches * 2);
+    row_of = take(patches * 2);
+    token_of = take(patches * 2);
+    bytes = end;
   }
 };
 
@@ -86,29 +84,27 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const char* row) {
 }
 
 // Sixteen rows; `row`: address of row lane % 16.
-template <int kSteps>
-__device__ inline void load_rows(RowTile<kSteps>& tile, const char* row) {
+__device__ inline void load_rows(RowTile<kResidentSteps>& tile, const char* row) {
   const char* const at = row + lane_index() / 16 * 16;
   JMP_UNROLL
-  for (int s = 0; s < kSteps; ++s) {
+  for (int s = 0; s < kResidentSteps; ++s) {
     load_matrices(tile.hi[s], at + s * 32);
-    load_matrices(tile.lo[s], at + s * 32 + 32 * kSteps);
+    load_matrices(tile.lo[s], at + s * 32 + 32 * kResidentSteps);
   }
 }
 
 // 16 rows x 16 columns in the order of `multiply`; `column`: address of column lane % 8, `next` of
 // column lane % 8 + 8.
-template <int kSteps>
-__device__ inline void multiply_16(const RowTile<kSteps>& rows, const char* column,
+__device__ inline void multiply_16(const RowTile<kResidentSteps>& rows, const char* column,
                                    const char* next, float (&dots)[2][4]) {
-  const int offset = lane_index() / 8 % 2 * 16 + lane_index() / 16 * 32 * kSteps;
+  const int offset = lane_index() / 8 % 2 * 16 + lane_index() / 16 * 32 * kResidentSteps;
   JMP_UNROLL
   for (int t = 0; t < 2; ++t) {
     JMP_UNROLL
     for (int e = 0; e < 4; ++e) dots[t][e] = 0.0f;
   }
   JMP_UNROLL
-  for (int s = 0; s < kSteps; ++s) {
+  for (int s = 0; s < kResidentSteps; ++s) {
     uint32_t a[4];
     uint32_t b[4];
     load_matrices(a, column + offset + s * 32);
@@ -178,13 +174,13 @@ __device__ inline void my_units(int units, int* from, int* to) {
 
 // Logits of the class token and unit vectors of the head-mean keys, as in measure_kernel, for tokens
 // `begin` to `end`. The loads of the next round are under way while one is worked on.
-template <typename T, int kSteps, typename Unit>
+template <typename T, typename Unit>
 __device__ inline void measure_tokens(const Params& p, const T* qkv, const T* size, int sample,
                                       int begin, int end, float* query, float* logits, Unit unit) {
-  constexpr int kLanes = 2 * kSteps;
+  constexpr int kLanes = 2 * kResidentSteps;
   constexpr int kTokens = kThreads / kLanes;
   constexpr int kLoads = static_cast<int>(8 * sizeof(T) / 16);
-  constexpr int kBatch = kLanes < 8 ? 4 : 6 / kLoads;  // heads whose loads are under way at once
+  constexpr int kBatch = 6 / kLoads;  // heads whose loads are under way at once
   const int me = static_cast<int>(threadIdx.x);
   const int part = me % kLanes;
   const bool column = part * 8 < p.head_dim;  // lanes may outnumber the columns
@@ -276,7 +272,7 @@ __device__ inline void measure_tokens(const Params& p, const T* qkv, const T* si
     }
     char* const to = unit(token - p.num_prefix) + part * 16;
     store_16(to, pack<__half>(mean));
-    store_16(to + 32 * kSteps, pack<__half>(lost));
+    store_16(to + 32 * kResidentSteps, pack<__half>(lost));
   }
 }
 
@@ -439,7 +435,7 @@ __device__ inline void record_sample(const Params& p, const uint16_t* kept, cons
 
 // --- The kernel ----------------------------------------------------------------------------------
 
-template <typename T, int kSteps, int kDo>
+template <typename T, int kDo>
 __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv, const T* size,
                                        const Scratch& w, T* y, T* out_size, T* log_size,
                                        int32_t* index, int groups) {
@@ -447,8 +443,8 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
   __shared__ uint32_t words[kResidentPatches / kWarpSize];
   __shared__ int flag;
   constexpr bool kOwn = kDo == kAlone;
-  constexpr int kPieces = 4 * kSteps;  // of 16 bytes, of a unit vector
-  const ResidentLayout at = ResidentLayout::of<kSteps>(p);
+  constexpr int kPieces = 4 * kResidentSteps;  // of 16 bytes, of a unit vector
+  const ResidentLayout at(p);
   char* const rows = shared + at.rows;
   uint32_t* const keys = reinterpret_cast<uint32_t*>(shared + at.keys);
   float* const importance = reinterpret_cast<float*>(shared + at.importance);
@@ -477,10 +473,10 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
     const int share = static_cast<int>(divide_up(p.tokens, groups));
     const int begin = group * share;
     const int end = begin + share < p.tokens ? begin + share : p.tokens;
-    measure_tokens<T, kSteps>(p, qkv, size, sample, begin, end,
+    measure_tokens<T>(p, qkv, size, sample, begin, end,
                               reinterpret_cast<float*>(shared + at.query),
                               kOwn ? logits : their_logits, [=](int patch) {
-                                return kOwn ? rows + patch * kStride<kSteps>
+                                return kOwn ? rows + patch * kStride<kResidentSteps>
                                             : reinterpret_cast<char*>(their_rows +
                                                                       patch * kPieces * 8);
                               });
@@ -499,11 +495,11 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
 
   if constexpr (!kOwn && (kDo & (kRate | kMatch)) != 0) {
     const __half* from = their_rows + me * 8;
-    char* to = rows + me / kPieces * kStride<kSteps> + me % kPieces * 16;
+    char* to = rows + me / kPieces * kStride<kResidentSteps> + me % kPieces * 16;
     for (int i = me; i < patches * kPieces; i += kThreads) {
       copy_16(to, from);
       from += kThreads * 8;
-      to += kThreads / kPieces * kStride<kSteps>;
+      to += kThreads / kPieces * kStride<kResidentSteps>;
     }
     commit_copies();
   }
@@ -538,7 +534,7 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
         for (int k = 0; k < kMoves; ++k) {
           const int i = me + k * kThreads;
           if (i < patches * kPieces) {
-            moved[k] = load_16(rows + i / kPieces * kStride<kSteps> + i % kPieces * 16);
+            moved[k] = load_16(rows + i / kPieces * kStride<kResidentSteps> + i % kPieces * 16);
           }
         }
         JMP_NO_UNROLL
@@ -548,7 +544,7 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
         for (int k = 0; k < kMoves; ++k) {
           const int i = me + k * kThreads;
           if (i < patches * kPieces) {
-            store_16(rows + row_of[i / kPieces] * kStride<kSteps> + i % kPieces * 16, moved[k]);
+            store_16(rows + row_of[i / kPieces] * kStride<kResidentSteps> + i % kPieces * 16, moved[k]);
           }
         }
       } else {
@@ -566,16 +562,16 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
       int first = 0;  // unit of the tile
       for (int t = group; t < tiles && unit < end; first += across(t), t += groups) {
         if (unit >= first + across(t)) continue;
-        RowTile<kSteps> mine;
-        load_rows(mine, rows + (t * kTileRows + lane_index() % 16) * kStride<kSteps>);
+        RowTile<kResidentSteps> mine;
+        load_rows(mine, rows + (t * kTileRows + lane_index() % 16) * kStride<kResidentSteps>);
         const int row = t * kTileRows + lane_index() / 4;
         const uint32_t my_keys[2] = {keys[row], keys[row + 8]};
         float best[2] = {-INFINITY, -INFINITY};
         for (; unit < end && unit < first + across(t); ++unit) {
           const int tile = unit - first;
-          const char* const column = rows + (tile * kTileRows + lane_index() % 8) * kStride<kSteps>;
+          const char* const column = rows + (tile * kTileRows + lane_index() % 8) * kStride<kResidentSteps>;
           float dots[2][4];
-          multiply_16(mine, column, column + 8 * kStride<kSteps>, dots);
+          multiply_16(mine, column, column + 8 * kStride<kResidentSteps>, dots);
           JMP_UNROLL
           for (int k = 0; k < 2; ++k) {
             const int other = tile * kTileRows + k * 8 + lane_index() % 4 * 2;
@@ -654,9 +650,9 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
       const int t = group + unit / across * groups;
       const int stop = unit / across * across + across;
       const auto row_at = [=](int token) {
-        return rows + (moved ? row_of[token] : token) * kStride<kSteps>;
+        return rows + (moved ? row_of[token] : token) * kStride<kResidentSteps>;
       };
-      RowTile<kSteps> mine;
+      RowTile<kResidentSteps> mine;
       const int row_here = t * kTileRows + lane_index() % 16;
       load_rows(mine, row_at(others[row_here < rest ? row_here : rest - 1]));
       float best[2] = {-2.0f, -2.0f};
@@ -780,12 +776,12 @@ template <int kDo>
 constexpr bool kWanted = kDo == kAlone || (kDo == kCluster) == (__CUDA_ARCH__ >= 900);
 #endif
 
-template <typename T, int kSteps, int kDo>
+template <typename T, int kDo>
 __global__ void __launch_bounds__(kThreads, 2)
     resident_kernel(Params p, const T* x, const T* qkv, const T* size, Scratch w, T* y, T* out_size,
                     T* log_size, int32_t* index, int groups) {
   if constexpr (kWanted<kDo>) {
-    reduce_resident<T, kSteps, kDo>(p, x, qkv, size, w, y, out_size, log_size, index, groups);
+    reduce_resident<T, kDo>(p, x, qkv, size, w, y, out_size, log_size, index, groups);
   }
 }
 
