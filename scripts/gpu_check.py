@@ -200,7 +200,7 @@ def run_benchmarks(*, full: bool) -> dict[str, Any]:
         base = results_folder() / f"{name}-{slug(machine()['gpu'])}"
         done = subprocess.run([*command, "-o", str(base)], cwd=REPO, check=False)
         written = base.parent / f"{base.name}.json"
-        found[name] = {"exit_code": done.returncode, "json": str(written)}
+        found[name] = {"exit_code": done.returncode, "json": written.name}
         if done.returncode == 0:
             print((base.parent / f"{base.name}.md").read_text(encoding="utf-8"))
     return found
