@@ -87,6 +87,7 @@ cudaError_t check_memory(std::initializer_list<const void*> tensors, const void*
 struct Device {
   bool overlap;          // our launches may overlap
   bool clusters;         // blocks may wait for each other
+  bool steps;            // or each step may be a launch
   int enough_blocks;     // that fill it: two per multiprocessor
   uint32_t shared_bytes; // that a block may be allowed
 };
@@ -94,7 +95,7 @@ struct Device {
 #if defined(JMP_CUDA_ON_HOST)
 // The tests choose: "BLOCKS,BYTES".
 Device this_device() {
-  Device found{false, false, 256, 101376};
+  Device found{false, false, true, 256, 101376};
   const char* const wish = getenv("JMP_HOST_DEVICE");
   if (wish != nullptr) sscanf(wish, "%d,%u", &found.enough_blocks, &found.shared_bytes);
   return found;
@@ -106,19 +107,23 @@ Device this_device() {
 // compiled for 9.0 and newer alone, while PTX of 8.x, which a driver translates for any newer GPU,
 // lacks it and would read what is not there yet. A driver older than CUDA 12.3 cannot capture
 // launches that overlap into a graph.
-bool waits() {
+int code_version() {  // 90, say; 0: not known
   cudaFuncAttributes code{};
-  return cudaFuncGetAttributes(&code, match_kernel<2>) == cudaSuccess && code.ptxVersion >= 90;
+  return cudaFuncGetAttributes(&code, match_kernel<2>) == cudaSuccess ? code.ptxVersion : 0;
+}
+
+bool switched_off(const char* name) {
+  const char* const wish = getenv(name);
+  return wish != nullptr && strcmp(wish, "0") == 0;
 }
 
 bool may_overlap() {
 #if CUDART_VERSION < 12030
   return false;
 #else
-  const char* const wish = getenv("JMP_DEPLOY_OVERLAP");
-  if (wish != nullptr && strcmp(wish, "0") == 0) return false;
   int driver = 0;
-  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 && waits();
+  return !switched_off("JMP_DEPLOY_OVERLAP") && cudaDriverGetVersion(&driver) == cudaSuccess &&
+         driver >= 12030 && code_version() >= 90;
 #endif
 }
 
@@ -128,34 +133,37 @@ int ask(cudaDeviceAttr what, int device, int otherwise) {
 }
 
 Device ask_device(int device) {
+  const int version = code_version();
 #if defined(JMP_NO_CLUSTERS)  // tests of the other way on a GPU that has them
   const bool clusters = false;
+  const bool steps = version > 0;
 #else
-  const bool clusters = waits();
+  const bool clusters = version >= 90 && !switched_off("JMP_DEPLOY_CLUSTERS");
+  const bool steps = version > 0 && version < 90;
 #endif
   const int multiprocessors = ask(cudaDevAttrMultiProcessorCount, device, 128);
   const int shared = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, 0);
-  return {may_overlap(), clusters, 2 * multiprocessors, static_cast<uint32_t>(shared)};
+  return {may_overlap(), clusters, steps, 2 * multiprocessors, static_cast<uint32_t>(shared)};
 }
 
 // Asked once for each device.
 Device this_device() {
   constexpr int kDevices = 64;
-  // Bit 0: asked; 1: overlap; 2: clusters; from 3 and 32 on: the numbers.
+  // Bit 0: asked; 1: overlap; 2: clusters; 3: steps; from 4 and 32 on: the numbers.
   static std::atomic<uint64_t> known[kDevices];
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return {false, false, 256, 0};
+  if (cudaGetDevice(&device) != cudaSuccess) return {false, false, false, 256, 0};
   if (device < 0 || device >= kDevices) return ask_device(device);
   uint64_t packed = known[device].load(std::memory_order_relaxed);
   if (packed == 0) {
     const Device found = ask_device(device);
     packed = 1u | (found.overlap ? 2u : 0u) | (found.clusters ? 4u : 0u) |
-             static_cast<uint32_t>(found.enough_blocks) << 3 |
+             (found.steps ? 8u : 0u) | static_cast<uint32_t>(found.enough_blocks) << 4 |
              static_cast<uint64_t>(found.shared_bytes) << 32;
     known[device].store(packed, std::memory_order_relaxed);
   }
-  return {(packed & 2u) != 0, (packed & 4u) != 0, static_cast<int>(packed >> 3 & 0x1fffffffu),
-          static_cast<uint32_t>(packed >> 32)};
+  return {(packed & 2u) != 0, (packed & 4u) != 0, (packed & 8u) != 0,
+          static_cast<int>(packed >> 4 & 0xfffffffu), static_cast<uint32_t>(packed >> 32)};
 }
 #endif
 
@@ -189,13 +197,14 @@ bool is_resident(const Params& p, const Device& device) {
 }
 
 // Blocks that a sample is divided among: while each has a multiprocessor of its own, up to a portable
-// cluster.
+// cluster. Machine code for 9.0 and newer has no steps to launch one by one: there, without clusters,
+// a sample has one block.
 int choose_groups(const Params& p, const Device& device) {
 #if defined(JMP_GROUPS)
   static_cast<void>(p), static_cast<void>(device);
   return JMP_GROUPS;
 #else
-  int groups = 8;
+  int groups = device.clusters || device.steps ? 8 : 1;
   while (groups > 1 && 2 * product(p.batch, groups) > device.enough_blocks) groups /= 2;
   return groups;
 #endif
@@ -205,7 +214,7 @@ template <typename T>
 cudaError_t run_resident(const Params& p, const Device& device, const T* x, const T* qkv,
                          const T* size, T* y, T* out_size, T* log_size, int32_t* index,
                          const Scratch& w, cudaStream_t stream) {
-  const int groups = choose_groups(p, device);
+  int groups = choose_groups(p, device);
   Grid grid{product(p.batch, groups), static_cast<size_t>(ResidentLayout(p).bytes)};
   const auto start = [&](auto kernel, std::atomic<uint64_t>& allowed) {
     const cudaError_t error = allow_shared(kernel, allowed, device);
@@ -214,11 +223,19 @@ cudaError_t run_resident(const Params& p, const Device& device, const T* x, cons
                   index, groups);
   };
   static std::atomic<uint64_t> allowed[6];
-  if (groups == 1) return start(resident_kernel<T, kAlone>, allowed[4]);
-  if (device.clusters) {
+  if (groups > 1 && device.clusters) {
     grid.cluster = groups;
-    return start(resident_kernel<T, kCluster>, allowed[5]);
+    const cudaError_t error = start(resident_kernel<T, kCluster>, allowed[5]);
+#if defined(JMP_CUDA_ON_HOST)
+    return error;
+#else
+    if (error != cudaErrorInvalidClusterSize) return error;
+    static_cast<void>(cudaGetLastError());  // a part of a GPU without room for eight: one block does
+    groups = 1;
+    grid = {p.batch, grid.shared_bytes};
+#endif
   }
+  if (groups == 1) return start(resident_kernel<T, kAlone>, allowed[4]);
   cudaError_t error = start(resident_kernel<T, kMeasure>, allowed[0]);
   if (error == cudaSuccess && p.selection == JMP_DISTINCT) {
     error = start(resident_kernel<T, kRate>, allowed[1]);

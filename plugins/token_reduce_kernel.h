@@ -58,8 +58,8 @@ int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params);  // 1 or 0, w
 size_t jmp_token_reduce_workspace_bytes(const JmpTokenReduceParams* params);
 
 // Looks up what launches need to know of the current device, so that the first of them, which may be
-// captured into a CUDA graph, need not. JMP_DEPLOY_OVERLAP=0 in the environment: launches never
-// overlap.
+// captured into a CUDA graph, need not. In the environment, JMP_DEPLOY_OVERLAP=0: launches never overlap;
+// JMP_DEPLOY_CLUSTERS=0: the blocks of a sample never wait for each other.
 void jmp_token_reduce_prepare(void);
 
 // Enqueues the reduction on `stream` (a cudaStream_t). Allocates nothing, waits for nothing, so it

@@ -34,14 +34,15 @@ struct Scratch {
     const int64_t patches = product(p.batch, patch_tokens(p));
     const int64_t rest = patches - product(p.batch, p.num_keep);
     const int64_t distinct = p.selection == JMP_DISTINCT ? patches : 0;
-    kept = arena.take<int32_t>(product(p.batch, p.num_keep));
-    source = arena.take<uint32_t>(rest);
-    similarity = arena.take<float>(rest);
-    redundancy = arena.take<uint32_t>(distinct);
-    importance = arena.take<float>(distinct);
-    logits = arena.take<float>(product(p.batch, p.tokens, p.num_heads));
+    // Whatever way a sample goes, the last one is used to its end: the tests cut there.
     const int steps = matrix_steps(p.head_dim);
     metric = arena.take<__half>(product(patches, 32, steps < 4 ? 4 : steps));  // resident: 4
+    logits = arena.take<float>(product(p.batch, p.tokens, p.num_heads));
+    kept = arena.take<int32_t>(product(p.batch, p.num_keep));
+    source = arena.take<uint32_t>(rest);
+    redundancy = arena.take<uint32_t>(distinct);
+    importance = arena.take<float>(distinct);
+    similarity = arena.take<float>(rest);
     bytes = arena.bytes();
   }
 };

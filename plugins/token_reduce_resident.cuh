@@ -615,7 +615,9 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
       JMP_NO_UNROLL
       for (int t = me; t < padded; t += kThreads) keys[t] = t < patches ? their_keys[t] : 0u;
     }
-    if (!kOwn) JMP_WAIT_COPIES(0);
+    if constexpr (!kOwn) {
+      JMP_WAIT_COPIES(0);
+    }
     rank_keys(keys, patches, ranks, others, &flag);
     JMP_NO_UNROLL
     for (int first = warp_index() * kWarpSize; first < patches; first += kThreads) {
