@@ -596,8 +596,8 @@ DINOV2 = {"tokens": 1370, "num_keep": 958}
 def test_what_the_tuned_kernels_take(library: KernelLibrary, changes: dict[str, Any]) -> None:
     params = params_of(**changes)
     assert library.check_tuned(params) is None
-    # Two halves per column, padded to 64 at least; the logits; up to 32 bytes per token, since the plain
-    # kernels run where memory is misaligned; alignment.
+    # Two halves per column, padded to 64 at least; the logits; up to 32 bytes per token, since the
+    # plain kernels run where memory is misaligned; alignment.
     metric = 4 * 64 * (params.tokens - 1) * max(64, -params.head_dim // 32 * -32)
     logits = 4 * 64 * params.tokens * params.num_heads
     more = library.workspace_bytes(params) - metric - logits
