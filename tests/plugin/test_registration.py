@@ -81,7 +81,9 @@ def pair(
         define = (f"-DFAKE_MAJOR={says}", f"-Xlinker=-soname,{name}", "-w")
         compile_with(*nvcc, *define, *include, fake, "-o", folder / name)
     sources = [plugin.sources_dir() / name for name in plugin.SOURCES if name.endswith(".cpp")]
-    script = f"-Xlinker=--version-script={plugin.sources_dir() / 'exports.map'}"
+    exports = folder / "exports.map"  # nvcc cuts a path at its spaces
+    exports.symlink_to(plugin.sources_dir() / exports.name)
+    script = f"-Xlinker=--version-script={exports}"
     compile_with(*nvcc, script, *include, *sources, kernel, "-o", folder / "plugin.so")
     (folder / "tensorrt.so").symlink_to(f"libnvinfer.so.{major}")
     return folder
