@@ -37,6 +37,7 @@ def remembered() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _seen.clear()  # what this process does next was not interrupted
 
 
 def left(words: str) -> None:

@@ -42,6 +42,16 @@ def test_a_held_interrupt_comes_after_the_block_whichever_thread_took_the_signal
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_interrupt_ends_with_the_work_that_it_ended():
+    """A program that calls `main` goes on after it: its own calls of long work must not end too."""
+    with pytest.raises(KeyboardInterrupt), interrupt.remembered():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # as a library may swallow it
+            interrupt.check()
+    interrupt.check()
+
+
 def test_nothing_comes_where_nothing_was_sent():
     with interrupt.held():
         pass
