@@ -31,13 +31,15 @@ from jmp_deploy.jmp.node import SELECTIONS, TokenReduce
 if TYPE_CHECKING:
     from benchmarks.lib.reduction_calls import Case
 
-# name -> patch tokens, channels, heads; heads of 64, one class token
+# name -> patch tokens, channels, heads, prefix tokens; heads of 64
 MODELS = {
-    "deit_t": (196, 192, 3),
-    "deit_s": (196, 384, 6),
-    "deit_b": (196, 768, 12),
-    "dinov2_s": (256, 384, 6),
-    "dinov2_s@518": (1369, 384, 6),
+    "deit_t": (196, 192, 3, 1),
+    "deit_s": (196, 384, 6, 1),
+    "deit_b": (196, 768, 12, 1),
+    "dinov2_s": (256, 384, 6, 1),
+    "dinov2_s@518": (1369, 384, 6, 1),
+    "siglip_b": (196, 768, 12, 0),
+    "siglip_b@512": (1024, 768, 12, 0),
 }
 KEEP_RATE = 0.7  # of the schedule `paper`
 HEAD_DIM = 64
@@ -118,17 +120,18 @@ def make_case(name: str, selection: str) -> Case:
     """The first reduction of the schedule `paper` in a model of MODELS."""
     from benchmarks.lib.reduction_calls import Case
 
-    patches, channels, heads = MODELS[name]
+    patches, channels, heads, prefix = MODELS[name]
     attributes = TokenReduce(
-        num_prefix=1,
+        num_prefix=prefix,
         num_keep=math.ceil(KEEP_RATE * patches),
         num_heads=heads,
         head_dim=HEAD_DIM,
         scale=HEAD_DIM**-0.5,
         tau=0.0,  # random keys resemble each other little: this merges nearly all, the dearest case
+        importance="class" if prefix else "received",
         selection=selection,
     )
-    return Case(name, patches + 1, channels, attributes)
+    return Case(name, patches + prefix, channels, attributes)
 
 
 def measure(

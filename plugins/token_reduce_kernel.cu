@@ -20,6 +20,7 @@
 
 #include "token_reduce_match.cuh"
 #include "token_reduce_merge.cuh"
+#include "token_reduce_received.cuh"
 #include "token_reduce_reference.cuh"
 #include "token_reduce_resident.cuh"
 
@@ -48,9 +49,6 @@ size_t element_bytes(const Params& p) { return p.dtype == JMP_FLOAT32 ? 4 : 2; }
 int check_tuned(const Params& p, char* message, size_t message_size) {
   constexpr int kWidest = JMP_TEST_SUBSET ? 32 : kMaxHeadDim;
   const int access = static_cast<int>(16 / element_bytes(p));  // elements
-  if (p.importance != JMP_CLASS_ROW)
-    return refuse(message, message_size, "importance: expected 0 (class token's row), found %d",
-                  p.importance);
   if (p.head_dim % 8 != 0 || p.head_dim > kWidest)
     return refuse(message, message_size, "head_dim: expected a multiple of 8 up to %d, found %d",
                   kWidest, p.head_dim);
@@ -245,6 +243,19 @@ cudaError_t run_resident(const Params& p, const Device& device, const T* x, cons
   return error;
 }
 
+// --- Attention received ----------------------------------------------------------------------------
+
+template <typename T, int kSteps>
+cudaError_t launch_received(const Params& p, const T* qkv, const T* size, const Scratch& w,
+                            cudaStream_t stream) {
+  const Grid grid{product(p.batch, p.num_heads, attention_groups(p)),
+                  2 * sizeof(ColumnTile<T, kSteps>)};
+  const cudaError_t error =
+      launch(attention_kernel<T, kSteps, false>, grid, kThreads, stream, p, qkv, size, w);
+  if (error != cudaSuccess) return error;
+  return launch(attention_kernel<T, kSteps, true>, grid, kThreads, stream, p, qkv, size, w);
+}
+
 // --- A sample in device memory ---------------------------------------------------------------------
 
 template <typename T, int kLanes>
@@ -288,10 +299,19 @@ cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, 
                       T* log_size, int32_t* index, char* scratch, cudaStream_t stream) {
   const Scratch w(p, scratch);
   const Device device = this_device();
+  cudaError_t error = cudaSuccess;
+  if (p.importance == JMP_ATTENTION_RECEIVED) {
+#if JMP_TEST_SUBSET
+    error = launch_received<T, 4>(p, qkv, size, w, stream);
+#else
+    error = p.head_dim <= 64 ? launch_received<T, 4>(p, qkv, size, w, stream)
+                             : launch_received<T, 8>(p, qkv, size, w, stream);
+#endif
+    if (error != cudaSuccess) return error;
+  }
   if (is_resident(p, device)) {
     return run_resident(p, device, x, qkv, size, y, out_size, log_size, index, w, stream);
   }
-  cudaError_t error = cudaErrorInvalidValue;
   if (p.head_dim <= 32) {
     error = launch_measure<T, 4>(p, qkv, size, w, stream);
     if (error == cudaSuccess) error = launch_decide<2>(p, w, device, stream);

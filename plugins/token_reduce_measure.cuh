@@ -13,14 +13,25 @@ constexpr int kMaxHeadDim = 128;
 constexpr uint32_t kNobody = 0xffffu;
 constexpr uint32_t kFar = 0x8000u;  // beside the slot of the nearest: too unlike, so pruned
 
+// Importance is the class token's row of attention, which these kernels compute on the way. Else it
+// is there already (token_reduce_received.cuh).
+__device__ inline bool asks_one_row(const Params& p) { return p.importance == JMP_CLASS_ROW; }
+
 // Matrix units take 16 columns at a time. One kernel for each of 2, 4, 6 and 8 such steps.
 __host__ __device__ inline int matrix_steps(int head_dim) {
   return static_cast<int>(divide_up(head_dim, 32)) * 2;
 }
 
+// Of the softmax of one row of attention, to base 2.
+struct RowStats {
+  float top;      // its largest logit
+  float inverse;  // 1 / denominator
+};
+
 // What the kernels hand to each other, in device memory.
 struct Scratch {
-  float* logits;         // [B, H, N] attention logits of the class token
+  float* logits;         // [B, H, N] attention logits of the class token; or attention received
+  RowStats* rows;        // [B, H, N] JMP_ATTENTION_RECEIVED
   __half* metric;        // [B, M, 2, 16*steps] unit vectors, rounded to half; and what that lost
   uint32_t* redundancy;  // [B, M] JMP_DISTINCT: as `ordered` bits, 0 for none
   float* importance;     // [B, M] JMP_DISTINCT
@@ -37,7 +48,9 @@ struct Scratch {
     // Whatever way a sample goes, the last one is used to its end: the tests cut there.
     const int steps = matrix_steps(p.head_dim);
     metric = arena.take<__half>(product(patches, 32, steps < 4 ? 4 : steps));  // resident: 4
-    logits = arena.take<float>(product(p.batch, p.tokens, p.num_heads));
+    const int64_t rows_of_heads = product(p.batch, p.tokens, p.num_heads);
+    logits = arena.take<float>(rows_of_heads);
+    rows = arena.take<RowStats>(p.importance == JMP_ATTENTION_RECEIVED ? rows_of_heads : 0);
     kept = arena.take<int32_t>(product(p.batch, p.num_keep));
     source = arena.take<uint32_t>(rest);
     redundancy = arena.take<uint32_t>(distinct);
@@ -126,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qk
       dot = sum_lanes<kLanes>(dot);
       if (part == u) logit = dot;
     }
-    if (part < kBatch && first + part < p.num_heads && there) {
+    if (part < kBatch && first + part < p.num_heads && there && asks_one_row(p)) {
       w.logits[(product(sample, p.num_heads) + first + part) * p.tokens + token] =
           p.scale * logit + log_size;
     }
@@ -159,9 +172,9 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qk
 
 // stats [H, 2] in shared memory: maximum of each head's logits; 1 / (denominator * H). Ends with a
 // barrier. The maximum starts at -FLT_MAX, not -inf: inf - inf would be a NaN that is not in the
-// data.
+// data. Attention received has been through its softmax.
 __device__ inline void softmax_stats(const Params& p, const float* logits, float* stats) {
-  for (int head = warp_index(); head < p.num_heads; head += kWarps) {
+  for (int head = warp_index(); head < p.num_heads && asks_one_row(p); head += kWarps) {
     const float* row = logits + product(head, p.tokens);
     float top = -FLT_MAX;
     JMP_UNROLL_4
@@ -179,16 +192,16 @@ __device__ inline void softmax_stats(const Params& p, const float* logits, float
   __syncthreads();
 }
 
-// Mean over heads of the softmax weight of a patch token.
+// Mean over heads, and over rows, of the softmax weight of a patch token.
 __device__ inline float importance_of(const Params& p, const float* logits, const float* stats,
                                       int patch) {
   float sum = 0.0f;
   JMP_NO_UNROLL
   for (int head = 0; head < p.num_heads; ++head) {
     const float logit = logits[product(head, p.tokens) + p.num_prefix + patch];
-    sum += expf(logit - stats[2 * head]) * stats[2 * head + 1];
+    sum += asks_one_row(p) ? expf(logit - stats[2 * head]) * stats[2 * head + 1] : logit;
   }
-  return sum;
+  return asks_one_row(p) ? sum : sum / (static_cast<float>(p.num_heads) * static_cast<float>(p.tokens));
 }
 
 }  // namespace

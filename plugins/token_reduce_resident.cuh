@@ -68,21 +68,6 @@ __device__ inline void wait_for_sample() {
 #endif
 }
 
-// Four 8x8 matrices of halves: lane i gives the address of row i % 8 of matrix i / 8.
-__device__ inline void load_matrices(uint32_t (&to)[4], const char* row) {
-#ifdef JMP_CUDA_ON_HOST
-  const char* const* rows = cuda_on_host::exchange(row, __LINE__);
-  for (int m = 0; m < 4; ++m) {
-    to[m] = word_at(rows[m * 8 + lane_index() / 4] + lane_index() % 4 * 4);
-  }
-#else
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(at));
-#endif
-}
-
 // Sixteen rows; `row`: address of row lane % 16.
 __device__ inline void load_rows(RowTile<kResidentSteps>& tile, const char* row) {
   const char* const at = row + lane_index() / 16 * 16;
@@ -252,7 +237,7 @@ __device__ inline void measure_tokens(const Params& p, const T* qkv, const T* si
         dot = sum_lanes<kLanes>(dot);
         if (part == u) logit = dot;
       }
-      if (part < kBatch && first + part < p.num_heads && there) {
+      if (part < kBatch && first + part < p.num_heads && there && asks_one_row(p)) {
         logits[(first + part) * p.tokens + token] = p.scale * logit + log_size;
       }
     }
@@ -505,9 +490,9 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
   }
   // Importance. Each block finds it for itself.
   if ((kDo & kRate) != 0 || ((kDo & kMatch) != 0 && !distinct)) {
-    if constexpr (!kOwn) {
+    if (!kOwn || !asks_one_row(p)) {
       JMP_NO_UNROLL
-    for (int i = me; i < p.num_heads * p.tokens; i += kThreads) logits[i] = their_logits[i];
+      for (int i = me; i < p.num_heads * p.tokens; i += kThreads) logits[i] = their_logits[i];
       __syncthreads();
     }
     softmax_stats(p, logits, stats);

@@ -42,10 +42,6 @@ __device__ inline void stage_rows(char* to, const __half* metric, int rows, Inde
   commit_copies();
 }
 
-__device__ inline uint32_t word_at(const char* at) {
-  return *reinterpret_cast<const uint32_t*>(at);
-}
-
 // Sixteen rows in registers, as matrix units want them.
 template <int kSteps>
 struct RowTile {

@@ -135,6 +135,25 @@ __device__ inline void multiply_tile(float* c, const uint32_t* a, uint32_t b0, u
 #endif
 }
 
+__device__ inline uint32_t word_at(const char* at) {
+  return *reinterpret_cast<const uint32_t*>(at);
+}
+
+// Four 8x8 matrices of halves: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(uint32_t (&to)[4], const char* row) {
+#ifdef JMP_CUDA_ON_HOST
+  const char* const* rows = cuda_on_host::exchange(row, __LINE__);
+  for (int m = 0; m < 4; ++m) {
+    to[m] = word_at(rows[m * 8 + lane_index() / 4] + lane_index() % 4 * 4);
+  }
+#else
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(at));
+#endif
+}
+
 // --- 16 bytes of T -----------------------------------------------------------------------------------
 
 template <typename T>

@@ -34,7 +34,7 @@ class Case:
     attributes: TokenReduce
 
     def bytes_moved(self, batch: int, element: int) -> int:
-        """Least traffic: x, the keys, one row of queries and the sizes read, the outputs written.
+        """Least traffic: x, the keys, the rows of queries and the sizes read, the outputs written.
 
         Args:
             batch: B.
@@ -42,7 +42,8 @@ class Case:
         """
         a = self.attributes
         inner = a.num_heads * a.head_dim
-        read = batch * (self.tokens * (self.channels + inner) + inner) + self.tokens
+        rows = 1 if a.importance == "class" else self.tokens
+        read = batch * (self.tokens * (self.channels + inner) + rows * inner) + self.tokens
         written = batch * (a.num_prefix + a.num_keep) * (self.channels + 2)
         return (read + written) * element
 

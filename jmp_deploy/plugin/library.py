@@ -62,7 +62,8 @@ SOURCES = (
 )
 OTHER_SOURCES = (  # what these include; part of the hash
     *(f"token_reduce_{part}.cuh" for part in ("common", "warp", "measure", "tiles", "rate")),
-    *(f"token_reduce_{part}.cuh" for part in ("select", "match", "merge", "resident", "reference")),
+    *(f"token_reduce_{part}.cuh" for part in ("received", "select", "match", "merge")),
+    *("token_reduce_resident.cuh", "token_reduce_reference.cuh"),
     *("token_reduce_kernel.h", "token_reduce_plugin.h", "tensorrt_log.h", "tensorrt_layout.h"),
     "exports.map",
 )

@@ -45,12 +45,7 @@ GUARD = 4096  # bytes around every buffer that nobody may touch
 DEIT_S = {"num_keep": 138, "num_heads": 6, "head_dim": 64, "scale": 0.125}
 ALL_DTYPES = [np.float32, np.float16, *([bfloat16.type] if bfloat16 is not None else [])]
 VERSIONS = ("plain", "tuned")
-# The tuned kernels read the class token's row; importance by attention received is the plain ones'.
-IMPORTANCES = [
-    ("plain", oracle.CLASS_ROW),
-    ("plain", oracle.RECEIVED),
-    ("tuned", oracle.CLASS_ROW),
-]
+IMPORTANCES = [(v, kind) for v in VERSIONS for kind in (oracle.CLASS_ROW, oracle.RECEIVED)]
 # Products of 64 numbers and sums of dozens of tokens, in another order than the oracle's.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
 
@@ -210,6 +205,35 @@ def test_head_sizes(library: KernelLibrary, head_dim: int, dtype: Any, selection
     )
     case = random_case(10, attrs, batch=4, tokens=150, channels=520, dtype=dtype)
     assert check(library, case, attrs) >= 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize(
+    ("patches", "num_heads", "head_dim", "channels"),
+    [(196, 12, 64, 768), (256, 12, 64, 768), (576, 16, 72, 1152), (1024, 6, 64, 384)],
+)
+def test_the_sizes_of_siglip(
+    library: KernelLibrary,
+    version: str,
+    dtype: Any,
+    patches: int,
+    num_heads: int,
+    head_dim: int,
+    channels: int,
+) -> None:
+    attrs = attributes(
+        num_prefix=0,
+        num_keep=int(0.7 * patches),
+        num_heads=num_heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        importance=oracle.RECEIVED,
+        selection=oracle.DISTINCT,
+        tau=0.0,
+    )
+    case = random_case(9, attrs, batch=2, tokens=patches, channels=channels, dtype=dtype)
+    check(library, case, attrs, version)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

@@ -132,12 +132,7 @@ def address_driver(build_dir: Path) -> Path:
 # --- Against the oracle --------------------------------------------------------------------------
 
 
-# The tuned kernels read the class token's row; importance by attention received is the plain ones'.
-IMPORTANCES = [
-    ("plain", oracle.CLASS_ROW),
-    ("plain", oracle.RECEIVED),
-    *((version, oracle.CLASS_ROW) for version in DEVICES),
-]
+IMPORTANCES = [(v, kind) for v in VERSIONS for kind in (oracle.CLASS_ROW, oracle.RECEIVED)]
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
@@ -181,7 +176,8 @@ def test_every_option(
 )
 @given(data=st.data())
 def test_any_shape_tuned(tuned: Kernel, data: st.DataObject) -> None:
-    prefix = data.draw(st.sampled_from([1, 2, 5]), "prefix")
+    prefix = data.draw(st.sampled_from([0, 1, 2, 5]), "prefix")
+    received = prefix == 0 or data.draw(st.booleans(), "received")
     patches = data.draw(st.one_of(st.integers(1, 40), st.integers(60, 200)), "patches")
     head_dim = data.draw(st.sampled_from([8, 24, 32, 40, 64, 72, 96, 104, 128]), "head_dim")
     attrs = attributes(
@@ -193,6 +189,7 @@ def test_any_shape_tuned(tuned: Kernel, data: st.DataObject) -> None:
         tau=data.draw(st.sampled_from([-1.0, 0.1, 0.4]), "tau"),
         granularity=data.draw(st.sampled_from([0, 1]), "granularity"),
         proportional=data.draw(st.sampled_from([0, 1]), "proportional"),
+        importance=oracle.RECEIVED if received else oracle.CLASS_ROW,
         selection=data.draw(st.sampled_from([0, 1]), "selection"),
         merge_weight=data.draw(st.sampled_from([0.0, 0.25, 1.0]), "merge_weight"),
     )
@@ -612,7 +609,6 @@ def test_what_the_tuned_kernels_take(library: KernelLibrary, changes: dict[str, 
         ({"head_dim": 60}, ["head_dim", "multiple of 8", "60"]),
         ({"channels": 388}, ["multiples of 8", "388"]),
         ({"qkv_width": 1156}, ["multiples of 8", "1156"]),
-        ({"importance": oracle.RECEIVED}, ["importance", "1"]),
         ({"num_heads": 65, "head_dim": 8}, ["64 heads", "65"]),
         ({"num_keep": 197}, ["tokens"]),
     ],
@@ -844,6 +840,10 @@ def versions_of(file: Path) -> tuple[str, ...]:
     return ("alone", "split") if "resident" in file.name else ("streamed",)
 
 
+def importance_of(line: str) -> int:
+    return oracle.RECEIVED if "received" in line else oracle.CLASS_ROW
+
+
 def find_lines(pattern: str) -> list[tuple[tuple[str, ...], str]]:
     """(versions, FILE:LINE) of every line of the kernels that matches."""
     return [
@@ -872,7 +872,8 @@ def test_a_missing_barrier_is_reported(
     for version in versions:
         for ties in (True, False):
             for selection in (oracle.DISTINCT, oracle.IMPORTANCE):
-                sanitizer_case(tmp_path / "case", version, selection=selection, ties=ties)
+                options = {"selection": selection, "ties": ties, "importance": importance_of(line)}
+                sanitizer_case(tmp_path / "case", version, **options)
                 done = run_driver(
                     thread_driver, version, tmp_path / "case", tmp_path / "out", JMP_SKIP=line
                 )
@@ -886,7 +887,10 @@ def test_a_missing_wait_is_noticed(
     thread_driver: Path, versions: tuple[str, ...], line: str, tmp_path: Path
 ) -> None:
     version = versions[-1]  # the one that copies
-    case, attrs = sanitizer_case(tmp_path / "case", version)
+    # float16: queries and keys of other types are no mere copies
+    case, attrs = sanitizer_case(
+        tmp_path / "case", version, dtype=np.float16, importance=importance_of(line)
+    )
     done = run_driver(thread_driver, version, tmp_path / "case", tmp_path / "out", JMP_SKIP=line)
     if done.returncode == 66:
         return
