@@ -88,12 +88,13 @@ struct Device {
   bool steps;            // or each step may be a launch
   int enough_blocks;     // that fill it: two per multiprocessor
   uint32_t shared_bytes; // that a block may be allowed
+  int number;            // negative: not known
 };
 
 #if defined(JMP_CUDA_ON_HOST)
 // The tests choose: "BLOCKS,BYTES".
 Device this_device() {
-  Device found{false, false, true, 256, 101376};
+  Device found{false, false, true, 256, 101376, 0};
   const char* const wish = getenv("JMP_HOST_DEVICE");
   if (wish != nullptr) sscanf(wish, "%d,%u", &found.enough_blocks, &found.shared_bytes);
   return found;
@@ -141,7 +142,7 @@ Device ask_device(int device) {
 #endif
   const int multiprocessors = ask(cudaDevAttrMultiProcessorCount, device, 128);
   const int shared = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, 0);
-  return {may_overlap(), clusters, steps, 2 * multiprocessors, static_cast<uint32_t>(shared)};
+  return {may_overlap(), clusters, steps, 2 * multiprocessors, static_cast<uint32_t>(shared), device};
 }
 
 // Asked once for each device.
@@ -150,7 +151,7 @@ Device this_device() {
   // Bit 0: asked; 1: overlap; 2: clusters; 3: steps; from 4 and 32 on: the numbers.
   static std::atomic<uint64_t> known[kDevices];
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return {false, false, false, 256, 0};
+  if (cudaGetDevice(&device) != cudaSuccess) return {false, false, false, 256, 0, -1};
   if (device < 0 || device >= kDevices) return ask_device(device);
   uint64_t packed = known[device].load(std::memory_order_relaxed);
   if (packed == 0) {
@@ -161,7 +162,7 @@ Device this_device() {
     known[device].store(packed, std::memory_order_relaxed);
   }
   return {(packed & 2u) != 0, (packed & 4u) != 0, (packed & 8u) != 0,
-          static_cast<int>(packed >> 4 & 0xfffffffu), static_cast<uint32_t>(packed >> 32)};
+          static_cast<int>(packed >> 4 & 0xfffffffu), static_cast<uint32_t>(packed >> 32), device};
 }
 #endif
 
@@ -172,13 +173,10 @@ cudaError_t allow_shared(Kernel kernel, std::atomic<uint64_t>& allowed, const De
   static_cast<void>(kernel), static_cast<void>(allowed), static_cast<void>(device);
   return cudaSuccess;
 #else
-  int current = 0;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error != cudaSuccess) return error;
-  const uint64_t bit = current < 64 ? uint64_t{1} << current : 0;
+  const uint64_t bit = device.number >= 0 && device.number < 64 ? uint64_t{1} << device.number : 0;
   if ((allowed.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
   cudaFuncAttributes code{};
-  error = cudaFuncGetAttributes(&code, kernel);
+  cudaError_t error = cudaFuncGetAttributes(&code, kernel);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(device.shared_bytes - code.sharedSizeBytes));

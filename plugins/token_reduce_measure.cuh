@@ -64,50 +64,29 @@ __device__ inline const __half* metric_of(const Params& p, const Scratch& w, int
   return w.metric + product(sample, patch_tokens(p), 32 * matrix_steps(p.head_dim));
 }
 
-// --- The kernel --------------------------------------------------------------------------------------
+// --- The keys --------------------------------------------------------------------------------------
 
-// kLanes neighbouring lanes take one token, each 8 columns of every head: the sum over heads needs
-// no exchange between lanes, and one head's key is one line of memory. Grid: tiles of
-// kThreads / kLanes tokens of each sample. Shared memory: the class token's query, float32; of every
-// head first the columns 0-3, 8-11, ... and then the others, so that neighbouring lanes read
-// neighbouring 16 bytes.
-template <typename T, int kLanes>
-__global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qkv, const T* size,
-                                                           Scratch w) {
-  JMP_DYNAMIC_SHARED(shared);
+// One pass over the keys of tokens `begin` to `end`: logits of the class token, to `logits` [H, N],
+// and unit vectors of the head-mean keys, hi to `unit(patch)` and lo `low` bytes behind it. kLanes
+// neighbouring lanes take one token, each 8 columns of every head: the sum over heads needs no
+// exchange between lanes, and one head's key is one line of memory. With kAhead the loads of the next
+// round are under way while one is worked on: for blocks that take many tokens, since it takes
+// registers. `query`: shared memory for H*d numbers.
+template <typename T, int kLanes, bool kAhead, typename Unit>
+__device__ inline void measure_tokens(const Params& p, const T* qkv, const T* size, int sample,
+                                      int begin, int end, float* query, float* logits, int low,
+                                      Unit unit) {
   constexpr int kTokens = kThreads / kLanes;
   constexpr int kLoads = static_cast<int>(8 * sizeof(T) / 16);
-  constexpr int kBatch = kLanes < 8 ? 4 : 6 / kLoads;  // heads whose loads are under way at once
-  float* query = reinterpret_cast<float*>(shared);
-  const int tiles = static_cast<int>(divide_up(p.tokens, kTokens));
-  const int sample = static_cast<int>(blockIdx.x) / tiles;
-  const int token =
-      static_cast<int>(blockIdx.x) % tiles * kTokens + static_cast<int>(threadIdx.x) / kLanes;
-  const int part = static_cast<int>(threadIdx.x) % kLanes;
-  let_next_start();
-
-  const T* row = query_of(p, qkv, sample, 0, 0);
-  const int inner = p.num_heads * p.head_dim;
-  for (int c = static_cast<int>(threadIdx.x) * kPerLoad<T>; c < inner; c += kThreads * kPerLoad<T>) {
-    float values[kPerLoad<T>];
-    unpack<T>(load_16(row + c), values);
-    const int column = c % p.head_dim;
-    float* const to = query + (c - column) + column / 8 * 4;
-    JMP_UNROLL
-    for (int i = 0; i < kPerLoad<T>; i += 4) {
-      store_16(to + (column + i) % 8 / 4 * (p.head_dim / 2), pack<float>(values + i));
-    }
-  }
-  __syncthreads();
-
-  const bool there = token < p.tokens;
-  const bool here = there && part * 8 < p.head_dim;  // lanes may outnumber the columns
-  const T* keys = key_of(p, qkv, sample, here ? token : 0, 0) + (here ? part * 8 : 0);
-  const float log_size =
-      p.proportional && there ? logf(to_float(size_of(p, size, sample, token))) : 0.0f;
-  float mean[8] = {};
-  for (int first = 0; first < p.num_heads; first += kBatch) {
-    uint4 raw[kBatch][kLoads];
+  // Heads whose loads are under way at once. A lane keeps one logit of them.
+  constexpr int kBatch = kLanes < 8 && kLoads == 1 ? 4 : 6 / kLoads;
+  const int me = static_cast<int>(threadIdx.x);
+  const int part = me % kLanes;
+  const bool column = part * 8 < p.head_dim;  // lanes may outnumber the columns
+  uint4 raw[kBatch][kLoads];
+  const auto fetch = [&](int token, int first) {
+    const bool here = column && token < end;
+    const T* keys = key_of(p, qkv, sample, here ? token : 0, 0) + (here ? part * 8 : 0);
     JMP_UNROLL
     for (int u = 0; u < kBatch; ++u) {
       JMP_UNROLL
@@ -118,54 +97,108 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qk
         }
       }
     }
-    float logit = 0.0f;  // of head first + part
+  };
+  if (kAhead) fetch(begin + me / kLanes, 0);
+
+  // The class token's query: of every head first the columns 0-3, 8-11, ... and then the others, so
+  // that neighbouring lanes read neighbouring 16 bytes.
+  const T* row = query_of(p, qkv, sample, 0, 0);
+  const int inner = p.num_heads * p.head_dim;
+  JMP_NO_UNROLL
+  for (int c = me * kPerLoad<T>; c < inner; c += kThreads * kPerLoad<T>) {
+    float values[kPerLoad<T>];
+    unpack<T>(load_16(row + c), values);
+    const int of_head = c % p.head_dim;
+    float* const to = query + (c - of_head) + of_head / 8 * 4;
     JMP_UNROLL
-    for (int u = 0; u < kBatch; ++u) {
-      float dot = 0.0f;
-      if (here && first + u < p.num_heads) {
-        const float* at = query + (first + u) * p.head_dim + part * 4;
-        float q[8];
-        unpack<float>(load_16(at), q);
-        unpack<float>(load_16(at + p.head_dim / 2), q + 4);
-        float values[8];
-        JMP_UNROLL
-        for (int l = 0; l < kLoads; ++l) unpack<T>(raw[u][l], values + l * kPerLoad<T>);
-        JMP_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          dot += q[i] * values[i];
-          mean[i] += values[i];
-        }
-      }
-      dot = sum_lanes<kLanes>(dot);
-      if (part == u) logit = dot;
-    }
-    if (part < kBatch && first + part < p.num_heads && there && asks_one_row(p)) {
-      w.logits[(product(sample, p.num_heads) + first + part) * p.tokens + token] =
-          p.scale * logit + log_size;
+    for (int i = 0; i < kPerLoad<T>; i += 4) {
+      store_16(to + (of_head + i) % 8 / 4 * (p.head_dim / 2), pack<float>(values + i));
     }
   }
+  __syncthreads();
 
   const float share = 1.0f / static_cast<float>(p.num_heads);
-  float squares = 0.0f;
-  JMP_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    mean[i] *= share;
-    squares += mean[i] * mean[i];
+  for (int base = begin; base < end; base += kTokens) {  // the whole block
+    const int token = base + me / kLanes;
+    const bool there = token < end;
+    const bool here = there && column;
+    const float log_size =
+        p.proportional && there ? logf(to_float(size_of(p, size, sample, token))) : 0.0f;
+    float mean[8] = {};
+    for (int first = 0; first < p.num_heads; first += kBatch) {
+      if (!kAhead) fetch(token, first);
+      uint4 now[kBatch][kLoads];
+      memcpy(now, raw, sizeof raw);
+      const bool last = first + kBatch >= p.num_heads;
+      if (kAhead) fetch(last ? token + kTokens : token, last ? 0 : first + kBatch);
+      float logit = 0.0f;  // of head first + part
+      JMP_UNROLL
+      for (int u = 0; u < kBatch; ++u) {
+        float dot = 0.0f;
+        if (here && first + u < p.num_heads) {
+          const float* at = query + (first + u) * p.head_dim + part * 4;
+          float q[8];
+          unpack<float>(load_16(at), q);
+          unpack<float>(load_16(at + p.head_dim / 2), q + 4);
+          float values[8];
+          JMP_UNROLL
+          for (int l = 0; l < kLoads; ++l) unpack<T>(now[u][l], values + l * kPerLoad<T>);
+          JMP_UNROLL
+          for (int i = 0; i < 8; ++i) {
+            dot += q[i] * values[i];
+            mean[i] += values[i];
+          }
+        }
+        dot = sum_lanes<kLanes>(dot);
+        if (part == u) logit = dot;
+      }
+      if (part < kBatch && first + part < p.num_heads && there && asks_one_row(p)) {
+        logits[(first + part) * p.tokens + token] = p.scale * logit + log_size;
+      }
+    }
+    float squares = 0.0f;
+    JMP_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      mean[i] *= share;
+      squares += mean[i] * mean[i];
+    }
+    const float inverse = 1.0f / fmaxf(sqrtf(sum_lanes<kLanes>(squares)), 1e-12f);
+    if (!there || token < p.num_prefix || part * 16 >= low) continue;
+    float lost[8];
+    JMP_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      mean[i] *= inverse;
+      lost[i] = mean[i] - __half2float(__float2half_rn(mean[i]));
+    }
+    char* const to = unit(token - p.num_prefix) + part * 16;
+    store_16(to, pack<__half>(mean));
+    store_16(to + low, pack<__half>(lost));
   }
-  const float inverse = 1.0f / fmaxf(sqrtf(sum_lanes<kLanes>(squares)), 1e-12f);
+}
+
+// Grid: tiles of kThreads / kLanes tokens of each sample.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qkv, const T* size,
+                                                           Scratch w) {
+  JMP_DYNAMIC_SHARED(shared);
+  constexpr int kTokens = kThreads / kLanes;
+  const int tiles = static_cast<int>(divide_up(p.tokens, kTokens));
+  const int sample = static_cast<int>(blockIdx.x) / tiles;
+  const int begin = static_cast<int>(blockIdx.x) % tiles * kTokens;
+  const int end = begin + kTokens < p.tokens ? begin + kTokens : p.tokens;
+  let_next_start();
+  if (p.selection == JMP_DISTINCT) {
+    for (int t = begin + static_cast<int>(threadIdx.x); t < end; t += kThreads) {
+      if (t >= p.num_prefix) w.redundancy[product(sample, patch_tokens(p)) + t - p.num_prefix] = 0u;
+    }
+  }
   const int width = 16 * matrix_steps(p.head_dim);
-  if (token < p.num_prefix || !there || part * 8 >= width) return;
-  float lost[8];
-  JMP_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    mean[i] *= inverse;
-    lost[i] = mean[i] - __half2float(__float2half_rn(mean[i]));
-  }
-  const int64_t at = product(sample, patch_tokens(p)) + token - p.num_prefix;
-  __half* out = w.metric + at * 2 * width + part * 8;
-  store_16(out, pack<__half>(mean));
-  store_16(out + width, pack<__half>(lost));
-  if (p.selection == JMP_DISTINCT && part == 0) w.redundancy[at] = 0u;
+  __half* const metric = w.metric + product(sample, patch_tokens(p), 2 * width);
+  measure_tokens<T, kLanes, false>(p, qkv, size, sample, begin, end, reinterpret_cast<float*>(shared),
+                            w.logits + product(sample, p.num_heads, p.tokens), 2 * width,
+                            [=](int patch) {
+                              return reinterpret_cast<char*>(metric + product(patch, 2 * width));
+                            });
 }
 
 // --- Softmax, by every block that needs it -------------------------------------------------------------

@@ -155,112 +155,6 @@ __device__ inline void my_units(int units, int* from, int* to) {
   *to = units * (warp_index() + 1) / kWarps;
 }
 
-// --- Step 1 --------------------------------------------------------------------------------------
-
-// Logits of the class token and unit vectors of the head-mean keys, as in measure_kernel, for tokens
-// `begin` to `end`. The loads of the next round are under way while one is worked on.
-template <typename T, typename Unit>
-__device__ inline void measure_tokens(const Params& p, const T* qkv, const T* size, int sample,
-                                      int begin, int end, float* query, float* logits, Unit unit) {
-  constexpr int kLanes = 2 * kResidentSteps;
-  constexpr int kTokens = kThreads / kLanes;
-  constexpr int kLoads = static_cast<int>(8 * sizeof(T) / 16);
-  constexpr int kBatch = 6 / kLoads;  // heads whose loads are under way at once
-  const int me = static_cast<int>(threadIdx.x);
-  const int part = me % kLanes;
-  const bool column = part * 8 < p.head_dim;  // lanes may outnumber the columns
-  uint4 raw[kBatch][kLoads];
-  const auto fetch = [&](int token, int first) {
-    const bool here = column && token < end;
-    const T* keys = key_of(p, qkv, sample, here ? token : 0, 0) + (here ? part * 8 : 0);
-    JMP_UNROLL
-    for (int u = 0; u < kBatch; ++u) {
-      JMP_UNROLL
-      for (int l = 0; l < kLoads; ++l) {
-        raw[u][l] = uint4{0u, 0u, 0u, 0u};
-        if (here && first + u < p.num_heads) {
-          raw[u][l] = load_16(keys + (first + u) * p.head_dim + l * kPerLoad<T>);
-        }
-      }
-    }
-  };
-  fetch(begin + me / kLanes, 0);
-
-  // The class token's query: of every head first the columns 0-3, 8-11, ... and then the others, so
-  // that neighbouring lanes read neighbouring 16 bytes.
-  const T* row = query_of(p, qkv, sample, 0, 0);
-  const int inner = p.num_heads * p.head_dim;
-  JMP_NO_UNROLL
-  for (int c = me * kPerLoad<T>; c < inner; c += kThreads * kPerLoad<T>) {
-    float values[kPerLoad<T>];
-    unpack<T>(load_16(row + c), values);
-    const int of_head = c % p.head_dim;
-    float* const to = query + (c - of_head) + of_head / 8 * 4;
-    JMP_UNROLL
-    for (int i = 0; i < kPerLoad<T>; i += 4) {
-      store_16(to + (of_head + i) % 8 / 4 * (p.head_dim / 2), pack<float>(values + i));
-    }
-  }
-  __syncthreads();
-
-  const float share = 1.0f / static_cast<float>(p.num_heads);
-  for (int base = begin; base < end; base += kTokens) {  // the whole block
-    const int token = base + me / kLanes;
-    const bool there = token < end;
-    const bool here = there && column;
-    const float log_size =
-        p.proportional && there ? logf(to_float(size_of(p, size, sample, token))) : 0.0f;
-    float mean[8] = {};
-    for (int first = 0; first < p.num_heads; first += kBatch) {
-      uint4 now[kBatch][kLoads];
-      memcpy(now, raw, sizeof raw);
-      const bool last = first + kBatch >= p.num_heads;
-      fetch(last ? token + kTokens : token, last ? 0 : first + kBatch);
-      float logit = 0.0f;  // of head first + part
-      JMP_UNROLL
-      for (int u = 0; u < kBatch; ++u) {
-        float dot = 0.0f;
-        if (here && first + u < p.num_heads) {
-          const float* at = query + (first + u) * p.head_dim + part * 4;
-          float q[8];
-          unpack<float>(load_16(at), q);
-          unpack<float>(load_16(at + p.head_dim / 2), q + 4);
-          float values[8];
-          JMP_UNROLL
-          for (int l = 0; l < kLoads; ++l) unpack<T>(now[u][l], values + l * kPerLoad<T>);
-          JMP_UNROLL
-          for (int i = 0; i < 8; ++i) {
-            dot += q[i] * values[i];
-            mean[i] += values[i];
-          }
-        }
-        dot = sum_lanes<kLanes>(dot);
-        if (part == u) logit = dot;
-      }
-      if (part < kBatch && first + part < p.num_heads && there && asks_one_row(p)) {
-        logits[(first + part) * p.tokens + token] = p.scale * logit + log_size;
-      }
-    }
-    float squares = 0.0f;
-    JMP_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      mean[i] *= share;
-      squares += mean[i] * mean[i];
-    }
-    const float inverse = 1.0f / fmaxf(sqrtf(sum_lanes<kLanes>(squares)), 1e-12f);
-    if (!there || token < p.num_prefix) continue;
-    float lost[8];
-    JMP_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      mean[i] *= inverse;
-      lost[i] = mean[i] - __half2float(__float2half_rn(mean[i]));
-    }
-    char* const to = unit(token - p.num_prefix) + part * 16;
-    store_16(to, pack<__half>(mean));
-    store_16(to + 32 * kResidentSteps, pack<__half>(lost));
-  }
-}
-
 // --- Step 4 --------------------------------------------------------------------------------------
 
 // Rows of x for outputs that take no content in: bit for bit, one warp each, some at a time so that
@@ -300,105 +194,6 @@ __device__ inline void copy_outputs(const Params& p, const T* x, int sample, int
           }
         }
       }
-    }
-  }
-}
-
-// The output of `slot`, which takes others in. `source`: of every other token index | slot << 16,
-// ascending; with kFar, a pruned one. By a whole warp.
-template <typename T>
-__device__ inline void mix_output(const Params& p, const T* x, const T* sizes, int sample, int self,
-                                  int slot, const uint32_t* source, int rest, T* y, T* out_size,
-                                  T* log_size) {
-  constexpr int kPieces = 2;
-  constexpr int kAhead = 3;  // rows whose loads are under way at once
-  const int pieces = p.channels / kPerLoad<T>;
-  const T* const from = x + token_row(p, sample, p.num_prefix) * p.channels;
-  const int64_t out = product(sample, p.num_prefix + p.num_keep) + p.num_prefix + slot;
-  const bool mixes = p.merge_weight != 0.0f;  // else only the size grows
-  JMP_NO_UNROLL
-  for (int base = lane_index(); base < pieces + lane_index(); base += kPieces * kWarpSize) {
-    float sums[kPieces][kPerLoad<T>];
-    JMP_UNROLL
-    for (int k = 0; k < kPieces; ++k) {
-      JMP_UNROLL
-      for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] = 0.0f;
-    }
-    // Its own token first, then what it takes in.
-    int rows[kAhead] = {self};
-    int count = 1;
-    bool is_own = true;
-    float own_size = 0.0f;
-    float taken_in = 0.0f;  // sizes
-    const auto add_rows = [&] {
-      uint4 raw[kAhead][kPieces];
-      float weights[kAhead];
-      JMP_UNROLL
-      for (int u = 0; u < kAhead; ++u) {
-        weights[u] = u < count ? to_float(sizes[p.num_prefix + rows[u]]) : 0.0f;
-        JMP_UNROLL
-        for (int k = 0; k < kPieces; ++k) {
-          raw[u][k] = uint4{0u, 0u, 0u, 0u};
-          const int piece = base + k * kWarpSize;
-          if (mixes && u < count && piece < pieces) {
-            raw[u][k] = load_16(from + product(rows[u], p.channels) + piece * kPerLoad<T>);
-          }
-        }
-      }
-      JMP_UNROLL
-      for (int u = 0; u < kAhead; ++u) {
-        if (u >= count) break;
-        if (is_own) {
-          is_own = false;
-          own_size = weights[u];
-        } else {
-          taken_in += weights[u];
-          weights[u] *= p.merge_weight;
-        }
-        JMP_UNROLL
-        for (int k = 0; k < kPieces; ++k) {
-          float values[kPerLoad<T>];
-          unpack<T>(raw[u][k], values);
-          JMP_UNROLL
-          for (int i = 0; i < kPerLoad<T>; ++i) sums[k][i] += weights[u] * values[i];
-        }
-      }
-      count = 0;
-    };
-    JMP_NO_UNROLL
-    for (int first = 0; first < rest; first += kWarpSize) {
-      const int mine = first + lane_index();
-      const uint32_t word = mine < rest ? source[mine] : kNobody << 16;
-      unsigned hits = __ballot_sync(kAll, word >> 16 == static_cast<uint32_t>(slot));
-      JMP_NO_UNROLL
-      while (hits != 0u) {
-        const int lane = __ffs(static_cast<int>(hits)) - 1;
-        hits &= hits - 1u;
-        const int token = static_cast<int>(__shfl_sync(kAll, word, lane) & 0xffffu);
-        JMP_UNROLL
-        for (int u = 0; u < kAhead; ++u) rows[u] = u == count ? token : rows[u];
-        if (++count == kAhead) add_rows();
-      }
-    }
-    if (count != 0) add_rows();
-    const float content = own_size + p.merge_weight * taken_in;
-    const float inverse = 1.0f / content;
-    const bool tiny = inverse > FLT_MAX;  // content is 1e-40, say
-    JMP_UNROLL
-    for (int k = 0; k < kPieces; ++k) {
-      JMP_UNROLL
-      for (int i = 0; i < kPerLoad<T>; ++i) {
-        sums[k][i] *= tiny ? 1e20f : inverse;
-        if (tiny) sums[k][i] *= 1.0f / (1e20f * content);
-      }
-      const int piece = base + k * kWarpSize;
-      if (mixes && piece < pieces) {
-        store_16(y + out * p.channels + piece * kPerLoad<T>, pack<T>(sums[k]));
-      }
-    }
-    if (base == 0) {  // the first lane
-      out_size[out] = from_float<T>(own_size + taken_in);
-      log_size[out] = from_float<T>(logf(own_size + taken_in));
     }
   }
 }
@@ -458,13 +253,12 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
     const int share = static_cast<int>(divide_up(p.tokens, groups));
     const int begin = group * share;
     const int end = begin + share < p.tokens ? begin + share : p.tokens;
-    measure_tokens<T>(p, qkv, size, sample, begin, end,
-                              reinterpret_cast<float*>(shared + at.query),
-                              kOwn ? logits : their_logits, [=](int patch) {
-                                return kOwn ? rows + patch * kStride<kResidentSteps>
-                                            : reinterpret_cast<char*>(their_rows +
-                                                                      patch * kPieces * 8);
-                              });
+    measure_tokens<T, 2 * kResidentSteps, true>(
+        p, qkv, size, sample, begin, end, reinterpret_cast<float*>(shared + at.query),
+        kOwn ? logits : their_logits, 32 * kResidentSteps, [=](int patch) {
+          return kOwn ? rows + patch * kStride<kResidentSteps>
+                      : reinterpret_cast<char*>(their_rows + patch * kPieces * 8);
+        });
     if constexpr (kDo == kCluster) {
       // x is read last, and comes into the second level cache meanwhile. Not where the device is
       // full: its memory is what such a batch waits for, and other lines would have to go.

@@ -41,6 +41,7 @@ MEANT: dict[str, tuple[str, ...]] = {
     "rate_kernel": (MATRIX, COPY),
     "match_kernel": (MATRIX, COPY),
     "merge_kernel": (WIDE_LOAD, WIDE_STORE),
+    "attention_kernel": (MATRIX, ROWS),
     "resident_kernel": (),
 }
 # Of resident_kernel by its last argument: a step, all of them in one block, or in a cluster. The
