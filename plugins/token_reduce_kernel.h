@@ -47,8 +47,8 @@ int jmp_token_reduce_check_attributes(const JmpTokenReduceParams* params, char* 
 int jmp_token_reduce_check(const JmpTokenReduceParams* params, char* message, size_t message_size);
 
 // 0 if the tuned kernels take `params`; else the plain ones run, many times slower, and `message`
-// says why. Tuned: importance by the class row, head_dim a multiple of 8 up to 128, at most 64 heads
-// and 8192 columns of keys, at most 2048 patch tokens, rows of x and qkv of whole 16 bytes.
+// says why. Tuned: head_dim a multiple of 8 up to 128, at most 64 heads and 8192 columns of keys, at
+// most 2048 patch tokens, rows of x and qkv of whole 16 bytes.
 int jmp_token_reduce_check_tuned(const JmpTokenReduceParams* params, char* message,
                                  size_t message_size);
 int jmp_token_reduce_is_tuned(const JmpTokenReduceParams* params);  // 1 or 0, without the reason
