@@ -8,43 +8,32 @@ defaults of the timm name. What was taken from where is said (`Weights.notes`).
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import importlib
-import logging
-import socket
 import sys
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from ..core.artifact import Artifact, Weights
 from ..core.classes import SYNSET, LabelOrder, of_json, read_labels
 from ..core.errors import ModelError, WeightsError, one_line
-from ..core.files import parse_json, sha256, size_of
+from ..core.files import sha256
 from ..core.images import Preprocess
 from ..core.outputs import DENSE
 from . import checkpoint
+from .sources import HUB, Source, source_of
+from .timm_model import Size, create, fill, offline_unless_reachable, why
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-Size = int | tuple[int, int]
-"""Pixels: of a square, or (height, width)."""
-HUB, FOLDER = "hf-hub:", "local-dir:"
 IMAGENET = "imagenet"
 """In place of a file of class names: those of ImageNet-1k."""
 PREPROCESSING = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 TRAINED_ONLY = ("drop_rate", "drop_path_rate", "pretrained", "dynamic_img_size", "checkpoint_path")
 """Arguments of timm that mean nothing to a model that is deployed at one size."""
-NORM_EPS = "layer_norm_eps"
-"""Beside timm's arguments: what transformers' config says, 1e-12 for a ViT where timm has 1e-6."""
-TRANSFORMERS = {"vit": "", "deit": "", "dinov2": "", "dinov2_with_registers": ""}
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -104,51 +93,6 @@ class LoadedModel:
     function: str = ""
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What a name leads to.
-
-    Attributes:
-        name: timm's, or "hf-hub:...".
-        size: image size that a short name stands for, if it is not timm's.
-        kwargs, config: arguments of `timm.create_model`, and timm's `pretrained_cfg`, of a folder.
-        file: the folder's weights, or the checkpoint that was named.
-        checkpoint: what is in that checkpoint.
-    """
-
-    name: str
-    size: int | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    file: Path | None = None
-    checkpoint: checkpoint.Checkpoint | None = None
-
-
-def resolve_name(name: str) -> tuple[str, int | None]:
-    """A short or timm name to (timm name, default image size).
-
-    Raises:
-        ModelError: unknown name or tag; the hint has near matches.
-    """
-    import timm
-
-    from .families import SHORT_NAMES
-
-    if name in SHORT_NAMES:
-        return SHORT_NAMES[name]
-    plain, _, tag = name.removeprefix("timm/").partition(".")
-    if timm.is_model(plain):
-        known = [full.partition(".")[2] for full in timm.models.get_arch_pretrained_cfgs(plain)]
-        if tag and tag not in known:
-            tags = ", ".join(filter(None, known)) or "none"
-            raise ModelError(f"{plain} has no weights with the tag {tag!r}", f"its tags: {tags}")
-        return name.removeprefix("timm/"), None
-    known = [*SHORT_NAMES, *timm.list_models()]
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"short names: {', '.join(SHORT_NAMES)}"
-    raise ModelError(f"unknown model {name!r}", hint)
-
-
 def load_model(
     name: str | nn.Module,
     weights: str = "auto",
@@ -178,7 +122,7 @@ def load_model(
     if own.function or not isinstance(name, str):
         return _from_python(name, img_size, own)
     of_its_own = weights in ("auto", "pretrained")
-    source = _source_of(name, own.weights_key if of_its_own else None)
+    source = source_of(name, own.weights_key if of_its_own else None)
     path = source.file
     if not of_its_own:
         path = None if weights == "random" else Path(weights)
@@ -258,116 +202,6 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# --- what a name leads to ------------------------------------------------------------------------
-
-
-def _source_of(name: str, weights_key: str | None = None) -> _Source:
-    if name.startswith(HUB):
-        return _Source(name)
-    if name.startswith(FOLDER):
-        return _of_folder(Path(name.removeprefix(FOLDER)))
-    path = Path(name)
-    if path.is_dir() and (path / "config.json").is_file():
-        return _of_folder(path)
-    if path.suffix in checkpoint.SUFFIXES and path.is_file():
-        from .families import roots
-
-        found = checkpoint.read(path, roots, weights_key)
-        if found.architecture is None:
-            raise ModelError(
-                f"{path} does not say which model it is of",
-                f"name it: build MODEL --weights {path}",
-            )
-        return replace(_source_of(found.architecture), file=path, checkpoint=found)
-    return _Source(*resolve_name(name))
-
-
-def _of_folder(folder: Path) -> _Source:
-    """A folder that timm's or transformers' `save_pretrained` made."""
-    path = folder / "config.json"
-    try:
-        config = _read_config(path)
-        file = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
-        if file is None:
-            raise ModelError(
-                f"{folder} has none of {', '.join(MODEL_FILES)}",
-                "weights in several files are not read: save the model in one",
-            )
-        if "model_type" in config:
-            return _of_transformers(folder, config, file)
-        from timm.models._hub import load_model_config_from_path
-
-        settings, architecture, kwargs = load_model_config_from_path(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"cannot read {path}: {one_line(error) or type(error).__name__}",
-            "expected a folder with config.json and model.safetensors, as timm's save_for_hf or "
-            "transformers' save_pretrained write it",
-        ) from error
-    name, size = resolve_name(architecture)
-    return _Source(name, size, dict(kwargs or {}), dict(settings), file)
-
-
-def _read_config(path: Path) -> Any:
-    """A JSON object; raises OSError or ValueError."""
-    size_of(path)  # of a file, not of a pipe
-    return parse_json(path.read_bytes(), dict[str, Any])
-
-
-def _of_transformers(folder: Path, config: dict[str, Any], file: Path) -> _Source:
-    """A ViT, DeiT or DINOv2 of transformers as a timm model of its sizes."""
-    kind = config["model_type"]
-    if kind not in TRANSFORMERS:
-        raise ModelError(
-            f"{folder} holds a model of transformers' type {kind!r}",
-            f"supported: {', '.join(TRANSFORMERS)}",
-        )
-    if config.get("hidden_act", "gelu") != "gelu" or config.get("use_swiglu_ffn"):
-        raise ModelError(f"{folder}: only MLPs with gelu are supported, not what its config says")
-    if any("WithTeacher" in str(name) for name in config.get("architectures") or ()):
-        raise ModelError(
-            f"{folder} holds a distilled DeiT with two classifiers in transformers' form, which is "
-            "not supported",
-            "timm has those weights: build deit_s_distilled",
-        )
-    width, dino = config["hidden_size"], kind.startswith("dinov2")
-    size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(width, "base")
-    known = width != 192
-    name = f"vit_{size}_patch14_dinov2" if dino and known else f"vit_{size}_patch16_224"
-    if kind == "dinov2_with_registers":
-        name = f"vit_{size}_patch14_reg4_dinov2"
-    kwargs = {
-        "embed_dim": width,
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "mlp_ratio": config.get("mlp_ratio") or config["intermediate_size"] / width,
-        "patch_size": config["patch_size"],
-        "qkv_bias": config.get("qkv_bias", True),
-        NORM_EPS: config.get(NORM_EPS, 1e-6 if dino else 1e-12),
-    }
-    images = folder / "preprocessor_config.json"
-    settings: dict[str, Any] = {"label_names": config.get("id2label")}
-    if settings["label_names"] and "LABEL_0" in settings["label_names"].values():
-        settings["label_names"] = None  # transformers' own words for "not known"
-    side = config["image_size"]
-    settings["input_size"] = (
-        config.get("num_channels", 3),
-        *((side, side) if isinstance(side, int) else side),
-    )
-    if images.is_file():
-        found = _read_config(images)
-        settings["mean"], settings["std"] = found.get("image_mean"), found.get("image_std")
-        settings["interpolation"] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(
-            found.get("resample")
-        )
-        crop, scaled = found.get("crop_size"), found.get("size") or {}
-        if found.get("do_center_crop") and crop and "shortest_edge" in scaled:
-            settings["crop_pct"] = crop["height"] / scaled["shortest_edge"]
-        else:  # to the size itself, whatever the aspect
-            settings["crop_pct"], settings["crop_mode"] = 1.0, "squash"
-    return _Source(name, None, kwargs, settings, file)
-
-
 # --- the model -----------------------------------------------------------------------------------
 
 
@@ -382,7 +216,7 @@ def _refuse_early(timm_name: str, size: Size | None, settings: Mapping[str, Any]
     from .families import family_of
 
     with torch.device("meta"):
-        model = _create(timm_name, size, **settings)
+        model = create(timm_name, size, **settings)
     patch = family_of(model).patch_embed(model).patch_size
     for side, pixels in zip(_pair(size) if size else (), patch, strict=False):
         if side % pixels:
@@ -399,40 +233,6 @@ def _pair(size: Size) -> tuple[int, int]:
     return height, width
 
 
-def _create(timm_name: str, size: Size | None, **options: Any) -> nn.Module:
-    import timm
-    from torch import nn
-
-    if size is not None:
-        options["img_size"] = size
-    eps = options.pop(NORM_EPS, None)
-    try:
-        with _quiet_timm():
-            model = timm.create_model(timm_name, **options)
-    except TypeError as error:
-        # CNNs take no img_size
-        what = "image size" if set(options) <= {"img_size", "pretrained"} else "such settings"
-        raise ModelError(
-            f"{timm_name} takes no {what}: {one_line(error)}",
-            "leave out --img-size" if what == "image size" else "look at --model-kwargs",
-        ) from error
-    except (AssertionError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(
-            f"{timm_name} cannot be made with {_words(options)}: {one_line(error)}"
-        ) from error
-    if eps is not None:
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = float(eps)
-    return model
-
-
-def _words(options: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{'image size' if name == 'img_size' else name} {value}" for name, value in options.items()
-    )
-
-
 def _random(
     timm_name: str, size: Size | None, seed: int, settings: Mapping[str, Any]
 ) -> tuple[nn.Module, Weights]:
@@ -440,7 +240,7 @@ def _random(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _create(timm_name, size, **settings), Weights("random", seed=seed)
+        return create(timm_name, size, **settings), Weights("random", seed=seed)
 
 
 def _pretrained(
@@ -451,14 +251,14 @@ def _pretrained(
     # Errors of the hub, of HTTP and of the file system, and timm's for a model without weights.
     trouble = (OSError, RuntimeError, huggingface_hub.errors.EntryNotFoundError)
     try:
-        with _offline_unless_reachable():
-            model = _create(timm_name, size, pretrained=True, **settings)
+        with offline_unless_reachable():
+            model = create(timm_name, size, pretrained=True, **settings)
     except trouble as error:
         if fall_back:
             model, origin = _random(timm_name, size, seed, settings)
-            return model, replace(origin, fallback_for="pretrained", reason=_why(error))
+            return model, replace(origin, fallback_for="pretrained", reason=why(error))
         raise WeightsError(
-            f"no pretrained weights for {timm_name}: {_why(error)}",
+            f"no pretrained weights for {timm_name}: {why(error)}",
             "pass --weights FILE.safetensors, connect to the hub, or use --weights random "
             "(for timing only)",
         ) from error
@@ -469,7 +269,7 @@ def _pretrained(
     return model, Weights("pretrained", source=source, tag=config.get("tag", ""))
 
 
-def _from_file(source: _Source, path: Path, img_size: Size | None, own: OwnModel) -> LoadedModel:
+def _from_file(source: Source, path: Path, img_size: Size | None, own: OwnModel) -> LoadedModel:
     from .families import family_of, roots
 
     found = source.checkpoint
@@ -510,8 +310,8 @@ def _from_file(source: _Source, path: Path, img_size: Size | None, own: OwnModel
         notes.append(f"the file itself says that it is of {found.architecture}")
     settings = {**asked, **shapes, **own.kwargs}
     _refuse_early(source.name, size, settings)
-    model = _create(source.name, size, **settings)
-    _fill(model, state, path, source.name)
+    model = create(source.name, size, **settings)
+    fill(model, state, path, source.name)
     origin = Weights(
         "file",
         path=str(path.resolve()),
@@ -545,51 +345,6 @@ def _told_size(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> tuple[i
     return None
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
-    """Loads a state with timm's names, or says in one message what does not fit."""
-    import torch
-
-    state, own = _fit(model, state), model.state_dict()
-    if "head.bias" in own and "head.bias" not in state and "head.weight" in state:
-        state["head.bias"] = torch.zeros_like(own["head.bias"])
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    both = [key for key in own if key in state]
-    shapes = [
-        f"{key} {list(state[key].shape)} for {list(own[key].shape)}"
-        for key in both
-        if state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (
-            ("missing keys", missing),
-            ("unexpected keys", unexpected),
-            ("keys of another shape", shapes),
-        )
-        if keys
-    ]
-    if problems:
-        raise WeightsError(
-            f"{path} does not fit {name}: {'; '.join(problems)}",
-            "is it a checkpoint of this model? `inspect FILE` shows what is in it; a model of your "
-            "own code goes in with --from package.module:function",
-        )
-    for key in both:
-        if own[key].is_floating_point() and not _is_number(state[key]):
-            raise WeightsError(
-                f"{path} holds {str(state[key].dtype).removeprefix('torch.')} values in {key}, "
-                "which are no weights as they are trained",
-                "save the weights in float32, float16 or bfloat16, before they are quantized",
-            )
-    model.load_state_dict(state)
-
-
-def _is_number(tensor: Tensor) -> bool:
-    """Whether values are what they say: floats, neither quantized nor of 8 bits."""
-    return tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_quantized
-
-
 def _refuse_odd_values(model: nn.Module, name: str) -> None:
     for key, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -621,7 +376,7 @@ def _from_python(name: str | nn.Module, img_size: Size | None, own: OwnModel) ->
     config = getattr(model, "pretrained_cfg", None) or {}
     label = own.function or called
     origin = Weights("python", sha256=weights_digest(model), source=label)
-    source = _Source(str(config.get("architecture") or called), config=dict(config))
+    source = Source(str(config.get("architecture") or called), config=dict(config))
     return _loaded(model, source, origin, {}, own, {})
 
 
@@ -648,7 +403,7 @@ def _call(spec: str) -> Any:
 
 def _loaded(
     model: nn.Module,
-    source: _Source,
+    source: Source,
     origin: Weights,
     settings: Mapping[str, Any],
     own: OwnModel,
@@ -693,17 +448,6 @@ def _source(origin: Weights) -> str:
     return str(origin.path)
 
 
-def _fit(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state in the model's terms; as it is where timm cannot make sense of it."""
-    from .families import family_of
-
-    try:
-        with _quiet_timm():
-            return family_of(model).fit_checkpoint(model, state)
-    except Exception:  # timm's code trusts what it is given
-        return state  # what does not fit is named by its keys and shapes
-
-
 def _preprocess(model: nn.Module, said: Mapping[str, Any]) -> Preprocess:
     """Preprocessing by what was said of it, and for the rest by the timm name."""
     from timm.data import resolve_data_config
@@ -725,7 +469,7 @@ def _preprocess(model: nn.Module, said: Mapping[str, Any]) -> Preprocess:
 
 def _classes(
     model: nn.Module,
-    source: _Source,
+    source: Source,
     origin: Weights,
     own: OwnModel,
     trainer: Mapping[str, Any],
@@ -782,54 +526,3 @@ def _imagenet() -> tuple[tuple[str, ...], tuple[str, ...]]:
     info = ImageNetInfo("imagenet-1k")
     names = tuple(info.index_to_description(index) for index in range(1000))
     return names, tuple(info.label_names())
-
-
-@contextmanager
-def _offline_unless_reachable() -> Iterator[None]:
-    """Tells the hub's client to use its cache only where the hub cannot be reached.
-
-    The client itself retries for three quarters of a minute before it gives up.
-    """
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    if not before and not _hub_reachable(constants.ENDPOINT):
-        constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _hub_reachable(endpoint: str, timeout: float = 3.0) -> bool:
-    parts = urlsplit(endpoint)
-    if urllib.request.getproxies().get(parts.scheme):
-        return True  # a direct connection says nothing where a proxy is set: let the client try
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout).close()
-    except OSError:
-        return False
-    return True
-
-
-@contextmanager
-def _quiet_timm() -> Iterator[None]:
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _why(error: BaseException) -> str:
-    """Why pretrained weights could not be had; the hub's own words for "offline" fill a screen."""
-    if type(error).__name__ == "LocalEntryNotFoundError":
-        return "the hub cannot be reached and its cache has none"
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return one_line(error) or type(error).__name__
