@@ -98,6 +98,16 @@ inline bool skips_cluster(int nth) {
   return text != nullptr && atoi(text) == nth;
 }
 
+// JMP_HOST_LOG=FILE: a line for each launch, blocks, threads of one, bytes of dynamic shared memory,
+// blocks of a cluster.
+inline void log_launch(int64_t blocks, int threads, size_t shared_bytes, int cluster) {
+  const char* const path = getenv("JMP_HOST_LOG");
+  FILE* const file = path == nullptr ? nullptr : fopen(path, "a");
+  if (file == nullptr) return;
+  fprintf(file, "%lld %d %zu %d\n", static_cast<long long>(blocks), threads, shared_bytes, cluster);
+  fclose(file);
+}
+
 // 0, 1, ... in the order in which they are to run.
 inline std::vector<int64_t> order_of(int64_t count) {
   std::vector<int64_t> order(static_cast<size_t>(count));
@@ -423,6 +433,7 @@ cudaError_t launch(int64_t blocks, int threads, size_t shared_bytes, const Body&
 #endif
   if (shared_bytes > (99u << 10)) return cudaErrorInvalidValue;  // what the smallest GPUs have
   skipped("", 0);
+  log_launch(blocks, threads, shared_bytes, cluster);
   const auto size = static_cast<unsigned>(threads);
   Cluster together(static_cast<unsigned>(cluster), size, shared_bytes);
   std::vector<Thread> team;
