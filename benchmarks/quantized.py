@@ -5,15 +5,10 @@
     python benchmarks/quantized.py --weights artifacts/weights/dinov2_s.safetensors \
         --cache /tmp/int8 -o benchmarks/results/int8-validation
 
-    # INT8 and FP8 by their recipes, with what each layer costs alone
-    python benchmarks/quantized.py --weights artifacts/weights/dinov2_s.safetensors \
-        --cache /tmp/int8 --precisions FP32,FP16,INT8,FP8 --alone 8 \
-        -o benchmarks/results/fp8-validation
-
-    # INT8 attention too, and what each layer costs alone, dense and with JMP
+    # INT8, with attention too, and FP8 by their recipes, and what each layer costs alone
     python benchmarks/quantized.py --weights artifacts/weights/dinov2_s.safetensors \
         --cache /tmp/int8 --precisions "FP32,FP16,INT8,INT8 attention,FP8" --alone 4 \
-        --calib-images 64 --limit 100 -o benchmarks/results/attention-validation
+        --calib-images 64 --limit 100 -o benchmarks/results/fp8-validation
 
     # does everything run? (random weights: the figures mean nothing)
     python benchmarks/quantized.py --weights random --limit 4 --calib-images 8 --forms dense
@@ -166,7 +161,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if "sensitivity" in row:
                 result["sensitivity"][_key(form, precision)] = row.pop("sensitivity")
             if "alone" in row:
-                result["alone"][_key(form, precision)] = row.pop("alone")
+                result["alone"][f"{form} {precision}"] = row.pop("alone")
             if "calibration" in row:
                 result["calibration"] = row.pop("calibration")
             plain[precision] = {}
