@@ -352,12 +352,13 @@ def print_table(kernels: list[Kernel]) -> None:
             sum(n for name, n in kernel.instructions.items() if name.startswith(start))
             for start in ("", *columns)
         ]
+        blocks = "-" if kernel.blocks is None else kernel.blocks
         loop = kernel.main_loop
         counts.insert(1, loop.instructions if loop else 0)
         cells = [str(n) if kernel.instructions else "-" for n in counts]
         print(
             f"{kernel.arch:5}{kernel.name:31}{kernel.registers:>10}"
-            f"{f'{kernel.shared_bytes}{dynamic}':>13}{'-' if kernel.blocks is None else kernel.blocks:>7}"
+            f"{f'{kernel.shared_bytes}{dynamic}':>13}{blocks:>7}"
             f"{kernel.spill_bytes:>7}{cells[0]:>13}{cells[1]:>6}"
             + "".join(f"{cell:>11}" for cell in cells[2:])
         )

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.plugin.test_kernel_host import (
+    ADDRESS,
     DRIVER,
     KERNEL,
     PLUGINS,
@@ -129,6 +130,19 @@ def test_shared_memory_of_a_block_before_is_gone(toys: Callable[..., list[int]])
     assert toys("leftover") == [7, -1] + [-1] * 6
 
 
+def test_an_overrun_of_static_shared_memory_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.cpp").write_text(
+        '#include "cuda_on_host.h"\n'
+        "static void kernel(int n) { __shared__ int a[8]; int* p = a; p[threadIdx.x + n] = 1; }\n"
+        "int main(int n, char**) { cuda_on_host::launch(2, 8, 0, [=] { kernel(n - 1); }); }\n"
+    )
+    flags = (*ADDRESS, "-DJMP_HOST_THREADS", f"-I{PLUGINS / 'tests'}", "-w", "-Wno-error")
+    program = compile_host(tmp_path / "a", *flags, str(tmp_path / "a.cpp"))
+    for arguments, complaint in (([], ""), (["more"], "global-buffer-overflow")):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True)
+        assert (complaint in done.stderr) and bool(done.returncode) == bool(complaint)
+
+
 def test_kernels_that_count_on_zeros_in_shared_memory_are_noticed(compiled: Compile) -> None:
     fault = "equal_words[word] = equal;", "if (equal != 0u) equal_words[word] = equal;"
     mutant = compiled(fault=("token_reduce_select.cuh", *fault))
@@ -219,10 +233,7 @@ THREADS = ("-DJMP_BLOCK_THREADS=64", "-DJMP_PLAIN_THREADS=8", "-DJMP_TILE_COLUMN
 @pytest.fixture(scope="module", params=["thread", "address"])
 def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A driver with all types and head sizes."""
-    flags = {
-        "thread": ("-fsanitize=thread",),
-        "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    }[request.param]
+    flags = {"thread": ["-fsanitize=thread"], "address": ADDRESS}[request.param]
     output = tmp_path_factory.mktemp("sanitized") / f"driver_{request.param}"
     sources = ("-x", "c++", str(KERNEL), str(DRIVER))
     return compile_host(output, "-O0", *flags, *THREADS, "-DJMP_HOST_THREADS", *sources)
