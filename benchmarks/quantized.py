@@ -5,10 +5,10 @@
     python benchmarks/quantized.py --weights artifacts/weights/dinov2_s.safetensors \
         --cache /tmp/int8 -o benchmarks/results/int8-validation
 
-    # INT8 and FP8 by their recipes, with what each layer costs alone
+    # INT8, with attention too, and FP8 by their recipes, and what each layer costs alone
     python benchmarks/quantized.py --weights artifacts/weights/dinov2_s.safetensors \
-        --cache /tmp/int8 --precisions FP32,FP16,INT8,FP8 --alone 8 \
-        -o benchmarks/results/fp8-validation
+        --cache /tmp/int8 --precisions "FP32,FP16,INT8,INT8 attention,FP8" --alone 4 \
+        --calib-images 64 --limit 100 -o benchmarks/results/fp8-validation
 
     # does everything run? (random weights: the figures mean nothing)
     python benchmarks/quantized.py --weights random --limit 4 --calib-images 8 --forms dense
@@ -17,7 +17,8 @@
     python benchmarks/quantized.py --model deit_s --weights FILE.pth --data-dir val --limit 2000
 
 Precisions: FP32; FP16; INT8 and FP8 as `build --precision int8` and `fp8` make them by the recipe
-of the model's family; either with the layers in FP16 that `--max-drop` measures ("mixed"). All run
+of the model's family; INT8 with `--int8-attention`; each of them with the layers in FP16 that
+`--max-drop` measures ("mixed"). All run
 in ONNX Runtime on the CPU, INT8 and FP8 in their form with FP32 for the rest: the same scales and
 numbers as the product.
 
@@ -54,7 +55,10 @@ if TYPE_CHECKING:
     from jmp_deploy.quantize.formats import Format
 
 FORMS = ("dense", "jmp")
-PRECISIONS = ("FP32", "FP16", "INT8", "INT8 mixed", "FP8", "FP8 mixed")
+PRECISIONS = (
+    *("FP32", "FP16", "INT8", "INT8 mixed", "INT8 attention", "INT8 attention mixed"),
+    *("FP8", "FP8 mixed"),
+)
 DEFAULT = "FP32,FP16,INT8,INT8 mixed"
 BATCH = 8
 
@@ -157,7 +161,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if "sensitivity" in row:
                 result["sensitivity"][_key(form, precision)] = row.pop("sensitivity")
             if "alone" in row:
-                result["alone"][_key(form, precision)] = row.pop("alone")
+                result["alone"][f"{form} {precision}"] = row.pop("alone")
             if "calibration" in row:
                 result["calibration"] = row.pop("calibration")
             plain[precision] = {}
@@ -233,20 +237,21 @@ class Models:
             if not target.is_file():
                 to_low(self.fp32, target, "fp16")
             return target, {}
-        name, _, mixed = precision.partition(" ")
-        return self._quantized(name.lower(), mixed=bool(mixed))
+        name, *words = precision.lower().split()
+        return self._quantized(name, "attention" in words, mixed="mixed" in words)
 
-    def _quantized(self, precision: str, *, mixed: bool) -> tuple[Path, dict[str, Any]]:
+    def _quantized(
+        self, precision: str, attention: bool, *, mixed: bool
+    ) -> tuple[Path, dict[str, Any]]:
         """As the build makes it: ranges by the recipe, the mixed form with the same ranges."""
         import json
 
         from jmp_deploy.core.files import write_json
         from jmp_deploy.quantize import cache as calibration_cache
         from jmp_deploy.quantize import qdq, stage
-        from jmp_deploy.quantize.formats import FORMATS
 
-        options, made_in = self.options, FORMATS[precision]
-        base = [options.calib, options.calib_images, options.seed, _code()]
+        options = self.options
+        base = [options.calib, options.calib_images, options.seed, attention, _code()]
         name = f"{self.key}-{precision}-{_digest(base)}"
         ranges = self.store.folder / f"{name}.calibration.json"
         if mixed:
@@ -255,13 +260,16 @@ class Models:
         if target.is_file() and facts_path.is_file():
             return target, json.loads(facts_path.read_text())
         if mixed and not ranges.is_file():
-            self._quantized(precision, mixed=False)
+            self._quantized(precision, attention, mixed=False)
         asked = stage.QuantizeOptions(
             calib=options.calib,
             images=options.calib_images,
             cache=ranges if mixed else None,
+            attention=attention,
             max_drop=options.max_drop if mixed else None,
         )
+        made_in = asked.form(precision)
+        assert made_in is not None
         with tempfile.TemporaryDirectory(dir=self.store.folder) as folder:
             fp32 = Path(folder) / "fp32.onnx"
             shutil.copy(self.fp32, fp32)
@@ -402,7 +410,7 @@ def _code() -> str:
 
 def _key(form: str, precision: str) -> str:
     """What results of a form are called: INT8's by the form alone, as they always were."""
-    return form if precision.startswith("INT8") else f"{form} {precision}"
+    return form if precision in ("INT8", "INT8 mixed") else f"{form} {precision}"
 
 
 def _digest(values: list[Any]) -> str:

@@ -251,7 +251,6 @@ def _portable(
     from .jmp import fold
     from .jmp.models import load_model
     from .quantize import stage as quantizing
-    from .quantize.formats import FORMATS
 
     with clock("weights"):
         loaded = load_model(
@@ -279,7 +278,8 @@ def _portable(
         with clock("magnitudes"):
             reach = options.precision != "bf16"
             kept = numerics.keep_fp32(fp32, images, options.fp32, measure=reach)
-    form = FORMATS.get(options.precision)
+    quantize = options.quantize or quantizing.QuantizeOptions()
+    form = quantize.form(options.precision)
     if kept and not form:
         with clock(options.precision):
             precision.to_low(fp32, portable, options.precision, kept.nodes)
@@ -290,7 +290,7 @@ def _portable(
         precision.to_low(fp32, staging / _TWIN, "fp16", kept.nodes)
         quantized = quantizing.make(
             form,
-            options.quantize or quantizing.QuantizeOptions(),
+            quantize,
             loaded,
             jmp,
             macs.model,

@@ -109,8 +109,8 @@ struct Grid {
 template <typename... Formal, typename... Actual>
 cudaError_t launch(void (*kernel)(Formal...), const Grid& grid, int threads,
                    cudaStream_t /*stream*/, Actual... arguments) {
-  return cuda_on_host::launch(grid.blocks, threads, grid.shared_bytes,
-                              [=] { kernel(arguments...); });
+  return cuda_on_host::launch(
+      grid.blocks, threads, grid.shared_bytes, [=] { kernel(arguments...); }, grid.cluster);
 }
 #else
 template <typename... Formal, typename... Actual>

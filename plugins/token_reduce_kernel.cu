@@ -92,11 +92,15 @@ struct Device {
 };
 
 #if defined(JMP_CUDA_ON_HOST)
-// The tests choose: "BLOCKS,BYTES".
+// The tests choose: "BLOCKS,BYTES" or, with clusters, "BLOCKS,BYTES,1".
 Device this_device() {
   Device found{false, false, true, 256, 101376, 0};
+  int clusters = 0;
   const char* const wish = getenv("JMP_HOST_DEVICE");
-  if (wish != nullptr) sscanf(wish, "%d,%u", &found.enough_blocks, &found.shared_bytes);
+  if (wish != nullptr) {
+    sscanf(wish, "%d,%u,%d", &found.enough_blocks, &found.shared_bytes, &clusters);
+  }
+  found.clusters = clusters != 0;
   return found;
 }
 #else

@@ -10,6 +10,14 @@
 
 namespace {
 
+#if defined(JMP_CUDA_ON_HOST)
+#define JMP_ARCH JMP_HOST_ARCH
+#elif defined(__CUDA_ARCH__)
+#define JMP_ARCH __CUDA_ARCH__
+#else
+#define JMP_ARCH 0
+#endif
+
 constexpr int kThreads = JMP_BLOCK_THREADS;
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
@@ -77,13 +85,13 @@ __device__ inline void prefetch(const void* at) {
 // --- Copies of 16 bytes from global to shared memory -----------------------------------------------
 
 __device__ inline void copy_16(void* shared, const void* global) {
-#ifdef JMP_CUDA_ON_HOST
+#if JMP_ARCH < 800
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#elif defined(JMP_CUDA_ON_HOST)
   cuda_on_host::async_copy(shared, global);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#else
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-#else
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
 }
 
@@ -113,25 +121,31 @@ __device__ inline void commit_copies() {
 // c += a * b for a 16x16 tile of halves and 16x8 halves, with float32 sums. Lane 4g+q holds a's rows
 // g and g+8 at columns 2q, 2q+1 (a[0], a[1]) and 2q+8, 2q+9 (a[2], a[3]); b's column g at the same
 // (b0, b1); c's rows g (c[0], c[1]) and g+8 at columns 2q, 2q+1.
-__device__ inline void multiply_tile(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+// Before 8.0 in two halves of 8 columns of a.
+__device__ inline void multiply_half_tile(float* c, uint32_t a0, uint32_t a1, uint32_t b) {
 #ifdef JMP_CUDA_ON_HOST
+  JMP_MMA_16X8X8(c, a0, a1, b);
+#elif JMP_ARCH >= 750
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+#else
+  static_cast<void>(c), static_cast<void>(a0), static_cast<void>(a1), static_cast<void>(b);
+#endif
+}
+
+__device__ inline void multiply_tile(float* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if JMP_ARCH < 800
+  multiply_half_tile(c, a[0], a[1], b0);
+  multiply_half_tile(c, a[2], a[3], b1);
+#elif defined(JMP_CUDA_ON_HOST)
   JMP_MMA_16X8X16(c, a, b0, b1);
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#else
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0));
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[2]), "r"(a[3]), "r"(b1));
-#else
-  static_cast<void>(c), static_cast<void>(a), static_cast<void>(b0), static_cast<void>(b1);
 #endif
 }
 

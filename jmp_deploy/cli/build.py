@@ -65,9 +65,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--precision",
         choices=("fp16", "bf16", "int8", "fp8", "fp32"),
-        help="int8 quantizes the linear layers, keeps the rest in FP16 and needs --calib; fp8 does "
-        "so with attention's products too, for GPUs from compute capability 8.9 on; bf16 reaches "
-        "as far as FP32 and is coarser than FP16 (fp16)",
+        help="int8 quantizes the linear layers, keeps the rest in FP16 and needs --calib "
+        "(--int8-attention: attention too); fp8 does so with attention's products, for GPUs from "
+        "compute capability 8.9 on; bf16 reaches as far as FP32 and is coarser than FP16 (fp16)",
     )
     parser.add_argument(
         "--fp32",
@@ -209,6 +209,14 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="calibration.json of an earlier build of this model and schedule: no images needed, "
         "the same model again",
+    )
+    group.add_argument(
+        "--int8-attention",
+        dest="quantize.attention",
+        action="store_true",
+        help="attention's two products in INT8 too, as one kernel: heads of 16, 32 or 64 columns, "
+        "at most 512 tokens. It costs accuracy, and what it gains nobody has measured: build both "
+        "and `bench` one `--against` the other; --max-drop keeps the worst in FP16 (FP16)",
     )
     group.add_argument(
         "--max-drop",
@@ -406,7 +414,7 @@ def _precision(made: Artifact) -> str:
     if not found:
         return f"{name}, inputs and outputs FP32"
     return (
-        f"{name} in {found.layers_quantized} of {found.layers} {_layers(made.precision)} "
+        f"{name} in {found.layers_quantized} of {found.layers} {_layers(found)} "
         f"({found.macs_share:.0%} of the MACs), FP16 in the rest, inputs and outputs FP32"
     )
 
@@ -468,9 +476,9 @@ def _engine(engine: EngineFacts) -> str:
 # --- INT8 and FP8 --------------------------------------------------------------------------------
 
 
-def _layers(precision: str) -> str:
+def _layers(found: Quantization) -> str:
     """What can be quantized, in words."""
-    return "weighted layers" if precision == "int8" else "weighted layers and attentions"
+    return "weighted layers and attentions" if found.attention else "weighted layers"
 
 
 def quantization_rows(precision: str, found: Quantization) -> list[tuple[str, str]]:
@@ -511,7 +519,8 @@ def _kept(precision: str, found: Quantization) -> str:
         shared = "by --max-drop (ranking below)" if found.sensitivity else reason
         layers.setdefault(shared, []).append(name)
     lines = [f"{', '.join(_by_block(names))}: {reason}" for reason, names in layers.items()]
-    products = "attention products" if precision == "int8" else "attention of fewer than 32 tokens"
+    sizes = {"int8": "more than 512 tokens", "fp8": "fewer than 32 tokens"}[precision]
+    products = f"attention of {sizes}" if found.attention else "attention products"
     return "\n".join([*lines, f"{products}, LayerNorm, GELU, Softmax, residuals: by design"])
 
 

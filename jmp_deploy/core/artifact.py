@@ -344,6 +344,7 @@ class Quantization:
     Attributes:
         images: what it was calibrated on: {"count", "source", "demonstration", "warnings", ...}.
         keep_fp16: layer -> why it stays in FP16.
+        attention: attention's products are among the layers: in FP8, and by `--int8-attention`.
         macs_share: of the model's MACs that the quantized layers do.
         weights_bytes, activations_bytes: by data type; activations per image.
         sensitivity: what `--max-drop` measured.
@@ -355,6 +356,7 @@ class Quantization:
     method: str
     images: dict[str, Any]
     keep_fp16: dict[str, str]
+    attention: bool = False
     equalized: tuple[str, ...] = ()
     recipe: str | None = None
     from_cache: str | None = None

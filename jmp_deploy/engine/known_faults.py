@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 ALL = frozenset({"fp32", "fp16", "bf16", "int8", "fp8"})
 REDUCED = ALL - {"fp32"}
-"""INT8 too: attention stays in FP16 there. FP8 too: the threads say nothing of it, and what is not
-quantized is FP16."""
+"""INT8 and FP8 too: an attention that is not quantized is FP16, and the threads say nothing of the
+others."""
 
 
 @dataclass(frozen=True)

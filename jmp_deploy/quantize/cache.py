@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..core.artifact import Calibrated, Meta, Narrow, refuse_odd_strings, tool_versions
+from ..core.artifact import Calibrated, Meta, refuse_odd_strings, tool_versions
 from ..core.errors import CalibrationError
 from ..core.files import of_form, read_json, write_json
 from .ranges import Range
 
 if TYPE_CHECKING:
+    from .formats import Format
     from .layers import Layer
 
 FORMAT = 1
@@ -38,6 +39,7 @@ IDENTITY_WORDS = {
     "preprocess": "preprocessing",
     "jmp": "schedule and decision",
     "precision": "number format",
+    "attention": "attention in 8 bits (--int8-attention)",
     "layers": "layers of the graph (sha256)",
 }
 
@@ -77,7 +79,7 @@ def identity(
     weights: str,
     preprocess: Mapping[str, Any],
     jmp: Mapping[str, Any] | None,
-    precision: Narrow,
+    form: Format,
     layers: list[Layer],
 ) -> dict[str, Any]:
     """What a cache must agree in to be used for a model.
@@ -88,7 +90,7 @@ def identity(
         weights: of `models.weights_digest`.
         preprocess: fields of `images.Preprocess`.
         jmp: the manifest's "jmp", or None for a dense model.
-        precision: the number format that the scales are for.
+        form: the number format that the scales are for.
         layers: of the portable FP32 graph.
     """
     shape = [[layer.name, list(layer.shape), layer.axis] for layer in layers]
@@ -103,7 +105,8 @@ def identity(
             "weights": weights,
             "preprocess": dict(preprocess),
             "jmp": decision,
-            "precision": precision,
+            "precision": form.name,
+            "attention": form.attention is not None,
             "layers": hashlib.sha256(json.dumps(shape).encode()).hexdigest(),
         }
     )
@@ -165,9 +168,11 @@ def read(path: Path) -> Calibration:
         )
     found = of_form(data, _File, path, **about)
     refuse_odd_strings(data, path)
+    # keys that are missing are of what there was no choice in yet
+    precision = found.identity.setdefault("precision", "int8")
+    found.identity.setdefault("attention", precision == "fp8")
     return Calibration(
-        # the key is missing where there was no other format yet
-        identity=found.identity | {"precision": found.identity.get("precision", "int8")},
+        identity=found.identity,
         method=found.method,
         images=data["images"],
         ranges=found.layers,

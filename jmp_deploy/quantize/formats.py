@@ -13,7 +13,7 @@ accuracy that is measured on one is that of the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,28 @@ FP16_LEAST, FP16_MOST = 2.0**-24, 65504.0
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Attentions that TensorRT makes one kernel of when their products have 8 bits.
+
+    Attributes:
+        least, most: tokens, of queries and keys each.
+        heads: their sizes; empty for any.
+        softmax: how the range of the softmax is chosen, as `ranges.parse_method` takes it; None:
+            it is 1, which nothing exceeds.
+    """
+
+    least: int = 1
+    most: int | None = None
+    heads: tuple[int, ...] = ()
+    softmax: str | None = None
+
+    def takes(self, queries: int, keys: int, head: int) -> bool:
+        """Whether one of this size is."""
+        fits = self.most is None or max(queries, keys) <= self.most
+        return fits and min(queries, keys) >= self.least and (not self.heads or head in self.heads)
+
+
+@dataclass(frozen=True)
 class Format:
     """A number format of 8 bits.
 
@@ -39,7 +61,7 @@ class Format:
         clips_from: the smallest that is rounded to `most` only because nothing larger is there.
         onnx_type: of `onnx.TensorProto`.
         per_channel: weights have a scale for each output channel, not one in all.
-        attention: attention's two products are quantized too.
+        attention: which attentions have both products quantized; None for none of them.
         least_side: products with a shorter side are left alone: the matrix units have nothing to
             gain there.
     """
@@ -49,7 +71,7 @@ class Format:
     clips_from: float
     onnx_type: int
     per_channel: bool
-    attention: bool
+    attention: Fused | None
     least_side: int
 
     @property
@@ -113,6 +135,14 @@ class Format:
 
 
 # onnx.TensorProto.INT8 and .FLOAT8E4M3FN
-INT8 = Format("int8", 127.0, 127.5, 3, per_channel=True, attention=False, least_side=1)
-FP8 = Format("fp8", 448.0, 464.0, 17, per_channel=False, attention=True, least_side=16)
+INT8 = Format("int8", 127.0, 127.5, 3, per_channel=True, attention=None, least_side=1)
+INT8_ATTENTION = replace(
+    INT8, attention=Fused(most=512, heads=(16, 32, 64), softmax="percentile:99.99")
+)
+"""`--int8-attention`. Sizes: NVIDIA/TensorRT #2981, and what TensorRT-RTX 1.7.1 did (one kernel of
+512 tokens, several of 530 or of heads of 48; from a single query on). Softmax: half of its values
+are below the 1/254 that 127 levels up to 1 round to 0; calibration/README.md has the figures."""
+FP8 = Format("fp8", 448.0, 464.0, 17, per_channel=False, attention=Fused(least=32), least_side=16)
+"""Attention: TensorRT-RTX 1.7.1 makes one kernel of an FP8 attention with a mask from 32 tokens on,
+several of one with 31; of FP16 it is one kernel at any size."""
 FORMATS: dict[str, Format] = {known.name: known for known in (INT8, FP8)}

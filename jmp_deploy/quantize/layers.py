@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.errors import CalibrationError, GraphError
-from .formats import INT8, Format
+from .formats import INT8, Format, Fused
 
 if TYPE_CHECKING:
     import onnx
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 KINDS = ("patch_embed", "qkv", "gate", "attention", "proj", "fc1", "fc2", "head")
 WEIGHTED = ("Conv", "MatMul", "Gemm")
 """Operators that layers are."""
-LEAST_TOKENS = 32
-"""Of an attention that is quantized. TensorRT-RTX 1.7.1 makes one kernel of an FP8 attention with a
-mask from 32 tokens on, several of one with 31; of FP16 it is one kernel at any size."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def find_layers(proto: onnx.ModelProto, form: Format = INT8) -> list[Layer]:
     from onnx.helper import get_attribute_value
 
     weights = {t.name: tuple(t.dims) for t in proto.graph.initializer}
-    attentions = _attentions(proto) if form.attention else {}
+    attentions = _attentions(proto, form.attention) if form.attention else {}
     norms = {n.output[0] for n in proto.graph.node if n.op_type == "LayerNormalization"}
     depth = sum(n.op_type == "Softmax" for n in proto.graph.node)
     found: list[Layer] = []
@@ -118,7 +115,7 @@ def find_layers(proto: onnx.ModelProto, form: Format = INT8) -> list[Layer]:
         if graph_node.op_type == "Softmax" and graph_node.domain in ("", "ai.onnx"):
             attended = True
         if graph_node.name in attentions:
-            found.append(_attention(block, *attentions[graph_node.name]))
+            found.append(_attention(block, *attentions[graph_node.name], form))
         if graph_node.op_type not in WEIGHTED or graph_node.input[1] not in weights:
             continue
         tensor, weight = graph_node.input[0], graph_node.input[1]
@@ -156,11 +153,12 @@ def find_layers(proto: onnx.ModelProto, form: Format = INT8) -> list[Layer]:
 
 
 def _attentions(
-    proto: onnx.ModelProto,
+    proto: onnx.ModelProto, fused: Fused
 ) -> dict[str, tuple[onnx.NodeProto, onnx.NodeProto, list[int]]]:
     """Node of the scores -> it, the node of the values, and (queries, keys, head size).
 
-    An attention of which the graph does not say the sizes is left out, as is one of few tokens.
+    An attention of which the graph does not say the sizes is left out, as is one that would be
+    several kernels.
     """
     sizes = {
         v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in proto.graph.value_info
@@ -179,19 +177,21 @@ def _attentions(
         queries, keys = (sizes.get(name, []) for name in (scores.input[0], values.input[1]))
         if scores.op_type != "MatMul" or not len(queries) == len(keys) == 4:
             continue
-        if min(queries[2], keys[2]) >= LEAST_TOKENS:
-            found[scores.name] = scores, values, [queries[2], keys[2], keys[3]]
+        sizes_here = [queries[2], keys[2], keys[3]]
+        if fused.takes(*sizes_here):
+            found[scores.name] = scores, values, sizes_here
     return found
 
 
 def _attention(
-    block: int, scores: onnx.NodeProto, values: onnx.NodeProto, sizes: list[int]
+    block: int, scores: onnx.NodeProto, values: onnx.NodeProto, sizes: list[int], form: Format
 ) -> Layer:
     name = f"blocks.{block}"
+    most = None if form.attention and form.attention.softmax else 1.0
     reads = (
         Read(f"{name}.q", scores.name, 0, scores.input[0]),
         Read(f"{name}.k", scores.name, 1, scores.input[1]),
-        Read(f"{name}.softmax", values.name, 0, values.input[0], most=1.0),
+        Read(f"{name}.softmax", values.name, 0, values.input[0], most=most),
         Read(f"{name}.v", values.name, 1, values.input[1]),
     )
     return Layer(

@@ -1,12 +1,14 @@
 """QuantizeLinear and DequantizeLinear in the ONNX, for INT8 and FP8.
 
 Which tensors: the input (one scale per tensor) and the weight of linear and convolution layers, all
-symmetric, so that TensorRT fuses them; in FP8 what attention's two products read too: queries
-(scaled already), keys (transposed already), values, and the softmax, whose scale is fixed, as it
-gives nothing above 1. That is how NVIDIA quantizes ViTs (Model Optimizer's FP8 recipe), and
-TensorRT makes one kernel of such an attention. Nothing else: not the outputs (biases, residuals and
-LayerNorm read them in FP16), not attention in INT8 (on a DeiT-S 36.9 dB of signal-to-noise in place
-of 48.4), and nothing at the JMPTokenReduce nodes, whose plugin reads and writes FP16.
+symmetric, so that TensorRT fuses them; in FP8, and in INT8 where it is asked for, what attention's
+two products read too: queries (scaled already), keys (transposed already), values, and softmax.
+That is how NVIDIA quantizes ViTs (Model Optimizer's FP8 recipe; for INT8 NVIDIA/TensorRT #3243),
+and TensorRT makes one kernel of such an attention, whose output is rounded as the projection's
+input. Nothing else: not the outputs (biases, residuals and LayerNorm read them in FP16), and
+nothing at the JMPTokenReduce nodes, whose plugin reads and writes FP16. #3243 has Q/DQ before the
+residual sums too: TensorRT-RTX 1.7.1 fuses attention without, and they cost accuracy
+(calibration/README.md).
 
 The rewriting is our own since it serves two formats: ONNX Runtime's static quantizer redirects all
 readers of a tensor, which had to be undone, and knows no gates (gated.py).

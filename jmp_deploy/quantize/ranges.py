@@ -203,18 +203,19 @@ def choose(observed: dict[str, Observed], method: str, form: Format = INT8) -> d
 
     Args:
         observed: of `observe`.
-        method: as `parse_method` takes it.
+        method: as `parse_method` takes it; a softmax has the format's own.
         form: the number format that the scales are for.
 
     Returns:
         Name of what is read -> range. What was zero throughout has none: nothing is known of it,
         so its layer stays in FP16.
     """
-    name, percentile = parse_method(method)
     ranges = {}
     for read, seen in observed.items():
         if seen.amax == 0.0:
             continue
+        own = form.attention.softmax if form.attention and read.endswith(".softmax") else None
+        name, percentile = parse_method(own or method)
         limit = seen.amax
         if name == "percentile":
             limit = _percentile(seen, percentile or PERCENTILE)

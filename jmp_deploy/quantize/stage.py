@@ -18,7 +18,7 @@ from . import cache as calibration_cache
 from . import images as calibration
 from . import qdq, recipes
 from .cache import Calibration
-from .formats import FORMATS, INT8, Format
+from .formats import FORMATS, INT8, INT8_ATTENTION, Format
 from .layers import Layer, find_layers, select
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class QuantizeOptions:
         images: how many.
         method: see `ranges.parse_method`; None takes the recipe's.
         cache: calibration cache to use instead of images.
+        attention: INT8 for attention's products too; FP8 has them in any case.
         max_drop: points that the model may lose; the layers that cost most stay in FP16 until it
             holds. None: those of the recipe stay.
         force: make the quantized engine `model.engine` though it is no faster than FP16.
@@ -51,8 +52,14 @@ class QuantizeOptions:
     images: int = calibration.DEFAULT_COUNT
     method: str | None = None
     cache: Path | None = None
+    attention: bool = False
     max_drop: float | None = None
     force: bool = False
+
+    def form(self, precision: str) -> Format | None:
+        """The number format of a precision; None where that has more than 8 bits."""
+        asked = precision == INT8.name and self.attention
+        return INT8_ATTENTION if asked else FORMATS.get(precision)
 
 
 @dataclass
@@ -76,6 +83,7 @@ class Quantized:
             recipe=self.recipe,
             from_cache=self.cache,
             keep_fp16=made.keep_fp16,
+            attention=self.form.attention is not None,
             equalized=tuple(sorted(made.equalization)),
             sensitivity=self.sensitivity,
             **self.facts,
@@ -116,6 +124,11 @@ def refuse_early(options: QuantizeOptions | None, precision: str, rebuild: str) 
     if asked.max_drop is not None and not 0 < asked.max_drop <= 100:
         raise CalibrationError(
             f"--max-drop {asked.max_drop:g} is not above 0 and at most 100 points"
+        )
+    if asked.attention and precision != INT8.name:
+        raise CalibrationError(
+            f"--int8-attention is for --precision int8; {precision.upper()} has attention anyway",
+            "leave it out",
         )
     if asked.images < 1:
         raise CalibrationError(f"--calib-images {asked.images} is not at least 1")
@@ -200,6 +213,13 @@ def calibrate(
 
     proto = load_model(fp32)
     found = find_layers(proto, form)
+    if options.attention and form.attention and not any(layer.products for layer in found):
+        raise CalibrationError(
+            f"TensorRT has no INT8 kernel for the attentions of {loaded.name}: it wants heads of "
+            f"{', '.join(map(str, form.attention.heads))} columns and at most "
+            f"{form.attention.most} tokens",
+            "leave out --int8-attention: attention stays in FP16, the rest is INT8",
+        )
     spec = loaded.preprocess
     wanted = calibration_cache.identity(
         model=loaded.name,
@@ -207,7 +227,7 @@ def calibrate(
         weights=weights_digest(loaded.model),
         preprocess=asdict(spec),
         jmp=jmp.to_json() if jmp else None,
-        precision=form.name,
+        form=form,
         layers=found,
     )
     images = None

@@ -1,6 +1,7 @@
 // The few CUDA words of the kernels, for a C++17 host compiler on Linux.
 //
-// A launch runs the blocks one after the other, and the threads of a block in one of two ways:
+// A launch runs the blocks one after the other (JMP_HOST_ORDER=SEED in the environment: in another
+// order), shared memory full of 0xff before each, and the threads of a block in one of two ways:
 //   fibers (the default): all on one CPU thread, switched at every barrier and warp operation. Fast
 //     and the same every time, with the GPU's own block size. Threads that wait at different
 //     barriers are an error.
@@ -9,8 +10,10 @@
 //     same element without a barrier between them are a data race there, whatever the timing.
 // In both, a warp operation is an exchange of values and a barrier of 32 threads, all of which must
 // have come to the same one; and an asynchronous copy wipes its target at once and fills it when
-// it is waited for. What this cannot show: races between blocks or between launches, memory
-// coalescing, speed, the rounding of a GPU's expf and logf and of its matrix units.
+// it is waited for. -DJMP_HOST_ARCH=750 is a GPU before 8.0: matrix products in two halves, copies
+// at once. The blocks of a cluster run at the same time, as fibers only: a cluster barrier that is
+// missing shows in what they compute. What this cannot show: other races between blocks or between
+// launches, memory coalescing, speed, the rounding of a GPU's expf and logf and of its matrix units.
 #ifndef JMP_CUDA_ON_HOST_H
 #define JMP_CUDA_ON_HOST_H
 
@@ -25,6 +28,8 @@
 
 #include <cmath>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -33,7 +38,19 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time, so one copy serves them all
+// One block runs at a time, so one copy serves them all; all of it in one place, to be filled and, in
+// clusters, changed for another block's. (GCC: AddressSanitizer leaves a section of its own alone
+// without -fsanitize-sections=jmp_shared.)
+#define __shared__ static __attribute__((section("jmp_shared")))
+
+#ifndef JMP_HOST_ARCH
+#define JMP_HOST_ARCH 800
+#endif
+
+extern "C" {  // of the linker; null without any static shared memory
+extern char __start_jmp_shared[] __attribute__((weak, visibility("hidden")));
+extern char __stop_jmp_shared[] __attribute__((weak, visibility("hidden")));
+}
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -73,6 +90,35 @@ inline bool skipped(const char* file, int line) {
   if (planted.empty()) return false;
   const std::string path = file;
   return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line) == planted;
+}
+
+// JMP_SKIP_CLUSTER=N takes the N-th cluster barrier of each kernel out, from 1 on.
+inline bool skips_cluster(int nth) {
+  const char* const text = getenv("JMP_SKIP_CLUSTER");
+  return text != nullptr && atoi(text) == nth;
+}
+
+// JMP_HOST_LOG=FILE: a line for each launch, blocks, threads of one, bytes of dynamic shared memory,
+// blocks of a cluster.
+inline void log_launch(int64_t blocks, int threads, size_t shared_bytes, int cluster) {
+  const char* const path = getenv("JMP_HOST_LOG");
+  FILE* const file = path == nullptr ? nullptr : fopen(path, "a");
+  if (file == nullptr) return;
+  fprintf(file, "%lld %d %zu %d\n", static_cast<long long>(blocks), threads, shared_bytes, cluster);
+  fclose(file);
+}
+
+// 0, 1, ... in the order in which they are to run.
+inline std::vector<int64_t> order_of(int64_t count) {
+  std::vector<int64_t> order(static_cast<size_t>(count));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  const char* const seed = getenv("JMP_HOST_ORDER");
+  if (seed == nullptr) return order;
+  std::mt19937_64 random(strtoull(seed, nullptr, 10));
+  for (size_t left = order.size(); left > 1; --left) {
+    std::swap(order[left - 1], order[random() % left]);
+  }
+  return order;
 }
 
 [[noreturn]] inline void fail(const char* what) {
@@ -163,9 +209,23 @@ struct Warp {
   int lines[2][kWarp];
 };
 
+inline size_t static_bytes() {
+  return static_cast<size_t>(__stop_jmp_shared - __start_jmp_shared);
+}
+
+// Plain bytes, behind the sanitizers' back: between variables are AddressSanitizer's red zones.
+__attribute__((no_sanitize("address", "thread"))) inline void copy_bytes(volatile char* to,
+                                                                         const volatile char* from,
+                                                                         size_t count) {
+  for (size_t i = 0; i < count; ++i) to[i] = from == nullptr ? static_cast<char>(0xff) : from[i];
+}
+
 struct Block {
   Block(unsigned threads, size_t shared_bytes)
-      : barrier(threads), shared(shared_bytes == 0 ? nullptr : malloc(shared_bytes), &free) {
+      : barrier(threads),
+        shared(shared_bytes == 0 ? nullptr : malloc(shared_bytes), &free),
+        dynamic_bytes(shared_bytes),
+        statics(static_bytes()) {
     for (unsigned first = 0; first < threads; first += kWarp) {
       const unsigned rest = threads - first;
       warps.push_back(std::make_unique<Warp>(rest < kWarp ? rest : kWarp));
@@ -174,6 +234,34 @@ struct Block {
   Barrier barrier;
   std::vector<std::unique_ptr<Warp>> warps;
   std::unique_ptr<void, void (*)(void*)> shared;  // of its exact size: an overrun is seen
+  size_t dynamic_bytes;
+  std::vector<char> statics;  // static shared memory while another block of the cluster runs
+
+  void poison() {
+    if (dynamic_bytes > 0) memset(shared.get(), 0xff, dynamic_bytes);
+    copy_bytes(__start_jmp_shared, nullptr, static_bytes());
+  }
+};
+
+// Blocks that run at the same time: of a cluster, or one.
+struct Cluster {
+  Cluster(unsigned blocks_in_it, unsigned threads, size_t shared_bytes)
+      : barrier(blocks_in_it * threads) {
+    for (unsigned b = 0; b < blocks_in_it; ++b) {
+      blocks.push_back(std::make_unique<Block>(threads, shared_bytes));
+    }
+    running = blocks[0].get();
+  }
+  Barrier barrier;
+  std::vector<std::unique_ptr<Block>> blocks;
+  Block* running;  // whose static shared memory is in place
+
+  void bring_in(Block* block) {
+    if (block == running) return;
+    copy_bytes(running->statics.data(), __start_jmp_shared, static_bytes());
+    copy_bytes(__start_jmp_shared, block->statics.data(), static_bytes());
+    running = block;
+  }
 };
 
 struct Copy {
@@ -186,6 +274,10 @@ struct Thread {
   Index block{0};
   Index size{0};
   Block* shared = nullptr;
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;  // of the block in its cluster
+  int waited = 0;     // cluster barriers of this kernel
+  unsigned cluster_barriers = 0;
   unsigned block_barriers = 0;
   unsigned warp_barriers = 0;
   std::vector<std::vector<Copy>> copies{1};  // the last group is not committed yet
@@ -195,6 +287,10 @@ inline thread_local Thread* self = nullptr;
 inline void block_barrier() { self->shared->barrier.wait(self->block_barriers); }
 inline void barrier(const char* file, int line) {
   if (!skipped(file, line)) block_barrier();
+}
+inline void whole_cluster() { self->cluster->barrier.wait(self->cluster_barriers); }
+inline void cluster_barrier() {
+  if (!skips_cluster(++self->waited)) whole_cluster();
 }
 
 // Hands `mine` to the warp and returns what all its threads gave, by lane.
@@ -230,26 +326,30 @@ inline void async_wait(size_t pending, const char* file, int line) {
 
 // --- Launch -------------------------------------------------------------------------------------------
 
+using Order = std::vector<int64_t>;  // of clusters
+
 template <typename Body>
-void run_thread(Thread& me, int64_t blocks, size_t shared_bytes, const Body& body) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    me.block.x = static_cast<unsigned>(block);
-    if (me.thread.x == 0 && shared_bytes > 0) memset(me.shared->shared.get(), 0xff, shared_bytes);
+void run_thread(Thread& me, const Order& order, const Body& body) {
+  for (const int64_t at : order) {
+    me.block.x = static_cast<unsigned>(at) * static_cast<unsigned>(me.cluster->blocks.size()) +
+                 me.rank;
+    me.waited = 0;
+    if (me.thread.x == 0) me.shared->poison();
     self = &me;
-    block_barrier();
+    whole_cluster();
     body();
     self = &me;
-    block_barrier();  // a block ends before the next begins
+    whole_cluster();  // a block ends before the next begins
   }
 }
 
 #ifdef JMP_HOST_THREADS
 
 template <typename Body>
-void run_team(std::vector<Thread>& team, int64_t blocks, size_t shared_bytes, const Body& body) {
+void run_team(std::vector<Thread>& team, const Order& order, const Body& body) {
   std::vector<std::thread> threads;
   for (Thread& member : team) {
-    threads.emplace_back([&] { run_thread(member, blocks, shared_bytes, body); });
+    threads.emplace_back([&] { run_thread(member, order, body); });
   }
   for (std::thread& thread : threads) thread.join();
 }
@@ -268,6 +368,7 @@ inline void fiber_main() {
 inline void resume(size_t at, Thread& member) {
   scheduler.current = at;
   self = &member;
+  member.cluster->bring_in(member.shared);
   if (_setjmp(scheduler.home) != 0) return;
   Fiber& fiber = scheduler.fibers[scheduler.current];
   if (fiber.started) _longjmp(fiber.at, 1);
@@ -276,16 +377,14 @@ inline void resume(size_t at, Thread& member) {
 }
 
 template <typename Body>
-void run_team(std::vector<Thread>& team, int64_t blocks, size_t shared_bytes, const Body& body) {
+void run_team(std::vector<Thread>& team, const Order& order, const Body& body) {
   static std::vector<Thread>* the_team;
-  static int64_t the_blocks;
-  static size_t the_bytes;
+  static const Order* the_order;
   static const Body* the_body;
   the_team = &team;
-  the_blocks = blocks;
-  the_bytes = shared_bytes;
+  the_order = &order;
   the_body = &body;
-  fiber_body = [](size_t at) { run_thread((*the_team)[at], the_blocks, the_bytes, *the_body); };
+  fiber_body = [](size_t at) { run_thread((*the_team)[at], *the_order, *the_body); };
   if (scheduler.fibers.size() < team.size()) scheduler.fibers.resize(team.size());
   for (size_t at = 0; at < team.size(); ++at) {
     Fiber& fiber = scheduler.fibers[at];
@@ -298,40 +397,57 @@ void run_team(std::vector<Thread>& team, int64_t blocks, size_t shared_bytes, co
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, &fiber_main, 0);
   }
-  for (bool all_done = false, progress = true; !all_done;) {
-    if (!progress) fail("threads of a block wait at different barriers, or some have left");
-    all_done = true;
-    progress = false;
-    for (size_t at = 0; at < team.size(); ++at) {
-      Fiber& fiber = scheduler.fibers[at];
-      if (fiber.done) continue;
-      all_done = false;
-      if (fiber.gate != nullptr && *fiber.gate == fiber.closed) continue;
-      fiber.gate = nullptr;
-      progress = true;
-      resume(at, team[at]);
+  // One block as far as it goes, then the next of the cluster: who does not wait for the others reads
+  // what they have not written yet.
+  bool moved = true;
+  for (size_t left = team.size(); left > 0;) {
+    if (!moved) fail("threads of a block wait at different barriers, or some have left");
+    moved = false;
+    for (size_t first = 0; first < team.size(); first += team[0].size.x) {
+      for (bool progress = true; progress;) {
+        progress = false;
+        for (size_t at = first; at < first + team[0].size.x; ++at) {
+          Fiber& fiber = scheduler.fibers[at];
+          if (fiber.done || (fiber.gate != nullptr && *fiber.gate == fiber.closed)) continue;
+          fiber.gate = nullptr;
+          progress = moved = true;
+          resume(at, team[at]);
+          if (fiber.done) --left;
+        }
+      }
     }
-    if (all_done) break;
   }
 }
 
 #endif
 
 template <typename Body>
-cudaError_t launch(int64_t blocks, int threads, size_t shared_bytes, const Body& body) {
+cudaError_t launch(int64_t blocks, int threads, size_t shared_bytes, const Body& body,
+                   int cluster = 1) {
   if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > 1024) {
     return cudaErrorInvalidValue;
   }
+  if (cluster < 1 || cluster > 8 || blocks % cluster != 0) return cudaErrorInvalidValue;
+#ifdef JMP_HOST_THREADS
+  if (cluster > 1) fail("real threads run one block at a time: no clusters");
+#endif
   if (shared_bytes > (99u << 10)) return cudaErrorInvalidValue;  // what the smallest GPUs have
   skipped("", 0);
-  Block block(static_cast<unsigned>(threads), shared_bytes);
-  std::vector<Thread> team(static_cast<size_t>(threads));
-  for (size_t t = 0; t < team.size(); ++t) {
-    team[t].thread.x = static_cast<unsigned>(t);
-    team[t].size.x = static_cast<unsigned>(threads);
-    team[t].shared = &block;
+  log_launch(blocks, threads, shared_bytes, cluster);
+  const auto size = static_cast<unsigned>(threads);
+  Cluster together(static_cast<unsigned>(cluster), size, shared_bytes);
+  std::vector<Thread> team;
+  for (const int64_t rank : order_of(cluster)) {
+    for (unsigned t = 0; t < size; ++t) {
+      Thread& member = team.emplace_back();
+      member.thread.x = t;
+      member.size.x = size;
+      member.rank = static_cast<unsigned>(rank);
+      member.shared = together.blocks[static_cast<size_t>(rank)].get();
+      member.cluster = &together;
+    }
   }
-  run_team(team, blocks, shared_bytes, body);
+  run_team(team, order_of(blocks / cluster), body);
   return cudaSuccess;
 }
 
@@ -343,7 +459,11 @@ cudaError_t launch(int64_t blocks, int threads, size_t shared_bytes, const Body&
 #define __syncthreads() ::cuda_on_host::barrier(__FILE__, __LINE__)
 #define JMP_DYNAMIC_SHARED(name) \
   char* const name = static_cast<char*>(::cuda_on_host::self->shared->shared.get())
+#if JMP_HOST_ARCH >= 800
 #define JMP_WAIT_COPIES(pending) ::cuda_on_host::async_wait(pending, __FILE__, __LINE__)
+#else
+#define JMP_WAIT_COPIES(pending)
+#endif
 
 // --- Warp operations: by all 32 threads, hence no mask ------------------------------------------------
 
@@ -464,29 +584,30 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {  // to nearest, ties to 
 
 namespace cuda_on_host {
 
+template <int kHalves>
 struct Fragment {
-  uint32_t a[4];
-  uint32_t b[2];
+  uint32_t a[2 * kHalves];
+  uint32_t b[kHalves];
 };
 
 inline float half_of(uint32_t pair, int which) {
   return __half2float(__half{static_cast<uint16_t>(which == 0 ? pair & 0xffffu : pair >> 16)});
 }
 
-// mma.sync.m16n8k16: lane 4g+q holds A's rows g, g+8 and B's column g at k = 2q, 2q+1, 2q+8, 2q+9;
-// and C at rows g, g+8, columns 2q, 2q+1.
-inline void mma_16x8x16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, int line) {
-  const Fragment mine{{a[0], a[1], a[2], a[3]}, {b0, b1}};
-  const Fragment* all = exchange(mine, line);
+// mma.sync.m16n8k16 or, of one half, m16n8k8: lane 4g+q holds A's rows g, g+8 and B's column g at
+// k = 2q, 2q+1 (of the second half 2q+8, 2q+9); and C at rows g, g+8, columns 2q, 2q+1.
+template <int kHalves>
+void mma(float* c, const Fragment<kHalves>& mine, int line) {
+  const Fragment<kHalves>* all = exchange(mine, line);
   const int lane = static_cast<int>(self->thread.x % kWarp);
   for (int e = 0; e < 4; ++e) {
     const int row = lane / 4;
     const int column = lane % 4 * 2 + e % 2;
     float sum = c[e];
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < 8 * kHalves; ++k) {
       const int q = k % 8 / 2;
-      const Fragment& of_row = all[row * 4 + q];
-      const Fragment& of_column = all[column * 4 + q];
+      const Fragment<kHalves>& of_row = all[row * 4 + q];
+      const Fragment<kHalves>& of_column = all[column * 4 + q];
       sum += half_of(of_row.a[e / 2 + k / 8 * 2], k % 2) * half_of(of_column.b[k / 8], k % 2);
     }
     c[e] = sum;
@@ -495,6 +616,8 @@ inline void mma_16x8x16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, i
 
 }  // namespace cuda_on_host
 
-#define JMP_MMA_16X8X16(c, a, b0, b1) ::cuda_on_host::mma_16x8x16(c, a, b0, b1, __LINE__)
+#define JMP_MMA_16X8X16(c, a, b0, b1) \
+  ::cuda_on_host::mma<2>(c, {{(a)[0], (a)[1], (a)[2], (a)[3]}, {b0, b1}}, __LINE__)
+#define JMP_MMA_16X8X8(c, a0, a1, b) ::cuda_on_host::mma<1>(c, {{a0, a1}, {b}}, __LINE__)
 
 #endif  // JMP_CUDA_ON_HOST_H

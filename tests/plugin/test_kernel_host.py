@@ -55,6 +55,10 @@ DEIT_S = {"num_keep": 138, "num_heads": 6, "head_dim": 64, "scale": 0.125}
 ALL_DTYPES = [np.float32, np.float16, *([bfloat16.type] if bfloat16 is not None else [])]
 FLAGS = ["-std=c++17", "-g", "-pthread", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 
+ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+if "clang" not in os.environ.get("CXX", ""):  # __shared__ has a section of its own
+    ADDRESS.append("-fsanitize-sections=jmp_shared")
+
 
 # --- Building ------------------------------------------------------------------------------------
 
@@ -125,8 +129,7 @@ def thread_driver(build_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def address_driver(build_dir: Path) -> Path:
     # -O0 last: the optimizer takes four times as long over what UndefinedBehaviorSanitizer adds.
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0")
-    return compile_driver(build_dir / "driver_asan", *flags)
+    return compile_driver(build_dir / "driver_asan", *ADDRESS, "-O0")
 
 
 # --- Against the oracle --------------------------------------------------------------------------

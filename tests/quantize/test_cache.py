@@ -10,6 +10,7 @@ from jmp_deploy.core.errors import CalibrationError
 from jmp_deploy.jmp.models import weights_digest
 from jmp_deploy.quantize import cache, recipes
 from jmp_deploy.quantize.cache import Calibration
+from jmp_deploy.quantize.formats import FP8, INT8, INT8_ATTENTION
 from jmp_deploy.quantize.layers import Layer
 from jmp_deploy.quantize.ranges import Range
 from tests.fakes.artifacts import CALIBRATED
@@ -26,7 +27,7 @@ def identity(**changes):
         "weights": "a" * 64,
         "preprocess": {"mean": (0.5, 0.5, 0.5), "resize": 248},
         "jmp": JMP,
-        "precision": "int8",
+        "form": INT8,
         "layers": LAYERS,
     }
     return cache.identity(**{**values, **changes})
@@ -62,7 +63,8 @@ def test_there_and_back(made, tmp_path):
         ({"model": "deit_small_patch16_224"}, ["model: deit_tiny", "not deit_small"]),
         ({"weights": "c" * 64}, ["weights (sha256): aaaaaaaaaaaa..., not cccccccccccc..."]),
         ({"image_size": 160}, ["image size: 224, not 160"]),
-        ({"precision": "fp8"}, ["number format: int8, not fp8"]),
+        ({"form": FP8}, ["number format: int8, not fp8"]),
+        ({"form": INT8_ATTENTION}, ["(--int8-attention): false, not true"]),
         ({"jmp": None}, ["schedule and decision", "not none (dense)"]),
         ({"jmp": {**JMP, "schedule": [(3, 100)]}}, ["schedule [[3, 138]], not [[3, 100]]"]),
         ({"jmp": {**JMP, "tau": 0.9}, "image_size": 160}, ["tau 0.7, not 0.9", "image size"]),

@@ -111,6 +111,21 @@ def test_the_artifact_is_whole_and_a_cache_rebuilds_it_bit_for_bit(tiny, tmp_pat
     assert not (tmp_path / "c").exists()
 
 
+def test_attention_in_int8_if_asked_for(tiny, tmp_path):
+    data = build(tmp_path / "a", attention=True)
+    found = data["int8"]
+    assert found["attention"] and (found["layers"], found["layers_quantized"]) == (17, 15)
+    rows = dict(quantization_rows("int8", Artifact.read(tmp_path / "a").quantization))
+    assert "attention of more than 512 tokens, LayerNorm" in rows["kept in FP16"]
+    cache = tmp_path / "a" / "calibration.json"
+    with pytest.raises(CalibrationError, match=r"--int8-attention\): true, not false"):
+        build(tmp_path / "b", calib=None, cache=cache)
+    wide = tiny_vit(depth=1, num_heads=1)  # of 48 columns
+    tiny.blocks, tiny.embed_dim = wide.blocks, wide.embed_dim
+    with pytest.raises(CalibrationError, match="heads of 16, 32, 64 columns and at most 512"):
+        build(tmp_path / "b", attention=True, dense=True)
+
+
 def test_share_of_macs_is_counted_by_what_runs(dense):
     """By hand: 17 tokens, 12 C*C per token and block in linear layers."""
     data = Artifact.read(dense).to_json()
