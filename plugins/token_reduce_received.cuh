@@ -91,7 +91,7 @@ struct OwnRows {
 template <typename T, int kSteps>
 struct ColumnTile {
   static constexpr int kBytesOfRow = 32 * kSteps * (kHasLow<T> ? 2 : 1) + 16;
-  static constexpr int kCount = kBytesOfRow <= 272 ? JMP_TILE_COLUMNS : JMP_TILE_COLUMNS / 2;
+  static constexpr int kCount = kBytesOfRow <= 272 || JMP_TILE_COLUMNS < 64 ? JMP_TILE_COLUMNS : 32;
   static_assert(kCount % 32 == 0, "a warp takes 32 columns at a time");
   char rows[kCount * kBytesOfRow];
   float power[kCount];

@@ -176,13 +176,13 @@ def demangle(symbol: str) -> str:
     """`measure_kernel<f16, 8>` or `plain::metric_kernel<f16>` of a mangled kernel; no c++filt.
 
     Enough for the kernels here: in an unnamed namespace, maybe in `plain`, with template arguments
-    that are types or non-negative integers.
+    that are types, non-negative integers or booleans.
     """
     types = {"f": "f32", "6__half": "f16", "13__nv_bfloat16": "bf16"}
     match = re.search(r"(5plain)?\d\d([a-z_]+_kernel)(?:I(.*?)EEv|E)", symbol)
     if match is None:
         return symbol
-    arguments = re.findall(r"Li(\d+)E?|(6__half|13__nv_bfloat16|f)", match[3] or "")
+    arguments = re.findall(r"L[ib](\d+)E?|(6__half|13__nv_bfloat16|f)", match[3] or "")
     shown = ", ".join(number or types[kind] for number, kind in arguments)
     return ("plain::" if match[1] else "") + match[2] + (f"<{shown}>" if shown else "")
 

@@ -128,4 +128,7 @@ def test_our_kernels_are_as_meant(
     assert code == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     tuned = [kernel for kernel in report["kernels"] if kernel["tuned"]]
-    assert len(tuned) == 2 * (9 + 4 + 4 + 3 + 18) and all(k["registers"] <= 128 for k in tuned)
+    assert len(tuned) == 2 * (9 + 12 + 4 + 4 + 3 + 18)
+    # two blocks a multiprocessor, but for float32's wide heads, which nothing that is fast has
+    wide = {"attention_kernel<f32, 8, 0>", "attention_kernel<f32, 8, 1>"}
+    assert {k["name"] for k in tuned if k["registers"] > 128} == wide
