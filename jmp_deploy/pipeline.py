@@ -454,7 +454,8 @@ def _check(
         runners, images, options.batch, precisions, near_ties=not options.dense
     )
     some = slice(REFERENCE_IMAGES)
-    reference = Reference(images[some], outputs[output][some], np.array(names[some]))
+    by_torch = outputs[runners[0].name]
+    reference = Reference(images[some], by_torch[output][some], np.array(names[some]))
     with (
         atomic_path(portable.parent / artifact.REFERENCE) as temporary,
         temporary.open("wb") as file,

@@ -7,7 +7,7 @@ costs before it is deployed, and a figure for the GPU where no TensorRT is insta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ..core import ort
 from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError, engine_errors
 from ..core.packages import importable
-from .base import Backend, Opened, Times, function_runner, guarded, noise
+from .base import Backend, Infer, Opened, Times, function_runner, guarded, noise
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from ..core.artifact import Artifact, Precision, Reference
+    from ..jmp.trace import Choice
 
 
 class TorchBackend(Backend):
@@ -70,7 +71,12 @@ class TorchBackend(Backend):
             if isinstance(error, JmpDeployError):
                 raise
             raise ArtifactError(str(error)) from error
-        return Opened(self, torch_runner(model, output, self.name), partial(trace_torch, model))
+        return Opened(
+            self,
+            torch_runner(model, output, self.name),
+            partial(trace_torch, model),
+            partial(_replayed, model, output),
+        )
 
     def timed(self, artifact: Artifact, *, threads: int) -> TimedModel:
         """See `Backend`."""
@@ -94,6 +100,10 @@ def with_output(model: Any, output: str) -> Any:
 
 def torch_runner(model: Any, output: str, name: str = TorchBackend.name) -> Any:
     """A Polygraphy runner of a PyTorch model in FP32 on the CPU."""
+    return function_runner(_forward(model, output), name)
+
+
+def _forward(model: Any, output: str) -> Infer:
     import torch
 
     model = with_output(model, output)
@@ -102,7 +112,22 @@ def torch_runner(model: Any, output: str, name: str = TorchBackend.name) -> Any:
         with torch.inference_mode():
             return {output: model(torch.from_numpy(images)).numpy()}
 
-    return function_runner(forward, name)
+    return forward
+
+
+def _replayed(
+    model: Any, output: str, images: NDArray[np.float32], choices: Sequence[Choice]
+) -> dict[str, Any]:
+    """See `base.Replay`."""
+    from ..core.images import join
+    from ..jmp.trace import BATCH, deciding
+
+    forward, parts = _forward(model, output), []
+    for start in range(0, len(images), BATCH):
+        some = slice(start, start + BATCH)
+        with deciding(model, [choice.of(some) for choice in choices]):
+            parts.append(forward(images[some]))
+    return join(parts, len(images))
 
 
 def _stored_runner(reference: Reference, output: str) -> Any:

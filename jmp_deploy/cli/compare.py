@@ -133,6 +133,11 @@ def summary(result: dict[str, Any]) -> list[RenderableType]:
                 f"interquartile range; moves up to {report['tolerance']:g} are near ties"
             )
         lines.append(show.styled(report["verdict"], "bold"))
+        lines += [
+            f"{pair['a']} with the choices of {pair['b']}: {pair['output']} at cosine >= "
+            f"{_figure(pair['cosine'], '.7f')}, largest difference {_figure(pair['max_abs'])}"
+            for pair in report.get("alike", ())
+        ]
         if "engine" in result["backends"]:
             lines.append("the engine's kept tokens stay inside its plugin: only outputs compared")
     elif result.get("reductions_skipped"):
