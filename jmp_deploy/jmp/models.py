@@ -27,7 +27,6 @@ from ..core.classes import SYNSET, LabelOrder, of_json, read_labels
 from ..core.errors import ModelError, WeightsError, one_line
 from ..core.files import parse_json, sha256, size_of
 from ..core.images import Preprocess
-from ..core.outputs import DENSE
 from . import checkpoint
 
 if TYPE_CHECKING:
@@ -244,7 +243,7 @@ def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
             tau=jmp.tau,
             granularity=jmp.granularity,
             proportional=jmp.proportional,
-            restore=about.output == DENSE.name,
+            restore=about.restores,
         )
     return loaded.model
 
