@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -319,6 +320,17 @@ def unpatch(model: nn.Module) -> nn.Module:
             hook.remove()
         blocks.family.put(model, blocks.original[0])
     return model
+
+
+@contextmanager
+def without_jmp(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a patched model runs as it did before."""
+    blocks: Any = model.blocks
+    blocks.family.put(model, blocks.original[0])
+    try:
+        yield
+    finally:
+        blocks.family.put(model, blocks)
 
 
 def model_shape(model: nn.Module) -> ModelShape:

@@ -134,6 +134,22 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What the patches of an image look like to a model, as colours.
+
+    Attributes:
+        dense: [M, 3] float in 0 to 1: the three principal components of the features without JMP,
+            each from its 2nd to its 98th percentile over the image.
+        restored: [M, 3] those with JMP, restored, in the same colours.
+        cosine: [M] between the features themselves.
+    """
+
+    dense: NDArray[np.float64]
+    restored: NDArray[np.float64]
+    cosine: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Picture:
     """One image and its stages.
 
@@ -142,12 +158,14 @@ class Picture:
         pixels: [H, W, 3] uint8, as the model sees it (see `visualize.picture`).
         grid: rows and columns of patches.
         stages: in the order of the blocks.
+        features: of the patches, where they were asked for.
     """
 
     name: str
     pixels: NDArray[np.uint8]
     grid: tuple[int, int]
     stages: tuple[Stage, ...]
+    features: Features | None = None
 
 
 @contextmanager
