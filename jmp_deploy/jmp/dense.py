@@ -8,7 +8,7 @@ depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,10 +52,15 @@ class DenseFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """[B, channels, H, W] -> [B, M, C]; with several outputs all of them, in their order."""
+        return self.of(lambda: self.model.forward_features(images))
+
+    def of(self, run: Callable[[], Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The same of a run of the model's blocks and last norm, which gives its tokens [B, N, C].
+        Layers are of the blocks that run."""
         last = len(self.model.blocks) - 1
         wanted = {output.layer for output in self.outputs if isinstance(output, Dense)}
         with _leaving(self.model.blocks, {last if at is None else at for at in wanted}) as layers:
-            tokens = self.model.forward_features(images)
+            tokens = run()
         found = []
         for output in self.outputs:
             if not isinstance(output, Dense):
