@@ -12,6 +12,8 @@ Every patch is restored as `build --output dense` does it, for ToMe as its autho
 it has the features of the token that it went to. All methods run the schedule of their budget.
 Judged is the cosine of each patch to its features in the dense model, meaned over an image's
 patches, and the share of patches below 0.9; intervals are of the mean over images, 95 %, bootstrap.
+The same behind `--layers`, each through the model's last norm and restored by the reductions so far
+(`build --output dense:2,5,8`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from benchmarks.lib import command
 from jmp_deploy.core.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from jmp_deploy.jmp.models import LoadedModel
@@ -48,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", default="auto", help="auto, pretrained, random, or a checkpoint's path (auto)")
     add("--budgets", default="75,62,50", help="percent of the dense FLOPs (75,62,50)")
     add("--methods", default=",".join(METHODS), help=f"({','.join(METHODS)})")
+    add("--layers", default="2,5,8", help="blocks behind which features are judged too (2,5,8)")
     add("--part", choices=("validation", "test"), default="validation", help="which crops judge")
     add("--limit", type=int, help="images at most")
     add("--seed", type=int, default=0, help="of the crops and the bootstrap (0)")
@@ -65,6 +70,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.lib import data, report
     from benchmarks.lib.features import reduced
     from benchmarks.lib.methods import METHODS as KNOWN
+    from jmp_deploy.core.outputs import asked
     from jmp_deploy.jmp import schedule
     from jmp_deploy.jmp.models import load_model
     from jmp_deploy.jmp.patch import model_shape
@@ -79,13 +85,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     samples = samples.first(options.limit) if options.limit else samples
     images = data.batch(samples.images, loaded.preprocess)
     shape = model_shape(loaded.model).for_patches()
-    dense = _features(loaded, images)
+    outputs = asked(f"dense,dense:{options.layers}" if options.layers else "dense")
+    dense = _features(loaded, images, outputs)
     rows = []
     for budget in map(float, options.budgets.split(",")):
         steps = schedule.parse(f"spread:{budget:g}", shape)
         for name in methods:
             with reduced(loaded, steps, KNOWN[name], restore=True):
-                row = _judged(dense, _features(loaded, images), options.seed)
+                found = _features(loaded, images, outputs)
+            row, *layers = (_judged(dense[name], found[name], options.seed) for name in outputs)
+            row["layers"] = dict(zip(outputs[1:], layers, strict=True))
             share = schedule.macs(shape, steps) / schedule.macs(shape)
             rows.append({"budget": budget, "method": name, "flops": share, **row})
             print(f"{budget:g} % {name}: {row['cosine']['mean']:.5f}", flush=True)
@@ -105,20 +114,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _features(loaded: LoadedModel, images: NDArray[Any]) -> NDArray[Any]:
-    """[n, M, C] float32, of every patch."""
+def _features(
+    loaded: LoadedModel, images: NDArray[Any], outputs: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    """Output -> [n, M, C] float32, of every patch."""
     import numpy as np
     import torch
 
-    from jmp_deploy.jmp.dense import DenseFeatures
+    from jmp_deploy.backends.torch import with_outputs
 
-    model = DenseFeatures(loaded.model)
+    run = with_outputs(loaded.model, outputs)
     with torch.inference_mode():
         pieces = [
-            model(torch.from_numpy(images[start : start + BATCH])).numpy()
+            [value.numpy() for value in run(torch.from_numpy(images[start : start + BATCH]))]
             for start in range(0, len(images), BATCH)
         ]
-    return np.concatenate(pieces)
+    joined = map(np.concatenate, zip(*pieces, strict=True))
+    return dict(zip(outputs, joined, strict=True))
 
 
 def _judged(dense: NDArray[Any], found: NDArray[Any], seed: int) -> dict[str, Any]:
@@ -154,12 +166,22 @@ def _table(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
+    layers = [*result["rows"][0]["layers"]]
+    by_layer = [
+        [row["method"], f"{row['budget']:g} %"]
+        + [words(row["layers"][name]["cosine"], 4) for name in layers]
+        for row in result["rows"]
+    ]
     weights = "random weights: the figures mean nothing" * (result["weights"]["kind"] == "random")
     about = f"{result['model']}, {result['images']} photo crops ({result['part']}). {weights}"
     title = report.heading(
         "Features of every patch, restored, against the dense model", result["machine"]
     )
-    return "\n".join([title, about.strip(), "", report.markdown(head, rows)])
+    parts = [title, about.strip(), "", report.markdown(head, rows)]
+    if layers:
+        parts += ["", "Cosine of a patch behind earlier blocks:", ""]
+        parts.append(report.markdown(["method", "budget", *layers], by_layer))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     python examples/dense_head.py artifacts/dinov2_s train/*.jpg --masks train/*.png --head head.npz
     python examples/dense_head.py artifacts/dinov2_s photo.jpg --head head.npz --out segments/
 
-With masks (grey images of class numbers, one a photo, in the photos' order) it fits the head by ridge
-regression; without, it applies it and writes such masks. The artifact runs on its engine where a GPU
-is, else on ONNX Runtime.
+With masks (grey images of class numbers, one a photo, in the photos' order) it fits the head by
+ridge regression; without, it applies it and writes such masks. The artifact runs on its engine
+where a GPU is, else on ONNX Runtime.
 """
 
 from __future__ import annotations

@@ -15,10 +15,24 @@ def test_the_benchmark_judges_patch_by_patch(tmp_path, monkeypatch):
     spec = Preprocess(32, 32, 32, "bicubic", "center", (0.5,) * 3, (0.5,) * 3)
     loaded = models.LoadedModel(tiny_vit(num_classes=0), "tiny", RANDOM_WEIGHTS, spec, None)
     monkeypatch.setattr(models, "load_model", lambda *args, **options: loaded)
-    asked = ["--limit", "3", "--budgets", "75", "--methods", "jmp,tome", "-o", str(tmp_path / "d")]
+    asked = [
+        "--limit",
+        "3",
+        "--budgets",
+        "75",
+        "--methods",
+        "jmp,tome",
+        "--layers",
+        "0,3",
+        "-o",
+        str(tmp_path / "d"),
+    ]
     assert dense.main(asked) == 0
     rows = json.loads((tmp_path / "d.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["jmp", "tome"]
     assert all(0 < row["cosine"]["low"] <= row["cosine"]["mean"] < 1 for row in rows)
+    for row in rows:  # before the first reduction nothing is lost
+        nothing, some = (row["layers"][name]["cosine"]["mean"] for name in ("dense_0", "dense_3"))
+        assert nothing > 1 - 1e-5 > some > 0
     assert "random weights" in (tmp_path / "d.md").read_text()
     assert dense.main(["--methods", "evit"]) == 2
