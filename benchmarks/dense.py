@@ -14,6 +14,11 @@ Judged is the cosine of each patch to its features in the dense model, meaned ov
 patches, and the share of patches below 0.9; intervals are of the mean over images, 95 %, bootstrap.
 The same behind `--layers`, each through the model's last norm and restored by the reductions so far
 (`build --output dense:2,5,8`).
+
+A task beside it: collages of four photos, one in each quarter, and a linear head (ridge regression,
+fitted to the dense model's features of collages of the reference crops) that tells for every patch
+which of the photos it is of. Points are what the head loses on features with JMP; the interval is
+paired over collages.
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from benchmarks.lib.data import Samples
     from jmp_deploy.jmp.models import LoadedModel
+    from jmp_deploy.validate.probe import Probe
 
 METHODS = ("jmp", "jmp-merge", "jmp-prune", "tome", "merge")
 BATCH = 10
@@ -69,9 +76,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints and writes."""
     from benchmarks.lib import data, report
     from benchmarks.lib.features import reduced
+    from benchmarks.lib.measures import bootstrap
     from benchmarks.lib.methods import METHODS as KNOWN
     from jmp_deploy.core.outputs import asked
     from jmp_deploy.jmp import schedule
+    from jmp_deploy.jmp.families import family_of
     from jmp_deploy.jmp.models import load_model
     from jmp_deploy.jmp.patch import model_shape
 
@@ -81,20 +90,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"unknown methods {', '.join(sorted(unknown))}", f"choose of {', '.join(METHODS)}"
         )
     loaded = load_model(options.model, options.weights, seed=options.seed)
-    samples = getattr(data.photo_crops(options.seed), options.part)
+    task = data.photo_crops(options.seed)
+    samples = getattr(task, options.part)
     samples = samples.first(options.limit) if options.limit else samples
-    images = data.batch(samples.images, loaded.preprocess)
+    images = _inputs(loaded, samples)
     shape = model_shape(loaded.model).for_patches()
     outputs = asked(f"dense,dense:{options.layers}" if options.layers else "dense")
     dense = _features(loaded, images, outputs)
+    grid = family_of(loaded.model).patch_embed(loaded.model).grid_size
+    references = task.train.first(options.limit) if options.limit else task.train
+    head = _head(loaded, _collages(_inputs(loaded, references), references.labels, grid, 0))
+    collages = _collages(images, samples.labels, grid, options.seed + 1)
+    right = _right(loaded, head, collages)
     rows = []
     for budget in map(float, options.budgets.split(",")):
         steps = schedule.parse(f"spread:{budget:g}", shape)
         for name in methods:
             with reduced(loaded, steps, KNOWN[name], restore=True):
                 found = _features(loaded, images, outputs)
+                still = _right(loaded, head, collages)
             row, *layers = (_judged(dense[name], found[name], options.seed) for name in outputs)
             row["layers"] = dict(zip(outputs[1:], layers, strict=True))
+            low, high = bootstrap(still - right, seed=options.seed)
+            points = {"mean": float((still - right).mean()), "low": low, "high": high}
+            row["collages"] = {"right": float(still.mean()), "points": points}
             share = schedule.macs(shape, steps) / schedule.macs(shape)
             rows.append({"budget": budget, "method": name, "flops": share, **row})
             print(f"{budget:g} % {name}: {row['cosine']['mean']:.5f}", flush=True)
@@ -106,12 +125,58 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "images": len(images),
         "seed": options.seed,
         "part": options.part,
+        "collages": {
+            "right": float(right.mean()),
+            "count": len(right),
+            "photos": len(set(references.labels.tolist())),
+        },
         "rows": rows,
     }
     base = options.output or report.default_output("dense", facts)
     for path in report.write(base, result, _table(result)):
         print(path)
     return result
+
+
+def _inputs(loaded: LoadedModel, samples: Samples) -> NDArray[Any]:
+    from benchmarks.lib import data
+
+    return data.batch(samples.images, loaded.preprocess)
+
+
+def _collages(
+    images: NDArray[Any], labels: NDArray[Any], grid: tuple[int, int], seed: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """As many collages [n, 3, H, W] as images, and the label of each patch [n, M]. Each quarter is
+    that of another image, cut at a border of patches."""
+    import numpy as np
+
+    random = np.random.default_rng((seed, 7))
+    made, classes = np.empty_like(images), np.empty((len(images), *grid), np.int64)
+    rows, columns = grid
+    height, width = images.shape[2] // rows, images.shape[3] // columns
+    for top, bottom in ((0, rows // 2), (rows // 2, rows)):
+        for left, right in ((0, columns // 2), (columns // 2, columns)):
+            chosen = random.permutation(len(images))
+            y, x = slice(top * height, bottom * height), slice(left * width, right * width)
+            made[:, :, y, x] = images[chosen][:, :, y, x]
+            classes[:, top:bottom, left:right] = labels[chosen][:, None, None]
+    return made, classes.reshape(len(images), -1)
+
+
+def _head(loaded: LoadedModel, collages: tuple[NDArray[Any], NDArray[Any]]) -> Probe:
+    from jmp_deploy.validate.probe import fit_ridge
+
+    (features,) = _features(loaded, collages[0], ("dense",)).values()
+    return fit_ridge(features.reshape(-1, features.shape[2]), collages[1].ravel())
+
+
+def _right(
+    loaded: LoadedModel, head: Probe, collages: tuple[NDArray[Any], NDArray[Any]]
+) -> NDArray[Any]:
+    """Percent of each collage's patches that the head places right: [n] float64."""
+    (features,) = _features(loaded, collages[0], ("dense",)).values()
+    return 100.0 * (head.scores(features).argmax(axis=2) == collages[1]).mean(axis=1)
 
 
 def _features(
@@ -156,6 +221,7 @@ def _table(result: dict[str, Any]) -> str:
         return f"{mean} ({low} to {high})"
 
     head = ["method", "budget", "FLOPs", "cosine of a patch", f"patches below {FAR}, %"]
+    head.append("collages, points")
     rows = [
         [
             row["method"],
@@ -163,6 +229,7 @@ def _table(result: dict[str, Any]) -> str:
             f"{row['flops']:.1%}",
             words(row["cosine"], 4),
             words(row["far"], 1),
+            words(row["collages"]["points"], 2),
         ]
         for row in result["rows"]
     ]
@@ -173,7 +240,12 @@ def _table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     weights = "random weights: the figures mean nothing" * (result["weights"]["kind"] == "random")
-    about = f"{result['model']}, {result['images']} photo crops ({result['part']}). {weights}"
+    told = result["collages"]
+    about = (
+        f"{result['model']}, {result['images']} photo crops ({result['part']}); {told['count']} "
+        f"collages, of whose patches the dense model places {told['right']:.2f} % in the right one "
+        f"of {told['photos']} photos. {weights}"
+    )
     title = report.heading(
         "Features of every patch, restored, against the dense model", result["machine"]
     )

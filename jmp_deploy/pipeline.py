@@ -53,7 +53,6 @@ from .core.images import (
     spread,
 )
 from .core.outputs import (
-    DENSE,
     LOGITS,
     POOLED,
     PROBABILITIES,
@@ -273,7 +272,10 @@ def _portable(
         )
         if options.fold_normalization:
             loaded.preprocess = fold.fold_normalization(loaded.model, loaded.preprocess)
-        outputs = _outputs(loaded, options)
+        outputs = tuple(
+            _given(loaded, options) if name == POOLED else name
+            for name in asked(options.output, len(loaded.model.blocks))
+        )
     on_model(loaded)
     names, images = _load(photos, loaded)
     with clock("patch"):
@@ -346,30 +348,6 @@ def _portable(
         rebuild=options.rebuild,
     )
     return made.with_quantization(quantized) if quantized else made, reference, reductions
-
-
-def _outputs(loaded: LoadedModel, options: BuildOptions) -> tuple[str, ...]:
-    """What the artifact's outputs are.
-
-    Raises:
-        ModelError: the model has no such block, blocks would compute what nobody asks for, or a
-            softmax makes no sense.
-    """
-    names = asked(options.output)
-    last = len(loaded.model.blocks) - 1
-    dense = [output for output in map(output_named, names) if isinstance(output, Dense)]
-    layers = [output.layer for output in dense if output.layer is not None]
-    if far := [f"{layer}" for layer in layers if layer > last]:
-        raise ModelError(f"{loaded.name} has blocks 0 to {last}, not {', '.join(far)}")
-    if last not in layers and not {POOLED, DENSE.name} & {*names}:
-        raise ModelError(
-            f"--output {options.output} reads nothing behind block {max(layers)}, and the "
-            "blocks after it would compute for nobody",
-            f"ask for the last one too: --output {options.output},{last}",
-        )
-    if {DENSE.name, f"{DENSE.name}_{last}"} <= {*names}:
-        raise ModelError(f"{DENSE.name} is that of block {last}", f"leave out {last}")
-    return tuple(_given(loaded, options) if name == POOLED else name for name in names)
 
 
 def _restores(options: BuildOptions) -> bool:

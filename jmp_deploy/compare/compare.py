@@ -73,8 +73,9 @@ def compare_artifact(
         {"ok", "precision", "tolerance", "images", "unreadable", "random_weights", "backends",
         "skipped": {backend: reason}, "notes", "pairs", "reductions", "reductions_skipped", "debug",
         "debug_skipped", "runtime_ms": {backend: per image}}. pairs are those of
-        measures.Pair; reductions is reductions.report's, debug a list of
-        debug.conclusion's; where one is None, its _skipped says why.
+        measures.Pair; reductions is reductions.report's, with "alike": such pairs of PyTorch with
+        the other's choices, where choices differ; debug is a list of debug.conclusion's; where one
+        is None, its _skipped says why.
 
     Raises:
         JmpDeployError: fewer than two backends can run, or one that was asked for cannot; no image
@@ -244,8 +245,7 @@ def _reductions(
     photos: Photos,
     outputs: Mapping[str, Outputs],
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """(report, None), or (None, why there is none). Where choices differ, "alike" of the report are
-    pairs as above, of PyTorch with the other's choices, so that what else differs is seen.
+    """(report, None), or (None, why there is none).
 
     The portable model runs a second time for it, with its choices as further outputs: what is
     compared above is the file as it is deployed.

@@ -197,13 +197,17 @@ _LAYER = re.compile(r"(dense|raw)_(0|[1-9][0-9]{0,3})")
 _WORD = re.compile(rf"({POOLED})|({DENSE.name})|(?:(dense|raw):)?(0|[1-9][0-9]{{0,3}})")
 
 
-def asked(spelling: str) -> tuple[str, ...]:
+def asked(spelling: str, blocks: int | None = None) -> tuple[str, ...]:
     """Names of the outputs that `--output` asks for: "pooled", "dense", "dense:3,6,9,11" (blocks,
     counted from 0), "raw:3", or several, as "dense,pooled"; `POOLED` stands for what the model
     gives, and comes first.
 
+    Args:
+        blocks: how many the model has, where that is known.
+
     Raises:
-        ModelError: it is not spelled so, or names an output twice.
+        ModelError: it is not spelled so, names an output twice or a block that is not there, or
+            leaves blocks to compute what nobody reads.
     """
     names: list[str] = []
     kind = ""
@@ -220,7 +224,24 @@ def asked(spelling: str) -> tuple[str, ...]:
         names.append(pooled or dense or f"{kind}_{layer}")
     if len(set(names)) < len(names):
         raise ModelError(f"--output {spelling} names an output twice", "name each once")
+    if blocks is not None:
+        _refuse_layers(spelling, names, blocks - 1)
     return tuple(sorted(names, key=lambda name: name != POOLED))
+
+
+def _refuse_layers(spelling: str, names: Sequence[str], last: int) -> None:
+    found = [output for output in map(known_output, names) if isinstance(output, Dense)]
+    layers = [output.layer for output in found if output.layer is not None]
+    if far := [f"{layer}" for layer in layers if layer > last]:
+        raise ModelError(f"the model has blocks 0 to {last}, not {', '.join(far)}")
+    if last not in layers and not {POOLED, DENSE.name} & {*names}:
+        raise ModelError(
+            f"--output {spelling} reads nothing behind block {max(layers)}, and the blocks after "
+            "it would compute for nobody",
+            f"ask for the last one too: --output {spelling},{last}",
+        )
+    if {DENSE.name, f"{DENSE.name}_{last}"} <= {*names}:
+        raise ModelError(f"{DENSE.name} is that of block {last}", f"leave out {last}")
 
 
 def output_of(model: Any) -> Output:
