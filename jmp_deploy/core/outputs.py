@@ -212,7 +212,7 @@ def asked(spelling: str, blocks: int | None = None) -> tuple[str, ...]:
     names: list[str] = []
     kind = ""
     for word in spelling.split(","):
-        found = _WORD.fullmatch(word.strip())
+        found = _WORD.fullmatch(word)
         pooled, dense, begins, layer = found.groups() if found else (None,) * 4
         kind = begins or (kind if layer else "")
         if not found or (layer and not kind):

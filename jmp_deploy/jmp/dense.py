@@ -33,33 +33,32 @@ class DenseFeatures(nn.Module):
             patch, "dense_3" what leaves block 3, through the model's last norm, "raw_3" without it
             (timm's `forward_intermediates` with `norm=True` and `False`). Beside them may stand
             what the model itself gives: "logits", "probabilities" or "features".
-
-    Raises:
-        ModelError: the model was patched without `restore`.
     """
 
     def __init__(self, model: nn.Module, outputs: Sequence[str] = (DENSE.name,)) -> None:
         super().__init__()
-        blocks = model.blocks
-        self.outputs = tuple(output_named(name) for name in outputs)
-        of_patches = any(isinstance(output, Dense) for output in self.outputs)
-        reduces = isinstance(blocks, JMPBlocks) and blocks.reductions
-        if of_patches and reduces and not blocks.restores:
-            raise ModelError(
-                "the model does not say where its patches went", "patch(model, ..., restore=True)"
-            )
         self.model: Any = model
+        self.outputs = tuple(output_named(name) for name in outputs)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """[B, channels, H, W] -> [B, M, C]; with several outputs all of them, in their order."""
+        """[B, channels, H, W] -> [B, M, C]; with several outputs all of them, in their order.
+
+        Raises:
+            ModelError: the model was patched without `restore`.
+        """
         return self.of(lambda: self.model.forward_features(images))
 
     def of(self, run: Callable[[], Tensor]) -> Tensor | tuple[Tensor, ...]:
         """The same of a run of the model's blocks and last norm, which gives its tokens [B, N, C].
         Layers are of the blocks that run."""
-        last = len(self.model.blocks) - 1
+        blocks = self.model.blocks
+        last = len(blocks) - 1
         wanted = {output.layer for output in self.outputs if isinstance(output, Dense)}
-        with _leaving(self.model.blocks, {last if at is None else at for at in wanted}) as layers:
+        if wanted and isinstance(blocks, JMPBlocks) and blocks.reductions and not blocks.restores:
+            raise ModelError(
+                "the model does not say where its patches went", "patch(model, ..., restore=True)"
+            )
+        with _leaving(blocks, {last if at is None else at for at in wanted}) as layers:
             tokens = run()
         found = []
         for output in self.outputs:

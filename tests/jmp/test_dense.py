@@ -107,7 +107,7 @@ def test_a_schedule_that_leaves_patches_out_of_the_last_block_is_refused():
 def test_a_model_that_does_not_keep_slots_says_how(model):
     patch(model, "1:12")
     with pytest.raises(JmpDeployError, match="does not say where") as caught:
-        DenseFeatures(model)
+        DenseFeatures(model)(IMAGES)
     assert "restore=True" in (caught.value.hint or "")
 
 
@@ -196,14 +196,16 @@ def test_int8_is_calibrated_and_checked_patch_by_patch(tmp_path, capsys):
         ("pooled", ("pooled",)),
         ("dense,pooled", ("pooled", "dense")),
         ("dense:3,6,9,11", ("dense_3", "dense_6", "dense_9", "dense_11")),
-        ("raw:0, 2,pooled,dense:2", ("pooled", "raw_0", "raw_2", "dense_2")),
+        ("raw:0,2,pooled,dense:2", ("pooled", "raw_0", "raw_2", "dense_2")),
     ],
 )
 def test_how_outputs_are_asked_for(asked, names):
     assert outputs.asked(asked) == names
 
 
-@pytest.mark.parametrize("odd", ["", "patches", "3", "dense:", "dense,3", "dense:3,3", "raw:-1"])
+@pytest.mark.parametrize(
+    "odd", ["", "patches", "3", "dense:", "dense:3, 5", "dense\n", "dense,3", "dense:3,3", "raw:-1"]
+)
 def test_a_spelling_that_asks_for_nothing_is_refused(odd):
     with pytest.raises(JmpDeployError, match="--output"):
         outputs.asked(odd)
