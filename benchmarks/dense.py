@@ -2,7 +2,7 @@
 
     # the table of benchmarks/results/dense-validation.md; some minutes on two cores
     python scripts/demo_weights.py artifacts/weights/dinov2_s.safetensors
-    python benchmarks/dense.py --weights artifacts/weights/dinov2_s.safetensors \
+    python benchmarks/dense.py --weights artifacts/weights/dinov2_s.safetensors --limit 48 \
         -o benchmarks/results/dense-validation
 
     # does everything run? (random weights: the figures mean nothing)
