@@ -2,7 +2,7 @@
 
     # the table of benchmarks/results/dense-validation.md; some minutes on two cores
     python scripts/demo_weights.py artifacts/weights/dinov2_s.safetensors
-    python benchmarks/dense.py --weights artifacts/weights/dinov2_s.safetensors \
+    python benchmarks/dense.py --weights artifacts/weights/dinov2_s.safetensors --limit 48 \
         -o benchmarks/results/dense-validation
 
     # does everything run? (random weights: the figures mean nothing)
@@ -12,6 +12,13 @@ Every patch is restored as `build --output dense` does it, for ToMe as its autho
 it has the features of the token that it went to. All methods run the schedule of their budget.
 Judged is the cosine of each patch to its features in the dense model, meaned over an image's
 patches, and the share of patches below 0.9; intervals are of the mean over images, 95 %, bootstrap.
+The same behind `--layers`, each through the model's last norm and restored by the reductions so far
+(`build --output dense:2,5,8`).
+
+A task beside it: collages of four photos, one in each quarter, and a linear head (ridge regression,
+fitted to the dense model's features of collages of the reference crops) that tells for every patch
+which of the photos it is of. Points are what the head loses on features with JMP; the interval is
+paired over collages.
 """
 
 from __future__ import annotations
@@ -27,9 +34,13 @@ from benchmarks.lib import command
 from jmp_deploy.core.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
+    from benchmarks.lib.data import Samples
     from jmp_deploy.jmp.models import LoadedModel
+    from jmp_deploy.validate.probe import Probe
 
 METHODS = ("jmp", "jmp-merge", "jmp-prune", "tome", "merge")
 BATCH = 10
@@ -48,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", default="auto", help="auto, pretrained, random, or a checkpoint's path (auto)")
     add("--budgets", default="75,62,50", help="percent of the dense FLOPs (75,62,50)")
     add("--methods", default=",".join(METHODS), help=f"({','.join(METHODS)})")
+    add("--layers", default="2,5,8", help="blocks behind which features are judged too (2,5,8)")
     add("--part", choices=("validation", "test"), default="validation", help="which crops judge")
     add("--limit", type=int, help="images at most")
     add("--seed", type=int, default=0, help="of the crops and the bootstrap (0)")
@@ -64,8 +76,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints and writes."""
     from benchmarks.lib import data, report
     from benchmarks.lib.features import reduced
+    from benchmarks.lib.measures import bootstrap
     from benchmarks.lib.methods import METHODS as KNOWN
+    from jmp_deploy.core.outputs import asked
     from jmp_deploy.jmp import schedule
+    from jmp_deploy.jmp.families import family_of
     from jmp_deploy.jmp.models import load_model
     from jmp_deploy.jmp.patch import model_shape
 
@@ -75,17 +90,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             f"unknown methods {', '.join(sorted(unknown))}", f"choose of {', '.join(METHODS)}"
         )
     loaded = load_model(options.model, options.weights, seed=options.seed)
-    samples = getattr(data.photo_crops(options.seed), options.part)
+    task = data.photo_crops(options.seed)
+    samples = getattr(task, options.part)
     samples = samples.first(options.limit) if options.limit else samples
-    images = data.batch(samples.images, loaded.preprocess)
+    images = _inputs(loaded, samples)
     shape = model_shape(loaded.model).for_patches()
-    dense = _features(loaded, images)
+    outputs = asked(f"dense,dense:{options.layers}" if options.layers else "dense")
+    dense = _features(loaded, images, outputs)
+    grid = family_of(loaded.model).patch_embed(loaded.model).grid_size
+    references = task.train.first(options.limit) if options.limit else task.train
+    head = _head(loaded, _collages(_inputs(loaded, references), references.labels, grid, 0))
+    collages = _collages(images, samples.labels, grid, options.seed + 1)
+    right = _right(loaded, head, collages)
     rows = []
     for budget in map(float, options.budgets.split(",")):
         steps = schedule.parse(f"spread:{budget:g}", shape)
         for name in methods:
             with reduced(loaded, steps, KNOWN[name], restore=True):
-                row = _judged(dense, _features(loaded, images), options.seed)
+                found = _features(loaded, images, outputs)
+                still = _right(loaded, head, collages)
+            row, *layers = (_judged(dense[name], found[name], options.seed) for name in outputs)
+            row["layers"] = dict(zip(outputs[1:], layers, strict=True))
+            low, high = bootstrap(still - right, seed=options.seed)
+            points = {"mean": float((still - right).mean()), "low": low, "high": high}
+            row["collages"] = {"right": float(still.mean()), "points": points}
             share = schedule.macs(shape, steps) / schedule.macs(shape)
             rows.append({"budget": budget, "method": name, "flops": share, **row})
             print(f"{budget:g} % {name}: {row['cosine']['mean']:.5f}", flush=True)
@@ -97,6 +125,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "images": len(images),
         "seed": options.seed,
         "part": options.part,
+        "collages": {
+            "right": float(right.mean()),
+            "count": len(right),
+            "photos": len(set(references.labels.tolist())),
+        },
         "rows": rows,
     }
     base = options.output or report.default_output("dense", facts)
@@ -105,20 +138,64 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _features(loaded: LoadedModel, images: NDArray[Any]) -> NDArray[Any]:
-    """[n, M, C] float32, of every patch."""
+def _inputs(loaded: LoadedModel, samples: Samples) -> NDArray[Any]:
+    from benchmarks.lib import data
+
+    return data.batch(samples.images, loaded.preprocess)
+
+
+def _collages(
+    images: NDArray[Any], labels: NDArray[Any], grid: tuple[int, int], seed: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """As many collages [n, 3, H, W] as images, and the label of each patch [n, M]. Each quarter is
+    that of another image, cut at a border of patches."""
+    import numpy as np
+
+    random = np.random.default_rng((seed, 7))
+    made, classes = np.empty_like(images), np.empty((len(images), *grid), np.int64)
+    rows, columns = grid
+    height, width = images.shape[2] // rows, images.shape[3] // columns
+    for top, bottom in ((0, rows // 2), (rows // 2, rows)):
+        for left, right in ((0, columns // 2), (columns // 2, columns)):
+            chosen = random.permutation(len(images))
+            y, x = slice(top * height, bottom * height), slice(left * width, right * width)
+            made[:, :, y, x] = images[chosen][:, :, y, x]
+            classes[:, top:bottom, left:right] = labels[chosen][:, None, None]
+    return made, classes.reshape(len(images), -1)
+
+
+def _head(loaded: LoadedModel, collages: tuple[NDArray[Any], NDArray[Any]]) -> Probe:
+    from jmp_deploy.validate.probe import fit_ridge
+
+    (features,) = _features(loaded, collages[0], ("dense",)).values()
+    return fit_ridge(features.reshape(-1, features.shape[2]), collages[1].ravel())
+
+
+def _right(
+    loaded: LoadedModel, head: Probe, collages: tuple[NDArray[Any], NDArray[Any]]
+) -> NDArray[Any]:
+    """Percent of each collage's patches that the head places right: [n] float64."""
+    (features,) = _features(loaded, collages[0], ("dense",)).values()
+    return 100.0 * (head.scores(features).argmax(axis=2) == collages[1]).mean(axis=1)
+
+
+def _features(
+    loaded: LoadedModel, images: NDArray[Any], outputs: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    """Output -> [n, M, C] float32, of every patch."""
     import numpy as np
     import torch
 
-    from jmp_deploy.jmp.dense import DenseFeatures
+    from jmp_deploy.backends.torch import with_outputs
 
-    model = DenseFeatures(loaded.model)
+    run = with_outputs(loaded.model, outputs)
     with torch.inference_mode():
         pieces = [
-            model(torch.from_numpy(images[start : start + BATCH])).numpy()
+            [value.numpy() for value in run(torch.from_numpy(images[start : start + BATCH]))]
             for start in range(0, len(images), BATCH)
         ]
-    return np.concatenate(pieces)
+    joined = map(np.concatenate, zip(*pieces, strict=True))
+    return dict(zip(outputs, joined, strict=True))
 
 
 def _judged(dense: NDArray[Any], found: NDArray[Any], seed: int) -> dict[str, Any]:
@@ -144,6 +221,7 @@ def _table(result: dict[str, Any]) -> str:
         return f"{mean} ({low} to {high})"
 
     head = ["method", "budget", "FLOPs", "cosine of a patch", f"patches below {FAR}, %"]
+    head.append("collages, points")
     rows = [
         [
             row["method"],
@@ -151,15 +229,31 @@ def _table(result: dict[str, Any]) -> str:
             f"{row['flops']:.1%}",
             words(row["cosine"], 4),
             words(row["far"], 1),
+            words(row["collages"]["points"], 2),
         ]
         for row in result["rows"]
     ]
+    layers = [*result["rows"][0]["layers"]]
+    by_layer = [
+        [row["method"], f"{row['budget']:g} %"]
+        + [words(row["layers"][name]["cosine"], 4) for name in layers]
+        for row in result["rows"]
+    ]
     weights = "random weights: the figures mean nothing" * (result["weights"]["kind"] == "random")
-    about = f"{result['model']}, {result['images']} photo crops ({result['part']}). {weights}"
+    told = result["collages"]
+    about = (
+        f"{result['model']}, {result['images']} photo crops ({result['part']}); {told['count']} "
+        f"collages, of whose patches the dense model places {told['right']:.2f} % in the right one "
+        f"of {told['photos']} photos. {weights}"
+    )
     title = report.heading(
         "Features of every patch, restored, against the dense model", result["machine"]
     )
-    return "\n".join([title, about.strip(), "", report.markdown(head, rows)])
+    parts = [title, about.strip(), "", report.markdown(head, rows)]
+    if layers:
+        parts += ["", "Cosine of a patch behind earlier blocks:", ""]
+        parts.append(report.markdown(["method", "budget", *layers], by_layer))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,7 +52,15 @@ from .core.images import (
     sample_photos,
     spread,
 )
-from .core.outputs import DENSE, LOGITS, PROBABILITIES, output_of
+from .core.outputs import (
+    LOGITS,
+    POOLED,
+    PROBABILITIES,
+    Dense,
+    asked,
+    output_named,
+    output_of,
+)
 from .engine import builder
 from .engine.stage import Clock, make_engines
 from .jmp.models import OwnModel
@@ -105,7 +113,8 @@ class BuildOptions:
             not.
         fold_normalization: the model takes 0-255 RGB and normalises it itself.
         softmax: probabilities come out, not logits.
-        output: "pooled", what the model gives, or "dense", the features of every patch.
+        output: what comes out, as `outputs.asked` takes it: "pooled", what the model gives,
+            "dense", the features of every patch, "dense:3,6,9,11", of blocks, or several.
         inline: write `model.inlined.onnx` too, the portable model without local functions.
         images: photos for the check; empty takes sample photos.
         seed: of random weights, and of the draw of calibration images.
@@ -134,7 +143,7 @@ class BuildOptions:
     embed_plugin: bool = False
     fold_normalization: bool = False
     softmax: bool = False
-    output: Literal["pooled", "dense"] = "pooled"
+    output: str = POOLED
     inline: bool = False
     images: tuple[Path, ...] = ()
     seed: int = 0
@@ -262,7 +271,10 @@ def _portable(
         )
         if options.fold_normalization:
             loaded.preprocess = fold.fold_normalization(loaded.model, loaded.preprocess)
-        output = _output(loaded, options)
+        outputs = tuple(
+            _given(loaded, options) if name == POOLED else name
+            for name in asked(options.output, len(loaded.model.blocks))
+        )
     on_model(loaded)
     names, images = _load(photos, loaded)
     with clock("patch"):
@@ -271,8 +283,9 @@ def _portable(
     with clock("export"):
         portable = staging / artifact.PORTABLE
         fp32 = portable if options.precision == "fp32" else staging / "fp32.onnx"
-        restored = options.output == DENSE.name
-        export.export_onnx(loaded.model, fp32, image_size=size, dense=restored)
+        before = [LOGITS.name if name == PROBABILITIES.name else name for name in outputs]
+        dense = before if _restores(options) else None
+        export.export_onnx(loaded.model, fp32, image_size=size, outputs=dense)
     kept = None
     if options.precision != "fp32":
         with clock("magnitudes"):
@@ -305,24 +318,26 @@ def _portable(
             if (staging / name).is_file():
                 export.append_softmax(staging / name)
     with clock("check"):
-        check, reference = _check(options, loaded, portable, output, names, images)
+        check, reference = _check(options, loaded, portable, outputs, names, images)
     patched = loaded.model.blocks.reductions if jmp else {}
     reductions = [patched[block].stored() for block in sorted(patched)]
+    has_classes = not isinstance(output_named(outputs[0]), Dense)
     made = Artifact(
         folder=staging,
         tools=artifact.tool_versions(),
         model=Model(
             loaded.name,
             size[0],
-            output,
+            outputs[0],
+            also=outputs[1:],
             asked_for=_asked_for(options, loaded),
             settings=loaded.settings,
             function=loaded.function,
         ),
         weights=loaded.origin,
         preprocess=loaded.preprocess,
-        class_names=None if restored else loaded.class_names,
-        synsets=None if restored else loaded.synsets,
+        class_names=loaded.class_names if has_classes else None,
+        synsets=loaded.synsets if has_classes else None,
         multi_label=loaded.multi_label,
         jmp=jmp,
         macs=macs,
@@ -335,10 +350,13 @@ def _portable(
     return made.with_quantization(quantized) if quantized else made, reference, reductions
 
 
-def _output(loaded: LoadedModel, options: BuildOptions) -> str:
-    """What the artifact's output is; raises ModelError where a softmax makes no sense."""
-    if options.output == DENSE.name:
-        return DENSE.name
+def _restores(options: BuildOptions) -> bool:
+    """Whether features of patches are asked for."""
+    return asked(options.output) != (POOLED,)
+
+
+def _given(loaded: LoadedModel, options: BuildOptions) -> str:
+    """What the model gives itself; raises ModelError where a softmax makes no sense."""
     given = output_of(loaded.model)
     if not options.softmax:
         return given.name
@@ -381,7 +399,7 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
         tau=tau,
         granularity=options.granularity,
         proportional=options.proportional,
-        restore=options.output == DENSE.name,
+        restore=_restores(options),
     )
     as_published = options.strategy == "jmp" and options.granularity == "token"
     as_published = as_published and options.proportional and loaded.origin.kind != "random"
@@ -400,7 +418,7 @@ def _shape(loaded: LoadedModel, options: BuildOptions) -> ModelShape:
     from .jmp.patch import model_shape
 
     shape = model_shape(loaded.model)
-    return shape.for_patches() if options.output == DENSE.name else shape
+    return shape.for_patches() if _restores(options) else shape
 
 
 def _macs(loaded: LoadedModel, jmp: Jmp | None, options: BuildOptions) -> Macs:
@@ -431,7 +449,7 @@ def _check(
     options: BuildOptions,
     loaded: LoadedModel,
     portable: Path,
-    output: str,
+    outputs: tuple[str, ...],
     names: list[str],
     images: NDArray[np.float32],
 ) -> tuple[Check, Reference]:
@@ -444,22 +462,24 @@ def _check(
     from .export.precision import emulated
 
     ort.quiet_polygraphy()
-    runners = [torch_runner(loaded.model, output), ort.session_runner(emulated(portable))]
+    runners = [torch_runner(loaded.model, outputs), ort.session_runner(emulated(portable))]
     precisions: dict[str, str] = {runners[0].name: "fp32", runners[1].name: options.precision}
     twin = portable.parent / _TWIN
     if twin.is_file():
         runners.append(ort.session_runner(emulated(twin), "onnxruntime (FP16 twin)"))
         precisions[runners[2].name] = "fp16"
-    pairs, times, outputs = compare.run_and_pair(
+    pairs, times, values = compare.run_and_pair(
         runners, images, options.batch, precisions, near_ties=not options.dense
     )
     some = slice(REFERENCE_IMAGES)
-    reference = Reference(images[some], outputs[output][some], np.array(names[some]))
+    by_torch = {name: values[runners[0].name][name][some] for name in outputs}
+    reference = Reference(images[some], by_torch, np.array(names[some]))
     with (
         atomic_path(portable.parent / artifact.REFERENCE) as temporary,
         temporary.open("wb") as file,
     ):
-        np.savez_compressed(file, **reference._asdict())
+        arrays: Any = reference.arrays()
+        np.savez_compressed(file, **arrays)
     check = Check(
         ok=all(pair.ok for pair in pairs),
         images=tuple(names),
@@ -510,11 +530,19 @@ def _refuse_contradictions(options: BuildOptions) -> None:
             f"--embed-plugin puts the plugin into the engine, and {without} has none",
             "leave one of them out",
         )
-    if options.output == DENSE.name and (options.softmax or options.precision == "int8"):
-        what = "--softmax is of classes" if options.softmax else "INT8 is decided by pooled outputs"
-        raise ModelError(
-            f"--output dense gives features of every patch, and {what}", "leave one of them out"
-        )
+    if POOLED not in asked(options.output):
+        words = f"--output {options.output} gives features of patches alone"
+        if options.softmax:
+            raise ModelError(
+                f"{words}, and --softmax is of classes", f"--output {POOLED},{options.output}"
+            )
+        if options.quantize and options.quantize.max_drop is not None:
+            raise ModelError(
+                f"{words}, and --max-drop promises points of accuracy, which one answer per image "
+                "has",
+                f"leave it out, or let what the model gives decide: --output "
+                f"{POOLED},{options.output}",
+            )
     check_spelling(options.schedule)
     if options.strategy != "jmp" and options.tau is not None:
         raise ScheduleError(

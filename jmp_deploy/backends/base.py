@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..core.artifact import Artifact, Precision, Reference
-    from ..jmp.trace import Trace
+    from ..jmp.trace import Choice, Trace
 
     Images = NDArray[np.float32]
 
@@ -43,6 +43,11 @@ class Watch(Protocol):
         """`blocks`: with the tensors of every block."""
 
 
+Replay = Callable[["Images", "Sequence[Choice]"], "dict[str, NDArray[Any]]"]
+"""Images [B, 3, H, W] and what another backend chose for them, to outputs [B, ...] by name: those
+of a model that keeps and merges the same tokens."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """An artifact in a backend.
@@ -51,12 +56,14 @@ class Opened:
         backend: which one.
         runner: Polygraphy's, a context manager with `infer`.
         watch: what happens inside; None where only outputs are known.
+        replay: with another backend's choices; None where none can be put in.
         note: what a reader of results has to know of it.
     """
 
     backend: Backend
     runner: Any
     watch: Watch | None = None
+    replay: Replay | None = None
     note: str | None = None
 
     @property

@@ -34,15 +34,15 @@ class Predictions:
 
     Attributes:
         records: {"image", "top": [{"index", "label", "score"}]}, score a softmax probability, or
-            {"image", "features": [...]}.
-        output: what they show.
+            {"image", "features": [...]}; of further outputs such records under their names.
+        outputs: what they show.
         backend: what ran.
         reason: why that.
         skipped: {"image", "error"} of files that could not be read.
     """
 
     records: list[dict[str, Any]]
-    output: Output
+    outputs: tuple[Output, ...]
     backend: str
     reason: str
     skipped: list[dict[str, str]]
@@ -105,42 +105,49 @@ def predict(
     paths = find_images(images)
     records: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    rows: list[NDArray[Any]] = []
-    with _open(path, found, options) as (infer, spec, output, backend, reason):
+    rows: dict[str, list[NDArray[Any]]] = {}
+    with _open(path, found, options) as (infer, spec, outputs, backend, reason):
         names = found.class_names if found else None
         scored = {"multi_label": found.multi_label} if found else {}
         for start in range(0, len(paths), CHUNK):
             piece, batch = _decode(paths[start : start + CHUNK], spec, skipped)
-            for image, row in zip(piece, _run_finite(infer, output, batch, piece), strict=True):
-                records.append({"image": str(image), **output.answer(row, names, topk, **scored)})
-                if save is not None:
-                    rows.append(np.array(row))
+            values = _run_finite(infer, outputs, batch, piece)
+            for index, image in enumerate(piece):
+                answers = [
+                    output.answer(values[output.name][index], names, topk, **scored)
+                    for output in outputs
+                ]
+                further = zip((output.name for output in outputs[1:]), answers[1:], strict=True)
+                records.append({"image": str(image), **answers[0], **dict(further)})
+            if save is not None and len(piece):
+                for output in outputs:
+                    rows.setdefault(output.name, []).append(np.array(values[output.name]))
     if not records:
         raise ImageError(skipped[0]["error"], f"{len(skipped)} images, none of them readable")
     if save is not None:
         with atomic_path(save) as temporary, temporary.open("wb") as file:
-            came: Any = {output.name: np.stack(rows)}
+            came: Any = {name: np.concatenate(pieces) for name, pieces in rows.items()}
             np.savez_compressed(file, images=[record["image"] for record in records], **came)
-    return Predictions(records, output, backend, reason, skipped)
+    return Predictions(records, outputs, backend, reason, skipped)
 
 
 @contextmanager
 def _open(
     path: Path, found: Artifact | None, options: Options
-) -> Iterator[tuple[Infer, Preprocess, Output, str, str]]:
-    """(images to outputs, preprocessing, output, backend, reason)."""
+) -> Iterator[tuple[Infer, Preprocess, tuple[Output, ...], str, str]]:
+    """(images to outputs, preprocessing, what they are, backend, reason)."""
     if found is None:
         with Engine(
             path, use_manifest=False, cuda_graph=options.cuda_graph, max_batch=options.batch
         ) as engine:
-            spec, output = _assumed(engine), output_named(engine.outputs[0].name)
+            outputs = tuple(output_named(tensor.name) for tensor in engine.outputs)
             reason = "without a manifest"
-            yield engine.infer, spec, output, EngineBackend.name, reason
+            yield engine.infer, _assumed(engine), outputs, EngineBackend.name, reason
         return
     backend, reason = pick([found], options.backend)
-    output = output_named(found.model.output)
+    outputs = tuple(map(output_named, found.model.outputs))
     with backend.running(found, max_batch=options.batch, cuda_graph=options.cuda_graph) as infer:
-        yield infer, found.preprocess, output, backend.name, reason
+        yield infer, found.preprocess, outputs, backend.name, reason
 
 
 def _assumed(engine: Engine) -> Preprocess:
@@ -173,13 +180,14 @@ def _decode(
 
 
 def _run_finite(
-    infer: Infer, output: Output, batch: NDArray[np.float32], paths: Sequence[Path]
-) -> NDArray[Any]:
+    infer: Infer, outputs: Sequence[Output], batch: NDArray[np.float32], paths: Sequence[Path]
+) -> dict[str, NDArray[Any]]:
     if not len(batch):
-        return np.empty((0, 0), np.float32)
+        return {}
     try:
-        values = infer(batch)[output.name]
-        require_finite({"answer": values})
+        found = infer(batch)
+        values = {output.name: found[output.name] for output in outputs}
+        require_finite(values)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"the output for {paths[error.row]} is not finite: {error.message}", error.hint

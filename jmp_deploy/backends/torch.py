@@ -7,7 +7,7 @@ costs before it is deployed, and a figure for the GPU where no TensorRT is insta
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ..core import ort
 from ..core.errors import ArtifactError, GpuMemoryError, JmpDeployError, engine_errors
 from ..core.packages import importable
-from .base import Backend, Opened, Times, function_runner, guarded, noise
+from .base import Backend, Infer, Opened, Times, function_runner, guarded, noise
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from ..core.artifact import Artifact, Precision, Reference
+    from ..jmp.trace import Choice
 
 
 class TorchBackend(Backend):
@@ -57,7 +58,7 @@ class TorchBackend(Backend):
     ) -> Opened:
         """See `Backend`. Its outputs travel with the artifact, for devices without PyTorch."""
         ort.quiet_polygraphy()
-        output = artifact.model.output
+        outputs = artifact.model.outputs
         try:
             from ..jmp.models import restore_model
             from ..jmp.trace import trace_torch
@@ -66,54 +67,80 @@ class TorchBackend(Backend):
         except (ImportError, JmpDeployError) as error:
             if reference is not None and weights is None:
                 why = f"its outputs of the build stand in for PyTorch: {error}"
-                return Opened(self, _stored_runner(reference, output), note=why)
+                return Opened(self, _stored_runner(reference), note=why)
             if isinstance(error, JmpDeployError):
                 raise
             raise ArtifactError(str(error)) from error
-        return Opened(self, torch_runner(model, output, self.name), partial(trace_torch, model))
+        return Opened(
+            self,
+            torch_runner(model, outputs, self.name),
+            partial(trace_torch, model),
+            partial(_replayed, model, outputs),
+        )
 
     def timed(self, artifact: Artifact, *, threads: int) -> TimedModel:
         """See `Backend`."""
         return TimedModel(artifact, threads)
 
 
-def with_output(model: Any, output: str) -> Any:
-    """A timm model that gives an artifact's output: for probabilities with a softmax behind it, for
-    dense features with every patch restored."""
-    import torch
-
-    from ..core.outputs import DENSE, PROBABILITIES  # numpy is not for --help
+def with_outputs(model: Any, outputs: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """A timm model as a function that gives an artifact's outputs: what the model gives itself, or
+    probabilities, or features of patches too."""
+    from ..core.outputs import output_of  # numpy is not for --help
     from ..jmp.dense import DenseFeatures
 
-    if output == DENSE.name:
-        return DenseFeatures(model)
-    if output != PROBABILITIES.name:
-        return model
-    return torch.nn.Sequential(model, torch.nn.Softmax(dim=-1))
+    given = [*outputs] == [output_of(model).name]
+    module = model if given else DenseFeatures(model, outputs)
+
+    def run(images: Any) -> tuple[Any, ...]:
+        values = module(images)
+        return values if isinstance(values, tuple) else (values,)
+
+    return run
 
 
-def torch_runner(model: Any, output: str, name: str = TorchBackend.name) -> Any:
+def torch_runner(model: Any, outputs: Sequence[str], name: str = TorchBackend.name) -> Any:
     """A Polygraphy runner of a PyTorch model in FP32 on the CPU."""
+    return function_runner(_forward(model, outputs), name)
+
+
+def _forward(model: Any, outputs: Sequence[str]) -> Infer:
     import torch
 
-    model = with_output(model, output)
+    run = with_outputs(model, outputs)
 
     def forward(images: NDArray[np.float32]) -> dict[str, Any]:
         with torch.inference_mode():
-            return {output: model(torch.from_numpy(images)).numpy()}
+            values = run(torch.from_numpy(images))
+        return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
 
-    return function_runner(forward, name)
+    return forward
 
 
-def _stored_runner(reference: Reference, output: str) -> Any:
+def _replayed(
+    model: Any, outputs: Sequence[str], images: NDArray[np.float32], choices: Sequence[Choice]
+) -> dict[str, Any]:
+    """See `base.Replay`."""
+    from ..core.images import join
+    from ..jmp.trace import BATCH, deciding
+
+    forward, parts = _forward(model, outputs), []
+    for start in range(0, len(images), BATCH):
+        some = slice(start, start + BATCH)
+        with deciding(model, [choice.of(some) for choice in choices]):
+            parts.append(forward(images[some]))
+    return join(parts, len(images))
+
+
+def _stored_runner(reference: Reference) -> Any:
     """Plays back PyTorch's stored outputs for the reference images, in their order."""
-    stored, position = reference.output, 0
+    last, position = len(reference.images) - 1, 0
 
     def replay(images: NDArray[np.float32]) -> dict[str, Any]:
         nonlocal position
-        index = [min(position + k, len(stored) - 1) for k in range(len(images))]
+        index = [min(position + k, last) for k in range(len(images))]
         position += len(images)
-        return {output: stored[index]}
+        return {name: stored[index] for name, stored in reference.outputs.items()}
 
     return function_runner(replay, f"{TorchBackend.name} (stored)")
 
@@ -140,17 +167,15 @@ class TimedModel:
         from ..jmp.models import restore_model
 
         untrained = restore_model(replace(artifact, weights=Weights("random", seed=0)))
-        self.model: Any = with_output(untrained, artifact.model.output)
         self.shape = artifact.image_shape
         self.on_gpu = torch.cuda.is_available()
         precision = TorchBackend().timed_precision(artifact)
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
         if self.on_gpu:
-            self.model = self.model.to(
-                "cuda",
-                {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32),
-            )
+            untrained = untrained.to("cuda", self.dtype)
         else:
             torch.set_num_threads(threads)
+        self.run: Any = with_outputs(untrained, artifact.model.outputs)
         self.library = f"PyTorch {torch.__version__}, {precision.upper()}, eager"
 
     def prepare(self, batch: int, cuda_graph: bool) -> Callable[[], Times]:
@@ -164,7 +189,7 @@ class TimedModel:
 
     def close(self) -> None:
         """Gives the model back."""
-        self.model = None
+        self.run = None
         if self.on_gpu:
             import torch
 
@@ -173,12 +198,13 @@ class TimedModel:
     def _on_cpu(self, images: Any) -> Callable[[], Times]:
         import torch
 
-        model = self.model
+        run = self.run
 
         def infer() -> Times:
             started = time.perf_counter()
             with torch.inference_mode():
-                model(images).numpy()
+                for value in run(images):
+                    value.numpy()
             return Times.of_host(started, time.perf_counter())
 
         return infer
@@ -186,12 +212,13 @@ class TimedModel:
     def _on_gpu(self, images: Any) -> Callable[[], Times]:
         import torch
 
-        model, dtype = self.model, next(self.model.parameters()).dtype
+        run, dtype = self.run, self.dtype
         pinned = images.pin_memory()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         try:
             with torch.inference_mode():
-                answer = model(pinned.to("cuda", dtype)).float().cpu().pin_memory()
+                values = run(pinned.to("cuda", dtype))
+                answers = [value.float().cpu().pin_memory() for value in values]
         except torch.cuda.OutOfMemoryError as error:
             raise GpuMemoryError(
                 f"PyTorch has no GPU memory for a batch of {len(images)}", "choose a smaller one"
@@ -204,10 +231,11 @@ class TimedModel:
                 there = pinned.to("cuda", non_blocking=True)
                 events[1].record()
                 begun = time.perf_counter()
-                result = model(there.to(dtype)).float()
+                results = [value.float() for value in run(there.to(dtype))]
                 launched = time.perf_counter()
                 events[2].record()
-                answer.copy_(result, non_blocking=True)
+                for answer, result in zip(answers, results, strict=True):
+                    answer.copy_(result, non_blocking=True)
                 events[3].record()
             events[3].synchronize()
             ended = time.perf_counter()

@@ -97,7 +97,7 @@ def _export_chain(model: Any, name: str, shape: ModelShape, path: Path) -> None:
     most = shape.num_prefix + shape.num_patches
     example = torch.zeros(2, most, shape.width)
     dims = {0: BATCH, 1: torch.export.Dim("tokens", min=shape.num_prefix + 2)}
-    proto = to_proto(_chain(model, name), example, dims, "out", name)
+    proto = to_proto(_chain(model, name), example, dims, ["out"], name)
     graph.save_model(proto, path)
 
 

@@ -16,7 +16,7 @@ from . import checked, flags, show
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..core.artifact import Artifact, EngineFacts, Fp32, Jmp, Large, Macs, Quantization
+    from ..core.artifact import Artifact, EngineFacts, Fp32, Jmp, Large, Macs, Model, Quantization
     from ..core.images import Preprocess
     from ..jmp.models import LoadedModel
 
@@ -161,9 +161,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--output",
-        choices=("pooled", "dense"),
+        metavar="WHAT",
         help="pooled: what the model gives; dense: the features of every patch [B, M, C], those of "
-        "merged and pruned patches restored (pooled)",
+        "merged and pruned patches restored; dense:3,6,9,11: of these blocks, counted from 0, "
+        "through the model's last norm (raw:3,6,9,11: without); or several: dense,pooled (pooled)",
     )
     parser.add_argument(
         "--inline",
@@ -336,6 +337,7 @@ def rows_of(made: Artifact) -> list[tuple[str, str]]:
         ("precision", _precision(made)),
         *fp32_rows(made.fp32),
         *(quantization_rows(made.precision, made.quantization) if made.quantization else ()),
+        ("outputs", _outputs(made.model)),
         ("batch", "min {}, opt {}, max {}".format(*made.batch)),
         ("GMACs", _gmacs(made.macs)),
     ]
@@ -351,7 +353,7 @@ def rows_of(made: Artifact) -> list[tuple[str, str]]:
     if check.not_finite:
         words += f": NaN or infinity first in {check.not_finite}"
     rows += [
-        ("check", f"{words}: {_agreement(check.pairs[0])}"),
+        ("check", f"{words}: {_agreements(check.pairs)}"),
         ("engine", _engine(made.engine) if made.engine else f"none: {made.no_engine}"),
         *([("engine check", _engine_checks(made.engine))] if made.engine else []),
         ("sizes (MB)", sizes),
@@ -419,6 +421,13 @@ def _precision(made: Artifact) -> str:
     )
 
 
+def _outputs(model: Model) -> str:
+    from ..core.outputs import output_named
+
+    found = map(output_named, model.outputs)
+    return ", ".join(f"{output.name} [{', '.join(output.axes)}]" for output in found)
+
+
 def _gmacs(macs: Macs) -> str:
     model, dense = macs.model, macs.dense
     if model == dense:
@@ -440,6 +449,14 @@ def _decision(jmp: Jmp) -> str:
     return f"keep the {kept} tokens, of the others {others}{last}"
 
 
+def _agreements(pairs: Sequence[dict[str, Any]]) -> str:
+    """Those of the first two backends, for each output."""
+    first = [pair for pair in pairs if pair.get("b") == pairs[0].get("b")]
+    if len(first) == 1:
+        return _agreement(*first)
+    return "".join(f"\n  {pair['output']}: {_agreement(pair)}" for pair in first)
+
+
 def _agreement(pair: dict[str, Any]) -> str:
     """The figures of a pair of backends, in words."""
     words = f"cosine {show.number(pair['cosine'], '.6f')}, "
@@ -457,7 +474,7 @@ def _engine_checks(engine: EngineFacts) -> str:
     lines = []
     for check in engine.checks:
         verdict = "ok" if check.ok else f"OUTSIDE TOLERANCE: {'; '.join(check.problems)}"
-        figures = f": {_agreement(check.pairs[0])}" if check.ok and check.pairs else ""
+        figures = f": {_agreements(check.pairs)}" if check.ok and check.pairs else ""
         lines.append(f"{verdict}: on {check.gpu} against PyTorch{figures}")
     return "\n".join(lines)
 

@@ -114,7 +114,7 @@ def summary(result: dict[str, Any]) -> list[RenderableType]:
     lines: list[RenderableType] = [_pairs(result), *_classes(result)]
     for pair in result["pairs"]:
         lines += [
-            show.styled(f"{pair['a']} - {pair['b']}: {problem}", "bold red")
+            show.styled(f"{_between(pair, result)}: {problem}", "bold red")
             for problem in pair.get("problems", ())
         ]
     lines.append(_tolerance(result["tolerance"]))
@@ -133,6 +133,11 @@ def summary(result: dict[str, Any]) -> list[RenderableType]:
                 f"interquartile range; moves up to {report['tolerance']:g} are near ties"
             )
         lines.append(show.styled(report["verdict"], "bold"))
+        lines += [
+            f"{pair['a']} with the choices of {pair['b']}: {pair['output']} at cosine >= "
+            f"{_figure(pair['cosine'], '.7f')}, largest difference {_figure(pair['max_abs'])}"
+            for pair in report.get("alike", ())
+        ]
         if "engine" in result["backends"]:
             lines.append("the engine's kept tokens stay inside its plugin: only outputs compared")
     elif result.get("reductions_skipped"):
@@ -161,8 +166,14 @@ def _pairs(result: dict[str, Any]) -> Table:
         for key in ("max_abs", "mean_abs", "max_rel"):
             cells.append(show.number(pair[key]) if key in pair else "-")
         verdict = _ok() if pair["ok"] else show.styled("outside", "bold red")
-        table.add_row(f"{pair['a']} - {pair['b']}", *cells, verdict)
+        table.add_row(_between(pair, result), *cells, verdict)
     return table
+
+
+def _between(pair: dict[str, Any], result: dict[str, Any]) -> str:
+    """Which backends, and of several outputs which."""
+    several = len({each["output"] for each in result["pairs"]}) > 1
+    return f"{pair['a']} - {pair['b']}" + f", {pair['output']}" * several
 
 
 def _classes(result: dict[str, Any]) -> list[RenderableType]:

@@ -99,7 +99,8 @@ def page(
     parts.append(_section("Made with, and how long it took", _table((), machine)))
     parts.append(_section("Made anew by", f"<p><code>{escape(made.rebuild)}</code></p>"))
     warning = "<p class=bad>Random weights: what it answers means nothing.</p>"
-    title = escape(f"{made.model.name}: {made.precision.upper()}, {made.model.output}")
+    outputs = ", ".join(made.model.outputs)
+    title = escape(f"{made.model.name}: {made.precision.upper()}, {outputs}")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -113,7 +114,7 @@ def page(
 <body>
 <h1>{escape(made.model.name)}</h1>
 <p class="lead">{escape(made.precision.upper())} at {made.preprocess.height} x
-{made.preprocess.width} pixels, {escape(made.model.output)}</p>
+{made.preprocess.width} pixels, {escape(outputs)}</p>
 {warning if made.is_random else ""}
 {"".join(parts)}
 </body>

@@ -122,7 +122,10 @@ def _rebuild(folder: Path) -> None:
 
 def _predictions(result: Predictions) -> Table:
     title = f"run with {result.backend} ({result.reason})"
-    table = show.table(title, "image", result.output.heading)
+    first, *others = result.outputs
+    table = show.table(title, "image", first.heading if not others else "outputs")
     for record in result.records:
-        table.add_row(record["image"], result.output.words(record))
+        words = [first.words(record)]
+        words += [f"{output.name}: {output.words(record[output.name])}" for output in others]
+        table.add_row(record["image"], "\n".join(words))
     return table

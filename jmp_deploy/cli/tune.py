@@ -84,6 +84,12 @@ def add(commands: Any) -> None:
     flags.add_weights(parser)
     parser.add_argument("--tau", type=flags.tau, help="fixed threshold (searched)")
     parser.add_argument(
+        "--output",
+        choices=("pooled", "dense"),
+        help="what is to change least: what the model gives, or the features of every patch, for "
+        "`build --output dense` (pooled)",
+    )
+    parser.add_argument(
         "--limit", type=flags.positive, metavar="N", help="images to use at most (64)"
     )
     parser.add_argument("--batch", type=flags.positive, metavar="N", help="images per forward (16)")
@@ -124,6 +130,7 @@ def _tune(given: argparse.Namespace) -> int:
     build = ["python", "-m", "jmp_deploy", "build", asked.model]
     build += ["--schedule", str(out)]  # tau is in the file
     build += ["--weights", asked.weights] if asked.weights != "auto" else []
+    build += ["--output", asked.output] if asked.output != "pooled" else []
     build += flags.own_words(given)
     show.show(given, _summary(result, out, shlex.join(build)), result)
     if trouble:

@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
             "visualize deit_s photo.jpg -o pictures/",
             "visualize artifacts/deit_s photos/ -o pictures/ --batch",
             "visualize dinov2_s photo.jpg -o photo.png --schedule tuned.json",
+            "visualize dinov2_s photo.jpg --schedule spread:62 --features",
         ),
     )
     parser.add_argument("source", metavar="MODEL|DIR", help="model name, or artifact folder")
@@ -42,6 +43,12 @@ def add(commands: Any) -> None:
         dest="contact",
         action="store_true",
         help="one contact sheet in place of a PNG per image",
+    )
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="draw the features of the patches too, without JMP and with it (three principal "
+        "components as red, green and blue)",
     )
     parser.add_argument(
         "--schedule", metavar="NAME|LIST|FILE", help="as for build (spread; an artifact's own)"

@@ -41,7 +41,6 @@ def check_engine(
     """
     assert engine.facts is not None
     reference = reference or artifact.reference()
-    output = artifact.model.output
     precision = coarser("fp32", engine.facts.precision)
     gpu = gpus()[0].name
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -55,18 +54,21 @@ def check_engine(
             Engine(engine, check_finite=False, max_batch=size) as opened,
         ):
             is_open = True
-            answer = Outputs(opened.infer({INPUT: reference.images}))[output]
+            answers = Outputs(opened.infer({INPUT: reference.images}))
     except EngineError as error:
         if not is_open or isinstance(error, GpuMemoryError):
             raise
         return EngineCheck(False, gpu, date, (f"it does not run: {in_words(error)}",))
-    pair = measure(
-        *NAMES,
-        output,
-        reference.output,
-        answer,
-        precision,
-        near_ties=artifact.jmp is not None,
+    reduces = artifact.jmp is not None
+    pairs = [
+        measure(*NAMES, name, stored, answers[name], precision, near_ties=reduces)
+        for name, stored in reference.outputs.items()
+    ]
+    several = len(pairs) > 1
+    problems = tuple(
+        f"{pair.output}: {problem}" if several else problem
+        for pair in pairs
+        for problem in pair.problems
     )
-    shown = {**vars(pair), "problems": list(pair.problems)}
-    return EngineCheck(pair.ok, gpu, date, pair.problems, (shown,))
+    shown = tuple({**vars(pair), "problems": list(pair.problems)} for pair in pairs)
+    return EngineCheck(not problems, gpu, date, problems, shown)

@@ -73,8 +73,9 @@ def compare_artifact(
         {"ok", "precision", "tolerance", "images", "unreadable", "random_weights", "backends",
         "skipped": {backend: reason}, "notes", "pairs", "reductions", "reductions_skipped", "debug",
         "debug_skipped", "runtime_ms": {backend: per image}}. pairs are those of
-        measures.Pair; reductions is reductions.report's, debug a list of
-        debug.conclusion's; where one is None, its _skipped says why.
+        measures.Pair; reductions is reductions.report's, with "alike": such pairs of PyTorch with
+        the other's choices, where choices differ; debug is a list of debug.conclusion's; where one
+        is None, its _skipped says why.
 
     Raises:
         JmpDeployError: fewer than two backends can run, or one that was asked for cannot; no image
@@ -85,7 +86,7 @@ def compare_artifact(
     precision = artifact.precision
     photos, reference = _input(artifact, images, limit)
     chosen, skipped = _open(artifact, backends, weights, reference)
-    pairs, times, _ = run_and_pair(
+    pairs, times, outputs = run_and_pair(
         [opened.runner for opened in chosen],
         photos.images,
         artifact.batch,
@@ -118,7 +119,7 @@ def compare_artifact(
         "runtime_ms": times,
     }
     result["reductions"], result["reductions_skipped"] = _reductions(
-        artifact, chosen, photos.images
+        artifact, chosen, photos, outputs
     )
     result["debug"], result["debug_skipped"] = None, "not asked for (--debug)"
     if debug:
@@ -137,7 +138,7 @@ def run_and_pair(
     min_cosine: float | None = None,
     max_abs: float | None = None,
     near_ties: bool = True,
-) -> tuple[list[Pair], dict[str, float], dict[str, NDArray[Any]]]:
+) -> tuple[list[Pair], dict[str, float], dict[str, Outputs]]:
     """Runs every runner on every image and pairs each runner with the first.
 
     Args:
@@ -148,7 +149,7 @@ def run_and_pair(
 
     Returns:
         The pairs; per runner the time of one image in ms (whole batches, first one included: an
-        orientation, not a benchmark); and the first runner's outputs by name, [B, ...].
+        orientation, not a benchmark); and per runner its outputs by name, [B, ...].
 
     Raises:
         EngineError: whatever goes wrong in Polygraphy or in what it runs.
@@ -182,7 +183,7 @@ def run_and_pair(
         name: 1000 * sum(iteration.runtime for iteration in iterations) / len(images)
         for name, iterations in by_name.items()
     }
-    return pairs, times, outputs[first]
+    return pairs, times, outputs
 
 
 def load_photos(paths: Sequence[Path], spec: Preprocess, limit: int) -> Photos:
@@ -241,7 +242,8 @@ def _open(
 def _reductions(
     artifact: Artifact,
     chosen: Sequence[Opened],
-    images: NDArray[np.float32],
+    photos: Photos,
+    outputs: Mapping[str, Outputs],
 ) -> tuple[dict[str, Any] | None, str | None]:
     """(report, None), or (None, why there is none).
 
@@ -260,9 +262,25 @@ def _reductions(
 
     first, second = sorted(seen, key=lambda opened: backends.NAMES.index(opened.name))[:2]
     assert first.watch and second.watch
+    precision = second.backend.precision(artifact)
     try:
-        theirs = second.watch(images)
-        report = reductions.report(first.watch(images), theirs, second.backend.precision(artifact))
+        theirs = second.watch(photos.images)
+        report = reductions.report(first.watch(photos.images), theirs, precision)
+        report["alike"] = []
+        if report["first"] is not None and first.replay is not None:
+            replayed = first.replay(photos.images, theirs.choices or ())
+            report["alike"] = [
+                _as_dict(
+                    measure(
+                        *(first.name, second.name, name),
+                        *(values, outputs[second.name][name]),
+                        precision,
+                        near_ties=False,
+                    ),
+                    photos.names,
+                )
+                for name, values in replayed.items()
+            ]
     except ModuleNotFoundError as error:
         return None, f"{error.name} is not installed"
     except JmpDeployError as error:

@@ -29,8 +29,8 @@ def report(a: Trace, b: Trace, precision: str) -> dict[str, Any]:
 
     Returns:
         {"a", "b", "selection", "tolerance", "images", "first", "flagged", "near_ties", "nodes",
-        "verdict"}; first is the node where tokens first differ, None if they never do. nodes has
-        for each reduction:
+        "verdict"}; first is the node where the tokens that are kept, or what they take in, first
+        differ, None if they never do. nodes has for each reduction:
         "node", "block", "keep", "of": its name, block, K and M;
         "same_set", "shared": share of images with the same kept set, mean share of tokens kept by
             both;
@@ -60,7 +60,7 @@ def report(a: Trace, b: Trace, precision: str) -> dict[str, Any]:
     for ours, theirs, *kept in steps:
         node, alike = _node(ours, theirs, (kept[0], kept[1]), alike, tolerance)
         nodes.append(node)
-    first = next((n["node"] for n in nodes if n["first_here"]), None)
+    first = next((n["node"] for n in nodes if n["first_here"] or n["merged_elsewhere"]), None)
     result = {
         "a": a.backend,
         "b": b.backend,
@@ -184,10 +184,14 @@ def _verdict(result: dict[str, Any], precision: str) -> str:
     if result["first"] is None:
         return "both keep the same tokens everywhere"
     where = f"tokens first differ at {result['first']}"
+    if elsewhere := sum(n["merged_elsewhere"] for n in result["nodes"]):
+        where += f"; in {elsewhere} images first by what a kept token takes in"
     if not result["flagged"]:
+        if not result["near_ties"]:
+            return f"{where}; those that are kept differ nowhere for another reason"
         return (
-            f"{where}; every difference is a near tie of a size that {precision.upper()} rounding "
-            "explains: by itself no error"
+            f"{where}; every difference of those that are kept is a near tie of a size that "
+            f"{precision.upper()} rounding explains: by itself no error"
         )
     nodes = ", ".join(n["node"] for n in result["nodes"] if n["flagged"])
     return (

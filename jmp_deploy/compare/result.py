@@ -75,6 +75,7 @@ class _Reductions:
     tolerance: float
     verdict: str
     nodes: list[_Node]
+    alike: list[_Pair] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .. import __version__
 from .errors import ArtifactError, one_line
 from .files import read_arrays, read_json, sha256, write_json
 from .images import Preprocess
-from .outputs import OUTPUTS
+from .outputs import OUTPUTS, Dense, known_output, output_named
 
 if TYPE_CHECKING:
     from msgspec import Meta
@@ -85,7 +85,8 @@ class Model:
     Attributes:
         name: timm's.
         image_size: height in pixels; `Preprocess` has the width too.
-        output: its name.
+        output: its name; of several the first: what the model itself gives, where that is one.
+        also: the names of the others, features of patches.
         asked_for: what the user called it.
         settings: arguments of `timm.create_model` where the model is not as timm makes it by its
             name: classes, channels, pooling, ...
@@ -98,10 +99,26 @@ class Model:
     asked_for: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     function: str = ""
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.output not in OUTPUTS:
-            raise ValueError(f"output {self.output!r} is none of {', '.join(OUTPUTS)}")
+        for name in self.outputs:
+            if known_output(name) is None:
+                raise ValueError(
+                    f"output {name!r} is none of {', '.join(OUTPUTS)}, dense_N and raw_N"
+                )
+        if len(set(self.outputs)) < len(self.outputs):
+            raise ValueError(f"outputs {', '.join(self.outputs)} are not all different")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.output, *self.also)
+
+    @property
+    def restores(self) -> bool:
+        """Whether features of patches are among them, so that every patch is restored."""
+        return any(isinstance(known_output(name), Dense) for name in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -405,11 +422,25 @@ class FileEntry:
 
 
 class Reference(NamedTuple):
-    """Input images [B, 3, H, W], PyTorch's outputs for them [B, ...], and the images' names."""
+    """Input images [B, 3, H, W], PyTorch's outputs for them, name -> [B, ...], and their names.
+
+    In the file the model's first output is `output`; others have their own names.
+    """
 
     images: NDArray[Any]
-    output: NDArray[Any]
+    outputs: dict[str, NDArray[Any]]
     names: NDArray[Any]
+
+    @property
+    def output(self) -> NDArray[Any]:
+        """The first."""
+        return next(iter(self.outputs.values()))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """As the file has them."""
+        first, *others = self.outputs
+        further = {name: self.outputs[name] for name in others}
+        return {"images": self.images, "output": self.outputs[first], "names": self.names} | further
 
 
 @dataclass(frozen=True)
@@ -584,27 +615,31 @@ class Artifact:
         """
         path = self.verified(REFERENCE)
         arrays = read_arrays(path, what="reference", hint=self.how_to_rebuild, most=MOST_REFERENCE)
-        names = Reference._fields
+        stored = {"output": self.model.output, **{name: name for name in self.model.also}}
+        names = ("images", *stored, "names")
         shapes = {name: arrays[name].shape for name in names if name in arrays}
         count = shapes.get("images", (0,))[:1]
-        axes = OUTPUTS[self.model.output].axes
+        axes = {key: output_named(name).axes for key, name in stored.items()}
         fits = (
             len(shapes) == len(names)
             and shapes["images"] == (*count, *self.image_shape)
             and shapes["names"] == count
-            and shapes["output"][:1] == count
-            and len(shapes["output"]) == len(axes)
-            and min(*count, *shapes["output"]) > 0
-            and all(arrays[name].dtype.kind == "f" for name in ("images", "output"))
+            and all(
+                shapes[key][:1] == count and len(shapes[key]) == len(of) and min(shapes[key]) > 0
+                for key, of in axes.items()
+            )
+            and all(arrays[name].dtype.kind == "f" for name in ("images", *stored))
             and arrays["names"].dtype.kind == "U"
         )
         if not fits:
-            expected = f"images {['B', *self.image_shape]}, output {list(axes)} and names ['B']"
+            given = ", ".join(f"{key} {list(of)}" for key, of in axes.items())
+            expected = f"images {['B', *self.image_shape]}, {given} and names ['B']"
             raise ArtifactError(
                 f"{path} is not a reference: it holds {shapes}, expected {expected}",
                 self.how_to_rebuild,
             )
-        return Reference(*(arrays[name] for name in names))
+        outputs = {name: arrays[key] for key, name in stored.items()}
+        return Reference(arrays["images"], outputs, arrays["names"])
 
     def to_json(self) -> dict[str, Any]:
         """The manifest, as builtin types."""

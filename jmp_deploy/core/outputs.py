@@ -7,6 +7,7 @@ PyTorch, shows outputs too.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from .errors import ModelError, one_line
 from .stats import sigmoid, softmax
 
 if TYPE_CHECKING:
@@ -150,10 +152,19 @@ class Features(Output):
         return f"[{head}, ...] {len(values)} values, norm {norm:.3f}"
 
 
+@dataclass(frozen=True)
 class Dense(Features):
-    """[B, M, C], features of each patch of the image, row by row. Compared as one long vector."""
+    """[B, M, C], features of each patch of the image, row by row.
+
+    Attributes:
+        layer: the block that they leave; None for the last, as `forward_features` gives them.
+        normed: by the model's last norm.
+    """
 
     axes = ("B", "M", "C")
+
+    layer: int | None = None
+    normed: bool = True
 
     def answer(
         self,
@@ -174,11 +185,63 @@ class Dense(Features):
         )
 
 
+OF_PATCHES = "features of the patches"
 LOGITS = Logits("logits", classifies=True, heading="top classes")
 PROBABILITIES = Probabilities("probabilities", classifies=True, heading="top classes")
 FEATURES = Features("features", classifies=False, heading="features")
-DENSE = Dense("dense", classifies=False, heading="features of the patches")
+DENSE = Dense("dense", classifies=False, heading=OF_PATCHES)
 OUTPUTS = {output.name: output for output in (LOGITS, PROBABILITIES, FEATURES, DENSE)}
+POOLED = "pooled"
+"""What the model itself gives, where outputs are asked for."""
+_LAYER = re.compile(r"(dense|raw)_(0|[1-9][0-9]{0,3})")
+_WORD = re.compile(rf"({POOLED})|({DENSE.name})|(?:(dense|raw):)?(0|[1-9][0-9]{{0,3}})")
+
+
+def asked(spelling: str, blocks: int | None = None) -> tuple[str, ...]:
+    """Names of the outputs that `--output` asks for: "pooled", "dense", "dense:3,6,9,11" (blocks,
+    counted from 0), "raw:3", or several, as "dense,pooled"; `POOLED` stands for what the model
+    gives, and comes first.
+
+    Args:
+        blocks: how many the model has, where that is known.
+
+    Raises:
+        ModelError: it is not spelled so, names an output twice or a block that is not there, or
+            leaves blocks to compute what nobody reads.
+    """
+    names: list[str] = []
+    kind = ""
+    for word in spelling.split(","):
+        found = _WORD.fullmatch(word)
+        pooled, dense, begins, layer = found.groups() if found else (None,) * 4
+        kind = begins or (kind if layer else "")
+        if not found or (layer and not kind):
+            raise ModelError(
+                f"--output {one_line(spelling)} asks for no output that there is",
+                "pooled, dense, dense:3,6,9,11 (of blocks, counted from 0), raw:3,6,9,11 (without "
+                "the last norm), or several: dense,pooled",
+            )
+        names.append(pooled or dense or f"{kind}_{layer}")
+    if len(set(names)) < len(names):
+        raise ModelError(f"--output {spelling} names an output twice", "name each once")
+    if blocks is not None:
+        _refuse_layers(spelling, names, blocks - 1)
+    return tuple(sorted(names, key=lambda name: name != POOLED))
+
+
+def _refuse_layers(spelling: str, names: Sequence[str], last: int) -> None:
+    found = [output for output in map(known_output, names) if isinstance(output, Dense)]
+    layers = [output.layer for output in found if output.layer is not None]
+    if far := [f"{layer}" for layer in layers if layer > last]:
+        raise ModelError(f"the model has blocks 0 to {last}, not {', '.join(far)}")
+    if last not in layers and not {POOLED, DENSE.name} & {*names}:
+        raise ModelError(
+            f"--output {spelling} reads nothing behind block {max(layers)}, and the blocks after "
+            "it would compute for nobody",
+            f"ask for the last one too: --output {spelling},{last}",
+        )
+    if {DENSE.name, f"{DENSE.name}_{last}"} <= {*names}:
+        raise ModelError(f"{DENSE.name} is that of block {last}", f"leave out {last}")
 
 
 def output_of(model: Any) -> Output:
@@ -188,7 +251,17 @@ def output_of(model: Any) -> Output:
 
 def output_named(name: str) -> Output:
     """The output that a file calls so; one that is not ours counts as logits."""
-    return OUTPUTS.get(name) or replace(LOGITS, name=name)
+    return known_output(name) or replace(LOGITS, name=name)
+
+
+def known_output(name: str) -> Output | None:
+    """The output of this name, if it is one of ours."""
+    if found := _LAYER.fullmatch(name):
+        kind, layer = found.groups()
+        of = f"{OF_PATCHES}, block {layer}"
+        normed = kind == DENSE.name
+        return Dense(name, classifies=False, heading=of, layer=int(layer), normed=normed)
+    return OUTPUTS.get(name)
 
 
 def _log_softmax(values: NDArray[Any]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.errors import GraphError
 from ..core.images import INPUT
-from ..core.outputs import DENSE, LOGITS, PROBABILITIES, output_of
+from ..core.outputs import LOGITS, PROBABILITIES, output_of
 from ..jmp import node
 from ..jmp.dense import DenseFeatures
 from ..jmp.families import family_of, written_out_attention
@@ -33,7 +33,11 @@ BATCH = torch.export.Dim("batch", min=1, max=4096)
 
 
 def export_onnx(
-    model: nn.Module, path: Path, *, image_size: tuple[int, int], dense: bool = False
+    model: nn.Module,
+    path: Path,
+    *,
+    image_size: tuple[int, int],
+    outputs: Sequence[str] | None = None,
 ) -> Path:
     """Exports a timm ViT, patched or dense, to portable FP32 ONNX with a dynamic batch.
 
@@ -43,8 +47,8 @@ def export_onnx(
             classifier.
         path: file to write.
         image_size: (H, W) in pixels.
-        dense: the output is `dense` [B, M, C], features of every patch; a patched model was patched
-            with `restore`.
+        outputs: names of other outputs than that one, as `dense.DenseFeatures` takes them; a
+            patched model was patched with `restore` then.
 
     Returns:
         `path`.
@@ -56,9 +60,9 @@ def export_onnx(
     # A batch of 2: torch.export takes sizes 0 and 1 for constants.
     example = torch.zeros(2, family_of(model).channels(model), *image_size)
     with _symbolic_reductions(model), _evaluating(model):
-        given = DenseFeatures(model) if dense else model
-        name = DENSE.name if dense else output_of(model).name
-        proto = to_proto(given, example, {0: BATCH}, name)
+        names = outputs or (output_of(model).name,)
+        given = DenseFeatures(model, outputs) if outputs else model
+        proto = to_proto(given, example, {0: BATCH}, names)
     add_bodies(proto)
     _name_reductions(proto, model.blocks)
     _strip_debug_info(proto)
@@ -68,21 +72,22 @@ def export_onnx(
 
 
 def append_softmax(path: Path) -> None:
-    """Puts a softmax over the classes behind a portable classifier's logits, in place.
+    """Puts a softmax over the classes behind a portable classifier's logits, in place; they are its
+    first output.
 
     Behind what comes out, which is FP32 in a model of any precision: so is the softmax, and what
     lowers precision or quantizes sees logits.
 
     Raises:
-        GraphError: not a model whose one output is logits.
+        GraphError: not a model whose first output is logits.
         ArtifactError: the file cannot be written.
     """
     proto = load_model(path)
     names = [value.name for value in proto.graph.output]
-    if names != [LOGITS.name]:
+    if names[:1] != [LOGITS.name]:
         raise GraphError(f"a softmax belongs behind {LOGITS.name}, {path} gives {names}")
     behind = PROBABILITIES.name
-    softmax = onnx.helper.make_node("Softmax", names, [behind], name="softmax", axis=-1)
+    softmax = onnx.helper.make_node("Softmax", names[:1], [behind], name="softmax", axis=-1)
     proto.graph.node.append(softmax)
     proto.graph.output[0].name = behind
     save_model(proto, path)
@@ -92,14 +97,14 @@ def to_proto(
     module: nn.Module,
     example: Tensor,
     dims: dict[int, torch.export.Dim],
-    output: str,
+    outputs: Sequence[str],
     what: str = "the model",
 ) -> onnx.ModelProto:
-    """A module of one input and one output through PyTorch's exporter, attention written out.
+    """A module of one input through PyTorch's exporter, attention written out.
 
     Args:
         dims: dimensions of the input that may vary.
-        output: what to call what comes out.
+        outputs: what to call what comes out.
         what: is exported, for the message.
 
     Raises:
@@ -119,7 +124,7 @@ def to_proto(
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[output],
+                output_names=[*outputs],
                 dynamic_shapes=(dims,),
                 verbose=False,
             )

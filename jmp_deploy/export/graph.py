@@ -191,7 +191,8 @@ def block_tensors(proto: onnx.ModelProto) -> list[Block]:
         name for n in proto.graph.node if n.op_type != "Cast" for name in {*map(stream, n.input)}
     )
     inputs = [stream(n.input[0]) for n in proto.graph.node if n.op_type == "LayerNormalization"]
-    norms = [name for name in inputs if readers[name] > 1]
+    # Each once: features of a block may be an output, by the last norm.
+    norms = list(dict.fromkeys(name for name in inputs if readers[name] > 1))
     # Pooling by attention has one more, behind the blocks.
     norms = norms[: len(norms) // 2 * 2]
     entries, reduced = norms[0::2], norms[1::2]

@@ -138,6 +138,7 @@ def lower(
             if name in outputs and kind != TensorProto.FLOAT:
                 _rename(nodes, name, f"{name}.{precision}")
                 types[f"{name}.{precision}"] = kind
+                made[name, kind] = f"{name}.{precision}"  # for those that read it too
                 nodes.append(_cast(f"{name}.{precision}", name, TensorProto.FLOAT))
                 types[name] = TensorProto.FLOAT
     others = [w for w in proto.graph.initializer if w.name not in types]

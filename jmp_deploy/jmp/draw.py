@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .node import MERGED, PRUNED
-from .trace import GONE, Picture, Stage
+from .trace import GONE, Features, Picture, Stage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,7 +100,7 @@ class Caption:
 def sheet(picture: Picture, caption: Caption) -> Image.Image:
     """One image: the photo, then a map and a heat map for each stage."""
     side = panel_side(picture.grid, 288)
-    cells = len(picture.stages) + 1
+    cells = len(picture.stages) + 1 + (picture.features is not None)
     columns = min(cells, COLUMNS)
     if cells > columns:  # even rows
         columns = -(-cells // -(-cells // columns))
@@ -130,6 +130,14 @@ def sheet(picture: Picture, caption: Caption) -> Image.Image:
             canvas.paste(photo(picture, side), (left, top + text))
             _scale(canvas, (left, top + text + height + 8), width, caption)
             continue
+        if index > len(picture.stages):
+            assert picture.features is not None
+            draw.text((left, top), FEATURES, INK, font(17))
+            draw.text((left, top + 22), features_words(picture.features), QUIET, font(13))
+            for below, colours in enumerate((picture.features.dense, picture.features.restored)):
+                panel = colour_map(colours, picture.grid, side)
+                canvas.paste(panel, (left, top + text + below * (height + 8)))
+            continue
         stage = picture.stages[index - 1]
         draw.text((left, top), title(stage), INK, font(17))
         draw.text((left, top + 22), subtitle(stage), QUIET, font(13))
@@ -141,7 +149,7 @@ def sheet(picture: Picture, caption: Caption) -> Image.Image:
 def contact_sheet(pictures: Sequence[Picture], caption: Caption) -> Image.Image:
     """Many images: a row for each, the photo and its map after each stage."""
     first = pictures[0]
-    cells = len(first.stages) + 1
+    cells = len(first.stages) + 1 + 2 * (first.features is not None)
     side = panel_side(first.grid, 208 if cells <= 6 else 160)
     header, text = 96, 22
     top_text = 24
@@ -161,6 +169,10 @@ def contact_sheet(pictures: Sequence[Picture], caption: Caption) -> Image.Image:
         _fitted(
             draw, (left, header - 2), f"block {stage.block}: {stage.kept} stay", side[0], 14, INK
         )
+    if first.features is not None:
+        for column, words in enumerate(("features, no JMP", "features, JMP"), start=cells - 2):
+            left = MARGIN + column * (side[0] + 8)
+            _fitted(draw, (left, header - 2), words, side[0], 14, INK)
     for index, item in enumerate(pictures):
         top = header + top_text + index * row
         canvas.paste(photo(item, side), (MARGIN, top))
@@ -170,6 +182,11 @@ def contact_sheet(pictures: Sequence[Picture], caption: Caption) -> Image.Image:
             canvas.paste(token_map(item, stage, side), (left, top))
             words = f"{stage.merged} merged, {stage.pruned} pruned"
             _fitted(draw, (left, top + side[1] + 3), words, side[0], 12)
+        if (seen := item.features) is not None:
+            for column, colours in enumerate((seen.dense, seen.restored), start=cells - 2):
+                left = MARGIN + column * (side[0] + 8)
+                canvas.paste(colour_map(colours, item.grid, side), (left, top))
+            _fitted(draw, (left, top + side[1] + 3), features_words(seen, ""), side[0], 12)
     return canvas
 
 
@@ -215,6 +232,15 @@ def subtitle(stage: Stage) -> str:
         f"{stage.merged} merged ({stage.merged / gone:.0%}), "
         f"{stage.pruned} pruned ({stage.pruned / gone:.0%})"
     )
+
+
+FEATURES = "features of the patches"
+
+
+def features_words(features: Features, where: str = "; above without JMP") -> str:
+    """How near the restored ones are."""
+    cosine = features.cosine
+    return f"cosine {cosine.mean():.3f}, lowest {cosine.min():.3f}{where}"
 
 
 def panel_side(grid: tuple[int, int], wanted: int) -> tuple[int, int]:
@@ -286,6 +312,14 @@ def heat_map(picture: Picture, stage: Stage, side: tuple[int, int]) -> Image.Ima
         x, y = (int(hole) % columns * cell, int(hole) // columns * cell)
         draw.line((x, y + cell - 1, x + cell - 1, y), DARK, 1)
     return image
+
+
+def colour_map(
+    colours: NDArray[np.float64], grid: tuple[int, int], side: tuple[int, int]
+) -> Image.Image:
+    """A colour for each patch, [M, 3] in 0 to 1."""
+    values = (colours.reshape(*grid, 3) * 255).round().astype(np.uint8)
+    return Image.fromarray(values).resize(side, Image.Resampling.NEAREST)
 
 
 def heat_colours(share: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -422,6 +456,13 @@ def _section(picture: Picture) -> str:
         )
     ]
     figures += [_stage(picture, stage, side) for stage in picture.stages]
+    if (seen := picture.features) is not None:
+        maps = (colour_map(colours, picture.grid, side) for colours in (seen.dense, seen.restored))
+        both = "".join(
+            _img(image, f"features of {picture.name}, {words}")
+            for image, words in zip(maps, ("without JMP", "with JMP"), strict=True)
+        )
+        figures.append(_figure(FEATURES, features_words(seen), both))
     return (
         f"<section>\n<h2>{escape(picture.name)}</h2>\n"
         f'<div class="stages">\n{chr(10).join(figures)}\n</div>\n</section>'

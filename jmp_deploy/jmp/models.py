@@ -21,7 +21,6 @@ from ..core.classes import SYNSET, LabelOrder, of_json, read_labels
 from ..core.errors import ModelError, WeightsError, one_line
 from ..core.files import sha256
 from ..core.images import Preprocess
-from ..core.outputs import DENSE
 from . import checkpoint
 from .sources import HUB, Source, source_of
 from .timm_model import Size, create, fill, offline_unless_reachable, why
@@ -188,7 +187,7 @@ def restore_model(artifact: Artifact, weights: str | None = None) -> nn.Module:
             tau=jmp.tau,
             granularity=jmp.granularity,
             proportional=jmp.proportional,
-            restore=about.output == DENSE.name,
+            restore=about.restores,
         )
     return loaded.model
 

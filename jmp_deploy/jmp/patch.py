@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,26 +38,15 @@ class Left:
     Attributes:
         mask: [B, 1, 1, N] log sizes, for pooling by attention to add to its logits; None where
             nothing was reduced.
-        slots: [B, M] int64, the patch token, 0 to K-1, that each patch of the image is in or, of
-            the pruned, resembled most (see `dense.py`).
+        wanted, layers: blocks, and block -> what left it (see `dense.py`): the tokens [B, N, C],
+            and the slots [B, M] int64: the patch token, 0 to K-1, that each patch of the image is
+            in or, of the pruned, resembled most.
     """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
-        self.slots: Tensor | None = None
-
-    def take_slots(self) -> Tensor:
-        """The slots of the call before.
-
-        Raises:
-            ModelError: the blocks were not told to keep them.
-        """
-        slots, self.slots = self.slots, None
-        if slots is None:
-            raise ModelError(
-                "the model does not say where its patches went", "patch(model, ..., restore=True)"
-            )
-        return slots
+        self.wanted: set[int] = set()
+        self.layers: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def tell(self, pooling: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the pooling, so that its parameters keep their names."""
@@ -99,7 +89,7 @@ class JMPBlocks(nn.Module):
         reduce: the implementation (`patch(backend=...)`); export.py puts in one that becomes a
             single ONNX node, whatever it was.
         last_prefix_only: P if only the P prefix tokens leave the last block, else 0.
-        restores: `left` says where each patch went.
+        restores: `left.layers` say where each patch went.
         left: what the head, or who restores features, is told.
         hooks: to take out with JMP.
     """
@@ -178,10 +168,10 @@ class JMPBlocks(nn.Module):
                     went = slots_of(became[0], attributes.num_keep)
                     slots = went if slots is None else went.gather(1, slots)
                 x = self.family.feed(block, x)
+            if index in self.left.wanted:
+                self.left.layers[index] = x, slots
         if self.hooks:
             self.left.mask = mask
-        if self.restores:
-            self.left.slots = slots
         return x
 
     def _reads_prefix_only(self) -> bool:
@@ -330,6 +320,17 @@ def unpatch(model: nn.Module) -> nn.Module:
             hook.remove()
         blocks.family.put(model, blocks.original[0])
     return model
+
+
+@contextmanager
+def without_jmp(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a patched model runs as it did before."""
+    blocks: Any = model.blocks
+    blocks.family.put(model, blocks.original[0])
+    try:
+        yield
+    finally:
+        blocks.family.put(model, blocks)
 
 
 def model_shape(model: nn.Module) -> ModelShape:

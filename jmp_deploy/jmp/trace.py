@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -61,8 +61,9 @@ class Choice:
         kept: [B, K] which of the M incoming patch tokens stay, ascending.
         rating: [B, M] by which they were chosen.
         importance: [B, M].
-        fate: [B, M-K] what becomes of the others, ascending: the position in `kept` of the token
-            that each is merged into, -1 if it is pruned.
+        target: [B, M-K] of the others, ascending: the position in `kept` of the token that each
+            resembles most.
+        fate: [B, M-K] what becomes of them: the target where merged, -1 where pruned.
     """
 
     block: int
@@ -72,7 +73,19 @@ class Choice:
     kept: NDArray[Any]
     rating: NDArray[Any]
     importance: NDArray[Any]
+    target: NDArray[Any]
     fate: NDArray[Any]
+
+    @property
+    def rest(self) -> NDArray[Any]:
+        """[B, M-K] the tokens that do not stay, ascending."""
+        every = np.arange(self.rating.shape[1])
+        return np.stack([np.delete(every, kept) for kept in self.kept])
+
+    def of(self, images: slice) -> Choice:
+        """The same for some of the images."""
+        arrays = ("kept", "rating", "importance", "target", "fate")
+        return replace(self, **{name: getattr(self, name)[images] for name in arrays})
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,22 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What the patches of an image look like to a model, as colours.
+
+    Attributes:
+        dense: [M, 3] float in 0 to 1: the three principal components of the features without JMP,
+            each from its 2nd to its 98th percentile over the image.
+        restored: [M, 3] those with JMP, restored, in the same colours.
+        cosine: [M] between the features themselves.
+    """
+
+    dense: NDArray[np.float64]
+    restored: NDArray[np.float64]
+    cosine: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Picture:
     """One image and its stages.
 
@@ -129,12 +158,14 @@ class Picture:
         pixels: [H, W, 3] uint8, as the model sees it (see `visualize.picture`).
         grid: rows and columns of patches.
         stages: in the order of the blocks.
+        features: of the patches, where they were asked for.
     """
 
     name: str
     pixels: NDArray[np.uint8]
     grid: tuple[int, int]
     stages: tuple[Stage, ...]
+    features: Features | None = None
 
 
 @contextmanager
@@ -165,13 +196,62 @@ def watch(model: nn.Module, note: Note) -> Iterator[None]:
             'move the model to the CPU, or patch it with backend="reference"',
         )
 
-    def reduce(x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Any:
-        block = next(b for b, mine in blocks.reductions.items() if mine is attributes)
+    def reduce(
+        block: int, x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
+    ) -> tuple[Tensor, ...]:
         plan, reduced = planned_reduce(x, qkv, size, attributes)
         note(block, x, plan, reduced)
         return reduced
 
-    blocks.reduce = reduce
+    with _reduced_by(model, reduce):
+        yield
+
+
+@contextmanager
+def deciding(model: nn.Module, choices: Sequence[Choice]) -> Iterator[None]:
+    """While it lasts, a patched model's reductions decide as another backend did.
+
+    What still differs from that backend then is not of the choice of tokens.
+
+    Args:
+        model: patched.
+        choices: of all its reductions, for the very images that it is called with.
+    """
+    import torch
+
+    from .reduction import apply_plan, index_of, make_plan
+
+    theirs = {choice.block: choice for choice in choices}
+
+    def reduce(
+        block: int, x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce
+    ) -> tuple[Tensor, ...]:
+        choice = theirs[block]
+        plan = replace(
+            make_plan(qkv, size, attributes),
+            kept=torch.from_numpy(choice.kept).long(),
+            rest=torch.from_numpy(choice.rest).long(),
+            target=torch.from_numpy(choice.target).long(),
+            merged=torch.from_numpy(choice.fate >= 0),
+        )
+        reduced = apply_plan(x, size, plan, attributes.num_prefix, attributes.merge_weight)
+        return (*reduced, index_of(plan)) if attributes.index else reduced
+
+    with _reduced_by(model, reduce):
+        yield
+
+
+@contextmanager
+def _reduced_by(model: nn.Module, reduce: Callable[..., tuple[Tensor, ...]]) -> Iterator[None]:
+    """While it lasts, `reduce` computes the reductions, told the block of each."""
+    blocks: Any = model.blocks
+    own = blocks.reduce
+
+    def find(x: Tensor, qkv: Tensor, size: Tensor, attributes: TokenReduce) -> Any:
+        block = next(b for b, mine in blocks.reductions.items() if mine is attributes)
+        return reduce(block, x, qkv, size, attributes)
+
+    blocks.reduce = find
     try:
         yield
     finally:
@@ -235,6 +315,7 @@ def make_choice(
         kept=kept,
         rating=rating,
         importance=importance,
+        target=target,
         fate=np.where(merged, target, -1),
     )
 
@@ -264,14 +345,14 @@ def owners(choices: Sequence[Choice], patches: int, images: int) -> list[NDArray
     found = [np.broadcast_to(np.arange(patches), (images, patches))]
     rows = np.arange(images)[:, None]
     for choice, ids in zip(choices, patch_ids(choices, patches, images), strict=False):
-        every = np.arange(ids.shape[1])
-        rest = np.stack([np.delete(every, kept) for kept in choice.kept])
         stays = np.take_along_axis(ids, choice.kept, axis=1)
         into = np.take_along_axis(stays, np.maximum(choice.fate, 0), axis=1)
         # One place more, at index -1, for patches that were pruned before.
         becomes = np.full((images, patches + 1), -1)
         becomes[rows, stays] = stays
-        becomes[rows, np.take_along_axis(ids, rest, axis=1)] = np.where(choice.fate < 0, -1, into)
+        becomes[rows, np.take_along_axis(ids, choice.rest, axis=1)] = np.where(
+            choice.fate < 0, -1, into
+        )
         found.append(np.take_along_axis(becomes, found[-1], axis=1))
     return found
 

@@ -17,9 +17,10 @@ from ..core.errors import ArtifactError, ScheduleError
 from ..core.files import atomic_path, write_bytes
 from ..core.images import Preprocess, find_images, label, read_image, suffixes
 from .models import OwnModel
-from .trace import Picture, stages, trace_torch
+from .trace import Features, Picture, stages, trace_torch
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import nn
 
 
@@ -34,6 +35,7 @@ class VisualizeOptions:
         weights, own, schedule, tau, granularity, img_size, seed: as for `build`; with an artifact
             only `weights`, the rest is what it was built with. tau None: the schedule's.
         contact: one contact sheet in place of a picture for each image.
+        features: draw the features of the patches too, without JMP and with it.
     """
 
     source: str
@@ -47,6 +49,7 @@ class VisualizeOptions:
     img_size: int | tuple[int, int] | None = None
     seed: int = 0
     contact: bool = False
+    features: bool = False
 
 
 def visualize(options: VisualizeOptions) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
             "add --batch for a contact sheet, or name a folder with -o",
         )
     model, spec, about = _load(options)
-    pictures = [picture(model, path, spec) for path in paths]
+    pictures = [picture(model, path, spec, features=options.features) for path in paths]
     first = next(iter(model.blocks.reductions.values()))
     # A picture outlives what the terminal said.
     note = " WITH RANDOM WEIGHTS" if about["weights"]["kind"] == "random" else ""
@@ -98,9 +101,9 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
     }
 
 
-def picture(model: nn.Module, path: Path, spec: Preprocess) -> Picture:
+def picture(model: nn.Module, path: Path, spec: Preprocess, *, features: bool = False) -> Picture:
     """One image file through a patched model; of many channels the first three are shown, of fewer
-    the first as grey."""
+    the first as grey. With `features` it was patched with `restore`."""
     from .families import family_of
 
     image = read_image(path, spec)
@@ -109,7 +112,33 @@ def picture(model: nn.Module, path: Path, spec: Preprocess) -> Picture:
     seen = seen[:3] if len(seen) > 2 else seen[[0, 0, 0]]
     (found,) = stages(trace_torch(model, image[None]).choices or ())
     rows, columns = family_of(model).patch_embed(model).grid_size
-    return Picture(label(path), seen.transpose(1, 2, 0), (rows, columns), found)
+    shown = _features(model, image[None]) if features else None
+    return Picture(label(path), seen.transpose(1, 2, 0), (rows, columns), found, shown)
+
+
+def _features(model: nn.Module, image: NDArray[np.float32]) -> Features:
+    """Of one image [1, C, H, W]."""
+    import torch
+
+    from .dense import DenseFeatures
+    from .patch import without_jmp
+
+    given = torch.from_numpy(image)
+    with torch.inference_mode():
+        restored = DenseFeatures(model)(given)[0].double().numpy()
+        with without_jmp(model):
+            dense = DenseFeatures(model)(given)[0].double().numpy()
+    mean = dense.mean(axis=0)
+    _, _, axes = np.linalg.svd(dense - mean, full_matrices=False)
+    axes = axes[:3] * np.sign(axes[:3].sum(axis=1, keepdims=True))  # either sign would do
+    low, high = np.percentile((dense - mean) @ axes.T, [2, 98], axis=0)
+
+    def colours(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.clip(((values - mean) @ axes.T - low) / np.maximum(high - low, 1e-12), 0, 1)
+
+    lengths = np.linalg.norm(dense, axis=1) * np.linalg.norm(restored, axis=1)
+    cosine = (dense * restored).sum(axis=1) / np.maximum(lengths, 1e-12)
+    return Features(colours(dense), colours(restored), cosine)
 
 
 def _load(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[str, Any]]:
@@ -131,6 +160,12 @@ def _load_artifact(
         raise ArtifactError(
             f"{folder} was built without JMP: there is nothing to draw",
             "name an artifact with JMP, or a model",
+        )
+    if options.features and not found.model.restores:
+        raise ArtifactError(
+            f"{folder} was built for pooled outputs, and its model restores no patches",
+            f"build it with --output dense, or name the model: visualize {found.model.name} ... "
+            "--features",
         )
     given = ("schedule", "tau", "granularity", "img_size")
     if options.own != OwnModel() or any(getattr(options, name) is not None for name in given):
@@ -160,11 +195,18 @@ def _load_model(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[
         own=options.own,
     )
     spec = options.schedule or schedule.DEFAULT
-    resolved = schedule.parse(spec, model_shape(loaded.model))
+    shape = model_shape(loaded.model)
+    resolved = schedule.parse(spec, shape.for_patches() if options.features else shape)
     if not resolved.steps:
         raise ScheduleError("the schedule keeps every token: there is nothing to draw")
     tau = resolved.tau if options.tau is None else options.tau
-    patch(loaded.model, resolved, tau=tau, granularity=options.granularity or "token")
+    patch(
+        loaded.model,
+        resolved,
+        tau=tau,
+        granularity=options.granularity or "token",
+        restore=options.features,
+    )
     about = {
         "model": loaded.name,
         "schedule": resolved.name,
@@ -176,9 +218,12 @@ def _load_model(options: VisualizeOptions) -> tuple[nn.Module, Preprocess, dict[
 
 def _numbers(item: Picture) -> dict[str, Any]:
     names = ("block", "tokens", "kept", "merged", "pruned")
+    seen = item.features
+    cosine = {"mean": float(seen.cosine.mean()), "min": float(seen.cosine.min())} if seen else None
     return {
         "image": item.name,
         "stages": [{name: getattr(stage, name) for name in names} for stage in item.stages],
+        "features": cosine,
     }
 
 

@@ -25,7 +25,6 @@ from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, CheckError, EngineError
 from ..core.files import sha256, write_bytes
 from ..core.images import as_picture
-from ..core.outputs import DENSE
 from ..plugin.library import OTHER_SOURCES, SOURCES, plugin_info, prebuilt_for, sources_dir
 from .targets import ENGINE, TARGETS, engine_command, plans_of, plugin_command
 from .wheel import write_wheel
@@ -79,11 +78,12 @@ def make_bundle(artifact: Artifact, options: BundleOptions) -> Bundle:
         EngineError: the engine does not fit the target, or there is none.
     """
     target = TARGETS[options.target]
-    if artifact.model.output == DENSE.name:
+    if artifact.model.restores and not target.takes_patches:
         raise ArtifactError(
-            f"{artifact.folder} gives features of every patch, bundles are for one answer per "
-            "image",
-            "serve model.engine with a configuration of your own, or build without --output dense",
+            f"{artifact.folder} gives features of every patch, and the program of a bundle for "
+            f"{target.title} is for one answer per image",
+            "choose another --for, open model.engine with code of your own, or build without "
+            "--output dense",
         )
     out, tar = options.out, options.out.with_name(options.out.name + ".tar")
     for path in (out, tar):
@@ -321,8 +321,9 @@ def _readme(
     return f"""# {artifact.model.name} for {target.title}
 {random}
 Made by jmp_deploy {__version__}. Input `images` [B, {", ".join(map(str, artifact.image_shape))}]
-float32, output `{artifact.model.output}`, batch {artifact.batch[0]} to {artifact.batch[2]},
-{artifact.precision.upper()}. What it is, and how its images are prepared: `artifact/manifest.json`.
+float32, outputs `{"`, `".join(artifact.model.outputs)}`,
+batch {artifact.batch[0]} to {artifact.batch[2]}, {artifact.precision.upper()}.
+What it is, and how its images are prepared: `artifact/manifest.json`.
 
 It needs {target.needs(artifact)}
 

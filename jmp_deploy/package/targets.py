@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -59,6 +59,7 @@ class Target:
         engine: folder of the bundle's engines; None where one is built on the device.
         inside: what a command starts with that builds the engine in the server's own container.
         plans: whether it takes an engine for each kind of GPU.
+        takes_patches: whether it can have features of patches, [B, M, C], or several outputs.
     """
 
     title: str
@@ -68,6 +69,7 @@ class Target:
     engine: Callable[[str], str] | None = None
     inside: Callable[[Artifact], str] | None = None
     plans: bool = False
+    takes_patches: bool = True
 
 
 def template(name: str) -> str:
@@ -136,12 +138,14 @@ def labels(artifact: Artifact) -> list[str] | None:
 # --- Triton --------------------------------------------------------------------------------------
 
 
-def triton_config(artifact: Artifact, name: str, width: int, plans: Plans) -> str:
+def triton_config(
+    artifact: Artifact, name: str, shapes: Mapping[str, Sequence[int]], plans: Plans
+) -> str:
     """config.pbtxt: batching, CUDA graphs, warm-up, labels.
 
     Args:
         name: of the model in the repository.
-        width: values per image of its output.
+        shapes: of its outputs for one image, by name.
     """
     # With several, none is the default: on a GPU of another kind Triton then says which is missing.
     files = (
@@ -155,6 +159,14 @@ def triton_config(artifact: Artifact, name: str, width: int, plans: Plans) -> st
     least, best, most = artifact.batch
     shape = ", ".join(map(str, artifact.image_shape))
     label = '\n    label_filename: "labels.txt"' if labels(artifact) else ""
+    outputs = ",\n".join(
+        f"""  {{
+    name: {json.dumps(output)}
+    data_type: TYPE_FP32
+    dims: [ {", ".join(map(str, size))} ]{label if output_named(output).classifies else ""}
+  }}"""
+        for output, size in shapes.items()
+    )
     # Without a batch of one in the profile Triton must not be asked for it.
     preferred = sorted({size for size in (best, most) if size > least}) or [most]
     return f"""# Made by jmp_deploy {__version__} for {artifact.model.name}.
@@ -170,11 +182,7 @@ input [
   }}
 ]
 output [
-  {{
-    name: {json.dumps(artifact.model.output)}
-    data_type: TYPE_FP32
-    dims: [ {width} ]{label}
-  }}
+{outputs}
 ]
 instance_group [
   {{
@@ -215,9 +223,10 @@ def triton_image(version: str) -> str | None:
 
 
 def _triton(artifact: Artifact, name: str, plans: Plans) -> dict[str, str]:
-    width = int(artifact.reference().output.shape[1])
+    stored = artifact.reference().outputs
+    shapes = {output: values.shape[1:] for output, values in stored.items()}
     return {
-        f"models/{name}/config.pbtxt": triton_config(artifact, name, width, plans),
+        f"models/{name}/config.pbtxt": triton_config(artifact, name, shapes, plans),
         **_label_file(artifact, f"models/{name}/labels.txt"),
         "client.py": template("client.py.txt"),
     }
@@ -280,10 +289,10 @@ def deepstream_scale(artifact: Artifact) -> tuple[float, tuple[float, ...], floa
 
 
 def deepstream_classifies(artifact: Artifact) -> bool:
-    """Whether nvinfer's own classifier is right: it takes what comes out for probabilities, wants
-    labels, and its one scale has to be the model's."""
+    """Whether nvinfer's own classifier is right: it takes all that comes out for probabilities,
+    wants labels, and its one scale has to be the model's."""
     exact = deepstream_scale(artifact)[2] <= SAME_INPUT
-    return exact and artifact.model.output == PROBABILITIES.name and labels(artifact) is not None
+    return exact and artifact.model.outputs == (PROBABILITIES.name,) and bool(labels(artifact))
 
 
 def _deepstream_output(artifact: Artifact) -> dict[str, str]:
@@ -312,7 +321,7 @@ def deepstream_config(artifact: Artifact) -> str:
         "offsets": ";".join(f"{value:.10g}" for value in offsets),
         "maintain-aspect-ratio": "0",
         "scaling-filter": "1",
-        "output-blob-names": artifact.model.output,
+        "output-blob-names": ";".join(artifact.model.outputs),
         **_deepstream_output(artifact),
         **({"labelfile-path": "labels.txt"} if names else {}),
         **({"custom-lib-path": PLUGIN} if artifact.jmp else {}),
@@ -346,7 +355,7 @@ def _deepstream_commands(artifact: Artifact, name: str) -> list[tuple[str, str]]
     if deepstream_classifies(artifact):
         meta = "each frame's class is NvDsClassifierMeta"
     else:
-        meta = f"{artifact.model.output} are NvDsInferTensorMeta of each frame"
+        meta = f"{', '.join(artifact.model.outputs)} are NvDsInferTensorMeta of each frame"
     return [(f"a video; {meta}", run)]
 
 
@@ -364,7 +373,7 @@ def isaac_parameters(artifact: Artifact) -> dict[str, object]:
             "image_stddev": list(given.std),
         },
         "input_binding_names": [INPUT],
-        "output_binding_names": [artifact.model.output],
+        "output_binding_names": list(artifact.model.outputs),
         "engine_file": ENGINE,
         "plugin": PLUGIN if artifact.jmp else "",
         "max_batch_size": artifact.batch[2],
@@ -482,5 +491,6 @@ TARGETS = {
         _cpp,
         _cpp_commands,
         engine=lambda _: ".",
+        takes_patches=False,
     ),
 }

@@ -18,7 +18,7 @@ from .search import Keeps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
 PREFIX_BYTES = 512 << 20
 """Memory for kept block inputs of the dense model."""
@@ -36,19 +36,25 @@ class Evaluator:
         model: dense, of `models.load_model`; patched for a moment, left as it was.
         pixels: [n, 3, H, W] float32.
         batch: images per forward.
+        of_patches: features of every patch are what is to be near, not what the model gives.
 
     Attributes:
-        dense: [n, C] float32, the dense model's outputs.
+        dense: [n, C] or [n, M, C] float32, the dense model's outputs.
     """
 
-    def __init__(self, model: nn.Module, pixels: NDArray[np.float32], batch: int) -> None:
+    def __init__(
+        self, model: nn.Module, pixels: NDArray[np.float32], batch: int, *, of_patches: bool = False
+    ) -> None:
         import torch
 
+        from ..jmp.dense import DenseFeatures
         from ..jmp.families import family_of
 
-        self.model, self.batch = model, batch
+        self.model, self.batch, self.of_patches = model, batch, of_patches
         self.family = family_of(model)
-        self.shape = self.family.shape(model)
+        shape = self.family.shape(model)
+        self.shape = shape.for_patches() if of_patches else shape
+        run = DenseFeatures(model) if of_patches else model
         self.count = len(pixels)
         blocks = list(model.blocks.children())
         inputs: list[list[Any]] = [[] for _ in blocks]
@@ -63,7 +69,7 @@ class Evaluator:
         try:
             with torch.inference_mode():
                 outputs = [
-                    model(torch.from_numpy(pixels[start : start + batch]))
+                    run(torch.from_numpy(pixels[start : start + batch]))
                     for start in range(0, self.count, batch)
                 ]
         finally:
@@ -75,7 +81,7 @@ class Evaluator:
             raise ModelError("the dense model's output is not finite", "are the weights sound?")
 
     def distances(self, keeps: Keeps, tau: float, images: range) -> list[float]:
-        """1 - cosine for these of the images."""
+        """1 - cosine for these of the images, of patches the mean over them."""
         import torch
         from torch.nn.functional import cosine_similarity
 
@@ -84,19 +90,32 @@ class Evaluator:
         steps = pairs(keeps, self.shape.num_patches)
         first = min([block for block, _ in steps] + [len(self.inputs) - 1])
         first = min(first, len(self.inputs) - 1)
-        patch(self.model, candidate(steps, self.shape), tau=tau)
+        patch(self.model, candidate(steps, self.shape), tau=tau, restore=self.of_patches)
         try:
             found: list[float] = []
             with torch.inference_mode():
                 for at in images[:: self.batch]:
                     end = min(at + self.batch, images.stop)
                     # What is dense comes from memory.
-                    tokens = self.model.blocks(self.inputs[first][at:end], start=first)
-                    output = self.family.head(self.model, tokens).double()
-                    cosine = cosine_similarity(output, self.dense[at:end].double(), dim=1)
-                    found.extend((1 - cosine).clamp_min(0).tolist())
+                    output = self._answer(self.inputs[first][at:end], first).double()
+                    cosine = cosine_similarity(output, self.dense[at:end].double(), dim=-1)
+                    by_image = (1 - cosine).clamp_min(0).reshape(end - at, -1)
+                    found.extend(by_image.mean(dim=1).tolist())
         finally:
             unpatch(self.model)
+        return found
+
+    def _answer(self, entering: Tensor, first: int) -> Tensor:
+        """The patched model's, from what enters one of its blocks."""
+        from ..jmp.dense import DenseFeatures
+
+        def tokens() -> Tensor:
+            return self.model.blocks(entering, start=first)  # type: ignore[no-any-return, operator]
+
+        if not self.of_patches:
+            return self.family.head(self.model, tokens())
+        found = DenseFeatures(self.model).of(lambda: self.model.norm(tokens()))  # type: ignore[operator]
+        assert not isinstance(found, tuple)
         return found
 
 

@@ -32,6 +32,7 @@ from .. import __version__
 from ..core.errors import ImageError, ScheduleError, WeightsError
 from ..core.files import write_json
 from ..core.images import find_images, load_readable
+from ..core.outputs import DENSE, POOLED
 from ..core.stats import bootstrap
 from ..jmp import latency, schedule
 from ..jmp.models import OwnModel
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
 
     from ..jmp.models import LoadedModel
 
-OBJECTIVE = "1 - cosine between the outputs with and without JMP"
+OBJECTIVES = {
+    POOLED: "1 - cosine between the outputs with and without JMP",
+    DENSE.name: "1 - cosine between features of a patch with and without JMP, mean over patches",
+}
 ALIKE = 1e-3
 HELD_BACK = 3
 """One file in so many is held back."""
@@ -68,6 +72,7 @@ class TuneOptions:
         seed: which images are taken where there are more than `limit`; and of random weights.
         limit: most images.
         batch: images per forward.
+        output: what is to be near: "pooled", what the model gives, or "dense", every patch.
         passes: work to spend, in passes of the dense model over the images that choose.
         curve: measure the trade-off at other budgets too.
         resume: go on from the state file of an interrupted run.
@@ -88,6 +93,7 @@ class TuneOptions:
     seed: int = 0
     limit: int = 64
     batch: int = 16
+    output: str = POOLED
     passes: float = 24.0
     curve: bool = False
     resume: bool = False
@@ -121,14 +127,16 @@ def tune(
             f"no weights to tune with: {loaded.origin.reason}",
             "pass --weights FILE.safetensors (with --weights random the result means nothing)",
         )
+    of_patches = options.output == DENSE.name
     shape = model_shape(loaded.model)
+    shape = shape.for_patches() if of_patches else shape
     problem, unit = make_problem(options, shape)
     search.check(problem, unit)
     pixels = load_readable(paths, loaded.preprocess).require()
     count = len(pixels)
     pixels = _different(pixels)
     on_progress("dense model", 0.0, None)
-    evaluator = Evaluator(loaded.model, pixels, options.batch)
+    evaluator = Evaluator(loaded.model, pixels, options.batch, of_patches=of_patches)
     state = State(
         options.out.with_name(options.out.name + ".state"),
         _key(loaded, shape, pixels, options),
@@ -152,7 +160,7 @@ def tune(
         "last_prefix_only": best.last_prefix_only,
         "patches": shape.num_patches,
         "image_size": loaded.preprocess.height,
-        "objective": OBJECTIVE,
+        "objective": OBJECTIVES[options.output],
         "chosen": chosen,
         "form": asdict(found.form),
         "candidates": candidates,
@@ -343,7 +351,7 @@ def _warnings(loaded: LoadedModel, dense: Any, count: int, different: int) -> li
         found.append(
             f"only {different} images: below {FEW} photos a schedule says little about others"
         )
-    spread = 1 - float(cosine_similarity(dense, dense.mean(0, keepdim=True), dim=1).min())
+    spread = 1 - float(cosine_similarity(dense, dense.mean(0, keepdim=True), dim=-1).min())
     if spread < ALIKE:
         found.append(
             "the images are all alike to the model: take images as varied as those it will see"
@@ -362,7 +370,7 @@ def _key(
 
     digest = hashlib.sha256()
     versions = (__version__, torch.__version__)
-    facts = (asdict(shape), options.seed, options.batch, versions, _digest(pixels))
+    facts = (asdict(shape), options.seed, options.batch, options.output, versions, _digest(pixels))
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in loaded.model.state_dict().items():
         digest.update(name.encode())

@@ -13,7 +13,7 @@ from ..backends.base import Backend, infer
 from ..core.artifact import Artifact
 from ..core.device import cpu_count
 from ..core.errors import ArtifactError
-from ..core.outputs import DENSE as PATCHES
+from ..core.outputs import Dense as Patches
 from ..core.outputs import Output, output_named
 
 if TYPE_CHECKING:
@@ -60,11 +60,12 @@ def load_subjects(folder: Path, against: Path | None, allow_random: bool) -> lis
     named = [(MODEL, folder)] + ([(DENSE, against)] if against else [])
     subjects = [Subject(name, Artifact.read(path)) for name, path in named]
     for subject in subjects:
-        if subject.output is PATCHES:
+        if isinstance(subject.output, Patches):
             raise ArtifactError(
-                f"{subject.artifact.folder} gives features of every patch, `validate` judges one "
-                "answer per image",
-                "build it without --output dense; `compare` takes both",
+                f"{subject.artifact.folder} gives features of patches alone, and labels are for "
+                "one answer per image",
+                "build it with --output pooled beside them (--output pooled,dense): `validate` "
+                "judges what the model gives then; `compare` judges all",
             )
     for subject in subjects:
         if subject.artifact.is_random and not allow_random:

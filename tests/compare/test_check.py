@@ -180,9 +180,9 @@ def test_engines_run_without_polygraphy_s_own_cuda(world, monkeypatch):
     runners = [engine_runner(world.artifact()), engine_runner(world.artifact())]
     for name, runner in zip("ab", runners, strict=True):
         runner.name = name
-    pairs, _, outputs = run_and_pair(runners, given, (1, 4, 8), {"a": "fp16", "b": "fp16"})
+    pairs, _, by_name = run_and_pair(runners, given, (1, 4, 8), {"a": "fp16", "b": "fp16"})
     assert pairs[0].ok
-    np.testing.assert_allclose(outputs["logits"], answer(given), rtol=1e-5)
+    np.testing.assert_allclose(by_name["a"]["logits"], answer(given), rtol=1e-5)
 
 
 class Broken(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import compare, measures
+from jmp_deploy.jmp.patch import patch, unpatch
 from tests.fakes.compare import artifact_of, plant
 
 
@@ -171,6 +173,21 @@ def test_a_comparison(restored, tmp_path, capsys):
     assert result["reductions"]["flagged"] == 0 and len(result["reductions"]["nodes"]) == 2
     printed = capsys.readouterr().out
     assert "…" not in printed and "near" in printed
+
+
+def test_what_is_left_where_both_keep_and_merge_the_same(tiny, tmp_path, monkeypatch, capsys):
+    """PyTorch merges what ONNX Runtime prunes: with the same choices they agree."""
+    pruning = unpatch(deepcopy(tiny[1]))
+    patch(pruning, "1:11,3:6", tau=2.0)  # as `artifact_of` does, but for tau
+    monkeypatch.setattr("jmp_deploy.jmp.models.restore_model", lambda *_: pruning)
+    _, result = run(tiny[0], tmp_path)
+    report = result["reductions"]
+    assert report["nodes"][0]["merged_elsewhere"] > 0
+    assert report["first"] == report["nodes"][0]["node"]
+    assert "what a kept token takes in" in report["verdict"]
+    (alike,) = report["alike"]
+    assert alike["cosine"] > 0.9999 > result["pairs"][0]["cosine"]
+    assert "with the choices of onnxruntime" in capsys.readouterr().out
 
 
 def test_a_folder_and_a_limit_spread_over_it(restored, images, tmp_path):

@@ -25,6 +25,7 @@ def choose(rating, keep, *, block=2, importance=None, selection="importance", fa
         kept=kept,
         rating=rating,
         importance=rating if importance is None else np.atleast_2d(importance),
+        target=np.maximum(fate, 0),
         fate=fate,
     )
 
@@ -94,7 +95,8 @@ def test_tokens_merged_elsewhere_are_counted_and_inherited():
         "fp16",
     )
     assert [node["merged_elsewhere"] for node in result["nodes"]] == [1, 0]
-    assert result["first"] is None and result["nodes"][1]["same_set"] == 0
+    assert result["first"] == "blocks.2.token_reduce" and result["nodes"][1]["same_set"] == 0
+    assert "1 images first by what a kept token takes in" in result["verdict"]
 
 
 def test_a_jump_of_redundancy_by_a_near_tie_of_importance_is_no_error():

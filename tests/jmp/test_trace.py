@@ -13,7 +13,7 @@ import torch
 from jmp_deploy.core.errors import ModelError
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.patch import model_shape, patch
-from jmp_deploy.jmp.trace import owners, stages, trace_torch, watch
+from jmp_deploy.jmp.trace import deciding, owners, stages, trace_torch, watch
 from tests.fakes.models import expected, tiny_vit
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +163,21 @@ def test_reductions_are_told_by_their_block_after_a_run_that_broke_off(model):
     with pytest.raises(KeyboardInterrupt), watch(model, note):
         raise KeyboardInterrupt
     assert model.blocks.reduce is own
+
+
+def test_a_model_can_be_made_to_decide_as_another_did():
+    """Two that differ in tau alone: with the other's choices the first is the other, to the bit."""
+    first, other = (Form(tau=tau).model() for tau in (2.0, 0.3))
+    images = torch.from_numpy(IMAGES)
+    want = other(images)
+    assert not torch.equal(first(images), want)
+    choices = trace_torch(other, IMAGES).choices
+    with deciding(first, choices):
+        assert torch.equal(first(images), want)
+    some = [choice.of(slice(2, 4)) for choice in choices]
+    with deciding(first, some):
+        assert torch.allclose(first(images[2:4]), want[2:4], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(first(images), want)
 
 
 def test_what_the_reference_does_not_compute_is_refused():

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.core.artifact import Jmp
-from jmp_deploy.core.images import Preprocess
+from jmp_deploy.core.images import Preprocess, read_image
 from jmp_deploy.jmp import draw, models, schedule
+from jmp_deploy.jmp.dense import DenseFeatures
 from jmp_deploy.jmp.patch import model_shape, patch
 from jmp_deploy.jmp.trace import (
     GONE,
@@ -41,6 +43,10 @@ def images(count: int = 4) -> np.ndarray:
 def patched(tau: float, **options):
     model = tiny_vit(**options)
     return patch(model, schedule.parse(STEPS, model_shape(model)), tau=tau)
+
+
+def as_input(path: Path) -> torch.Tensor:
+    return torch.from_numpy(read_image(path, SPEC)[None])
 
 
 def traced(model) -> list[tuple[Stage, ...]]:
@@ -99,7 +105,6 @@ def test_group_sizes_are_those_that_the_model_computes():
         return result
 
     model.blocks.reduce = spy
-    import torch
 
     with torch.inference_mode():
         model(torch.from_numpy(images()))
@@ -192,6 +197,38 @@ def test_command_writes_a_picture_per_image_and_a_page(small_model, photos, tmp_
     data = json.loads(report.read_text())
     for stage in data["images"][0]["stages"]:
         assert stage["kept"] + stage["merged"] + stage["pruned"] == stage["tokens"]
+
+
+def test_features_are_drawn_without_jmp_and_with_it(small_model, photos, tmp_path, capsys):
+    """In colours that the image's own principal components give, where JMP changes little."""
+    report, out = tmp_path / "r.json", tmp_path / "drawn"
+    asked = ("visualize", "tiny", photos[0], "--features", "--json", report)
+    assert run(capsys, *asked, "-o", out, "--schedule", "1:15")[0] == 0
+    plain = tmp_path / "plain.png"
+    assert run(capsys, "visualize", "tiny", photos[0], "-o", plain, "--schedule", "1:15")[0] == 0
+    with Image.open(out / "astronaut.png") as drawn, Image.open(plain) as without:
+        assert drawn.width > without.width
+    assert "features of astronaut" in (out / "index.html").read_text()
+    told = json.loads(report.read_text())["images"][0]["features"]
+    model = tiny_vit()
+    patch(model, schedule.parse("1:15", model_shape(model).for_patches()), restore=True)
+    seen = picture(model, photos[0], SPEC, features=True).features
+    assert told == {"mean": seen.cosine.mean(), "min": seen.cosine.min()}
+    near = seen.cosine > 0.999
+    assert near.any() and np.abs(seen.dense - seen.restored)[near].max() < 0.2
+    dense = DenseFeatures(tiny_vit())(as_input(photos[0]))[0].double().numpy()
+    centred = dense - dense.mean(0)
+    vectors = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :3]  # the same, another way
+    for ours, theirs in zip(seen.dense.T, (centred @ vectors).T, strict=True):
+        inside = (ours > 0) & (ours < 1)
+        assert abs(np.corrcoef(ours[inside], theirs[inside])[0, 1]) > 0.9999
+    assert run(capsys, *asked, "-o", tmp_path / "c.png", "--batch", "--schedule", "1:15")[0] == 0
+
+
+def test_features_of_an_artifact_of_pooled_outputs_are_refused(tmp_path, photos, capsys):
+    folder = artifact(tmp_path / "a", Jmp("list", ((2, 9),), 2.0))
+    code, err = run(capsys, "visualize", folder, photos[0], "--features", "-o", tmp_path / "b.png")
+    assert code == 2 and "restores no patches" in err
 
 
 def test_contact_sheet_has_a_row_per_image(small_model, photos, tmp_path, capsys):

@@ -284,6 +284,34 @@ def test_triton_parses_its_configuration(triton_config, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / str(len(changes)))
 
 
+def test_features_of_patches_go_along(triton_config, tmp_path: Path, capsys) -> None:
+    """Beside an answer per image; not to the program that prints the best five of one."""
+    import numpy as np
+
+    made = artifact_at(tmp_path / "a")
+    model = dataclasses.replace(made.model, also=("dense_1", "raw_4"))
+    with np.load(made.path("reference.npz")) as stored:
+        patches = {name: np.zeros((2, 4, 5), np.float32) for name in model.also}
+        np.savez_compressed(made.path("reference.npz"), **{**stored, **patches})
+    made = dataclasses.replace(made, model=model).write()
+    files = targets.TARGETS["triton"].texts(made, "deit", {})
+    outputs = triton_config(files["models/deit/config.pbtxt"]).output
+    shapes = {output.name: list(output.dims) for output in outputs}
+    assert shapes == {"logits": [3], "dense_1": [4, 5], "raw_4": [4, 5]}
+    assert [bool(output.label_filename) for output in outputs] == [True, False, False]
+    rows = dict(
+        row.split("=", 1) for row in targets.deepstream_config(made).splitlines() if "=" in row
+    )
+    assert rows["output-blob-names"] == "logits;dense_1;raw_4" and rows["network-type"] == "100"
+    assert targets.isaac_parameters(made)["output_binding_names"] == [*shapes]
+    out = tmp_path / "b"
+    assert main(["package", str(made.folder), "--for", "jetson", "--no-wheel", "-o", str(out)]) == 0
+    assert "`logits`, `dense_1`, `raw_4`" in (out / "README.md").read_text()
+    other = tmp_path / "c"
+    assert main(["package", str(made.folder), "--for", "cpp", "-o", str(other)]) == 2
+    assert "one answer per image" in capsys.readouterr().err and not other.exists()
+
+
 def engine_for(arch: str, **changes):
     return dataclasses.replace(TENSORRT, targets=(arch,), **changes)
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jmp_deploy import build
 from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.images import load_batch
 from jmp_deploy.engine.runtime import Engine
 from tests.fakes.engine import make_world, world  # noqa: F401
+from tests.fakes.models import tiny_vit
 from tests.fakes.tensorrt import IMAGE, answer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -36,6 +38,35 @@ def test_numpy(world, tmp_path, capsys):
     logits = answer(load_batch([tmp_path / "a.png"], spec))[0]
     share = np.exp(logits.max()) / np.exp(logits).sum()
     assert capsys.readouterr().out == f"{tmp_path / 'a.png'} {share:6.1%}  {logits.argmax()}\n"
+
+
+def test_a_linear_head_on_features_of_patches(tmp_path, capsys):
+    """Two colours in two classes: what the head learns from three photos holds on a fourth."""
+    random = np.random.default_rng(0)
+    photos, masks, wanted = [], [], []
+    for index in range(4):
+        split = 8 * (1 + index % 3)  # at a border of patches
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:, split:] = 1
+        pixels = np.where(mask[..., None] == 1, (200, 60, 40), (40, 90, 210))
+        noisy = np.clip(pixels + random.integers(-30, 30, pixels.shape), 0, 255).astype(np.uint8)
+        photos.append(tmp_path / f"photo{index}.png")
+        masks.append(tmp_path / f"mask{index}.png")
+        Image.fromarray(noisy).save(photos[-1])
+        Image.fromarray(mask).save(masks[-1])
+        wanted.append(mask)
+    folder, head, out = tmp_path / "made", tmp_path / "head.npz", tmp_path / "out"
+    asked = {"output": "dense", "schedule": "1:14,3:12", "engine": "none", "precision": "fp32"}
+    # as timm's: scaled to 32 pixels and nothing cut off
+    model = tiny_vit(num_classes=0)
+    model.pretrained_cfg = {"crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    build(model, folder, **asked)
+    run = load("dense_head.py").main
+    run([str(folder), *map(str, photos[:3]), "--masks", *map(str, masks[:3]), "--head", str(head)])
+    assert "2 classes, 100.0% of the patches right" in capsys.readouterr().out
+    run([str(folder), str(photos[3]), "--head", str(head), "--out", str(out)])
+    found = np.asarray(Image.open(out / "photo3.png"))
+    assert found.shape == (32, 32) and (found == wanted[3]).mean() > 0.9
 
 
 class GpuArray:
@@ -102,7 +133,7 @@ def test_pycuda(world, monkeypatch, capsys):
     assert world.cuda.count("cuMemcpyAsync") == 0, "nothing was copied"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("run_*.py")), ids=lambda path: path.name)
 def test_examples_use_what_engine_has(path):
     """PyTorch's cannot run without a GPU; its calls of Engine can be checked."""
     tree = ast.parse(path.read_text("utf-8"))

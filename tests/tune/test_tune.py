@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ from jmp_deploy.core.artifact import Weights
 from jmp_deploy.core.errors import ImageError, ScheduleError, WeightsError
 from jmp_deploy.core.images import Preprocess, load_batch
 from jmp_deploy.jmp import latency, models, schedule
+from jmp_deploy.jmp.dense import DenseFeatures
 from jmp_deploy.jmp.patch import model_shape, patch
 from jmp_deploy.tune import search
 from jmp_deploy.tune import tune as tuning
 from jmp_deploy.tune.measure import Evaluator, pairs
 from jmp_deploy.tune.tune import TuneOptions, tune
 from tests.fakes.artifacts import FILE_WEIGHTS
-from tests.fakes.models import tiny_vit
+from tests.fakes.models import tiny_eva, tiny_vit
 from tests.jmp.test_schedule import DEIT_S
 
 SPEC = Preprocess(32, 32, 36, "bicubic", "center", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -379,6 +381,28 @@ def test_model_is_left_unpatched(folder):
     evaluator.distances((16, 16, 16, 9, 9, 4), 0.7, range(3))
     assert model.blocks is blocks
     assert evaluator.distances((16,) * 6, 0.7, range(3)) == pytest.approx([0] * 3, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [tiny_vit, partial(tiny_eva, global_pool="token")])
+def test_features_of_patches_are_judged_patch_by_patch(folder, make):
+    model, keeps = make(), (16, 16, 12, 9, 9, 9)
+    pixels = load_batch(sorted(folder.iterdir())[:3], SPEC)
+    found = Evaluator(model, pixels, 2, of_patches=True).distances(keeps, 0.7, range(3))
+    images = torch.from_numpy(pixels)
+    want = DenseFeatures(model)(images).double().numpy()
+    shape = model_shape(model).for_patches()
+    steps = schedule.improved(schedule.resolve("it", pairs(keeps, 16), shape), shape)
+    patch(model, steps, tau=0.7, restore=True)
+    got = DenseFeatures(model)(images).double().numpy()
+    lengths = np.linalg.norm(got, axis=2) * np.linalg.norm(want, axis=2)
+    cosine = ((got * want).sum(axis=2) / lengths).mean(axis=1)
+    np.testing.assert_allclose(found, 1 - cosine, rtol=1e-4, atol=1e-7)
+
+
+def test_a_schedule_for_features_of_patches(folder, tmp_path):
+    result = tune(options(folder, tmp_path, passes=1.0, output="dense"))
+    assert "of a patch" in result["objective"] and not result["last_prefix_only"]
+    assert tune(options(folder, tmp_path, passes=1.0))["last_prefix_only"]
 
 
 def test_images_all_alike_and_few_are_warned_of(tmp_path):
