@@ -204,7 +204,6 @@ def work(path: Path, gpu: bool, seed: int, numbers: range, most_batch: int, at: 
         try:
             check(drawn, (on_gpu if gpu else on_host)(library, drawn))
         except Exception:
-            print(f"\n{drawn}", file=sys.stderr)
             traceback.print_exc()
             sys.exit(1)
     at.value = numbers.stop
@@ -251,6 +250,7 @@ def sweep(library: Path, options: argparse.Namespace, *, gpu: bool) -> int:
                 for other, _, _ in workers:
                     other.terminate()
                 print(
+                    f"{draw(options.seed, at.value, options.most_batch)}\n"
                     f"kernel_sweep: case {at.value} failed (exit code {worker.exitcode}). Again:\n"
                     f"  python scripts/kernel_sweep.py --seed {options.seed} --first {at.value} "
                     f"--count 1 --most-batch {options.most_batch}",

@@ -236,6 +236,8 @@ def dynamic_shared() -> dict[str, int]:
             KernelLibrary(library).run_host(*case, **attrs)
             del os.environ["JMP_HOST_DEVICE"], os.environ["JMP_HOST_LOG"]
             sizes = [int(line.split()[2]) for line in log.read_text().splitlines()]
+            if len(sizes) != len(launched):
+                raise ToolchainError(f"{len(sizes)} launches where LAUNCHES has {launched}")
             found |= dict(zip(launched, sizes, strict=True))
     return found
 
@@ -302,8 +304,9 @@ def problems(kernel: Kernel) -> list[str]:
 
 def missing_kernels(arch: str, kernels: dict[str, Kernel]) -> list[str]:
     """A kernel that was renamed must not pass unseen."""
-    found = {kernel.family for kernel in kernels.values() if kernel.tuned}
-    return [f"sm_{arch}: no kernel {name}" for name in MEANT if name not in found]
+    found = {name for k in kernels.values() if k.tuned for name in (k.family, k.name)}
+    wanted = (*MEANT, *(name for launched in LAUNCHES.values() for name in launched))
+    return [f"sm_{arch}: no kernel {name}" for name in wanted if name not in found]
 
 
 # --- The program ---------------------------------------------------------------------------------

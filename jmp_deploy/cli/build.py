@@ -536,7 +536,7 @@ def _kept(precision: str, found: Quantization) -> str:
         shared = "by --max-drop (ranking below)" if found.sensitivity else reason
         layers.setdefault(shared, []).append(name)
     lines = [f"{', '.join(_by_block(names))}: {reason}" for reason, names in layers.items()]
-    sizes = {"int8": "more than 512 tokens", "fp8": "fewer than 32 tokens"}[precision]
+    sizes = {"int8": "one query, or more than 512 tokens", "fp8": "fewer than 32 tokens"}[precision]
     products = f"attention of {sizes}" if found.attention else "attention products"
     return "\n".join([*lines, f"{products}, LayerNorm, GELU, Softmax, residuals: by design"])
 

@@ -40,7 +40,7 @@ class Fused:
             it is 1, which nothing exceeds.
     """
 
-    least: int = 1
+    least: int
     most: int | None = None
     heads: tuple[int, ...] = ()
     softmax: str | None = None
@@ -137,11 +137,11 @@ class Format:
 # onnx.TensorProto.INT8 and .FLOAT8E4M3FN
 INT8 = Format("int8", 127.0, 127.5, 3, per_channel=True, attention=None, least_side=1)
 INT8_ATTENTION = replace(
-    INT8, attention=Fused(most=512, heads=(16, 32, 64), softmax="percentile:99.99")
+    INT8, attention=Fused(least=2, most=512, heads=(16, 32, 64), softmax="percentile:99.99")
 )
 """`--int8-attention`. Sizes: NVIDIA/TensorRT #2981, and what TensorRT-RTX 1.7.1 did (one kernel of
-512 tokens, several of 530 or of heads of 48; from a single query on). Softmax: half of its values
-are below the 1/254 that 127 levels up to 1 round to 0; calibration/README.md has the figures."""
+512 tokens and of 3, several of 530, of heads of 48, of one query). Softmax: half of its values are
+below the 1/254 that 127 levels up to 1 round to 0; calibration/README.md has the figures."""
 FP8 = Format("fp8", 448.0, 464.0, 17, per_channel=False, attention=Fused(least=32), least_side=16)
 """Attention: TensorRT-RTX 1.7.1 makes one kernel of an FP8 attention with a mask from 32 tokens on,
 several of one with 31; of FP16 it is one kernel at any size."""
