@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.lib import data, features
-    from benchmarks.lib.measures import unit
+    from benchmarks.lib.measures import by_picture, unit
     from benchmarks.lib.methods import METHODS
     from benchmarks.lib.report import machine
     from jmp_deploy.core.files import write_bytes, write_json
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         }
         for samples, features_before in zip(sets, before, strict=True):
             after = unit(source.reduced(samples, schedule, method))
-            errors = by_picture(UNIT * (1 - (features_before * after).sum(1)), samples)
+            errors = by_picture(UNIT * (1 - (features_before * after).sum(1)), samples.labels)
             first = plain.setdefault((budget, samples.name), errors)
             row[name_of(samples)] = {
                 **figures(errors, options.seed),
@@ -134,11 +134,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def name_of(samples: Samples) -> str:
     """photos, digits or mnist."""
     return samples.name.split("-")[0]
-
-
-def by_picture(values: NDArray[np.float64], samples: Samples) -> NDArray[np.float64]:
-    """The mean over the crops of each picture, [images] -> [pictures]."""
-    return np.array([values[samples.labels == label].mean() for label in np.unique(samples.labels)])
 
 
 def interval(values: NDArray[np.float64], seed: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import photos
-from benchmarks.lib import data
+from benchmarks.lib import data, measures
 from jmp_deploy.core.images import Preprocess
 from jmp_deploy.jmp import models
 from tests.fakes.artifacts import FILE_WEIGHTS
@@ -66,8 +66,7 @@ def test_figures_are_of_pictures_and_differences_are_paired(folder, capsys):
 
 
 def test_a_picture_counts_once_however_many_crops_it_has():
-    samples = data.Samples("photos", (), np.array([0, 0, 0, 1]))
-    values = photos.by_picture(np.array([1.0, 2.0, 3.0, 10.0]), samples)
+    values = measures.by_picture(np.array([1.0, 2.0, 3.0, 10.0]), np.array([0, 0, 0, 1]))
     assert list(values) == [2.0, 10.0]
     assert photos.figures(values, 0)["mean"] == 6 and photos.figures(values, 0)["median"] == 6
     assert photos.figures(values, 0)["geometric"] == pytest.approx(20**0.5)
