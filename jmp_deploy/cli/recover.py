@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--train",
         choices=("small", "all"),
-        help="what learns: norms, biases and layer scales, or the matrices too (TRAIN)",
+        help="what learns: norms, biases and layer scales, or the matrices too (all)",
     )
     parser.add_argument(
         "--crops", type=flags.positive, metavar="N", help="crops to learn from in all (8000)"

@@ -53,7 +53,8 @@ class RecoverOptions:
         crops: to learn from in all.
         batch: crops in a step.
         learning_rate: the largest, of vectors; see `lesson.MATRICES`.
-        train: "small" (norms, biases, layer scales) or "all" (matrices too).
+        train: "small" (norms, biases, layer scales) or "all" (matrices too, in smaller steps: it
+            measured better).
         device: "auto" (a GPU where PyTorch has one), "cpu" or "cuda".
         seed: which images are taken where there are more than `limit`, which judge; the crops.
         limit: most images.
@@ -71,7 +72,7 @@ class RecoverOptions:
     crops: int = 8000
     batch: int = 16
     learning_rate: float = 1e-4
-    train: Trained = "small"
+    train: Trained = "all"
     device: str = "auto"
     seed: int = 0
     limit: int = 500
