@@ -4,8 +4,9 @@
     python scripts/learning_photos.py artifacts/learning
 
 Writes 263 photos (animals, fish, tools, monuments, wind and solar power): 258 of gcompris-qt-data,
-which keeps them as WebP in Qt's resource files, and 5 puzzles of palapeli-data. None of them is among those of `scripts/fetch_photos.py`, which judge. Whose they are and their
-licences: usr/share/doc/*/copyright in the packages. None of them is in the repository.
+which keeps them as WebP in Qt's resource files, and 5 puzzles of palapeli-data. None of them is
+among those of `scripts/fetch_photos.py`, which judge. Whose they are and their licences:
+usr/share/doc/*/copyright in the packages. None of them is in the repository.
 
 Needs apt-get (after `apt-get update`, on Debian 12), dpkg-deb and Pillow with WebP.
 """
