@@ -13,6 +13,8 @@ from . import flags, show
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ..recover.recover import RecoverOptions
+
 
 def add(commands: Any) -> None:
     """Adds it to what `add_subparsers` returned."""
@@ -96,13 +98,20 @@ def _recover(given: argparse.Namespace) -> int:
             result = recover(asked, on_progress=update)
             progress.update("done", 1.0)
     except KeyboardInterrupt:
-        say("what was learnt is kept: go on with --resume")
+        say("what was learnt up to the last look at the result is kept: go on with --resume")
         raise
-    build = ["python", "-m", "jmp_deploy", "build", asked.model, "--weights", str(out)]
-    build += ["--schedule", asked.schedule, *(["--tau", f"{asked.tau:g}"] if asked.tau else [])]
-    build += flags.own_words(given)
-    show.show(given, _summary(result, out, shlex.join(build)), result)
+    show.show(given, _summary(result, out, _build(given, asked, out)), result)
     return 0
+
+
+def _build(given: argparse.Namespace, asked: RecoverOptions, out: Path) -> str:
+    """What makes an artifact with the weights."""
+    if asked.own.function:  # which makes its model itself: `build` reads no weights beside it
+        return f"{out} loaded by {asked.own.function} itself (safetensors.torch.load_file)"
+    words = ["python", "-m", "jmp_deploy", "build", asked.model, "--weights", str(out)]
+    words += ["--schedule", asked.schedule]
+    words += ["--tau", f"{asked.tau:g}"] if asked.tau is not None else []
+    return shlex.join([*words, *flags.own_words(given)])
 
 
 def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableType]:

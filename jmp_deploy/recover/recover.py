@@ -88,12 +88,15 @@ def recover(
         CheckError: no gain beyond the interval on the images that judge: nothing is written.
         ImageError: no images, or too few different ones.
         ScheduleError: a schedule that does not fit, or keeps every token.
-        ModelError, WeightsError: as `models.load_model`; weights that nobody trained; no GPU.
+        ModelError, WeightsError: as `models.load_model`; weights that nobody trained; no GPU; a
+            file to write, or to resume from, that is none of ours.
     """
     from ..jmp.models import load_model, weights_digest
     from ..jmp.patch import model_shape
     from .lesson import Pupil, Recipe, State, learn
 
+    if options.out.suffix != ".safetensors":  # by which a checkpoint is read
+        raise WeightsError(f"{options.out} is to hold safetensors", "name it FILE.safetensors")
     schedule.check_spelling(options.schedule)
     device = _device(options.device)
     on_progress("loading", 0.0, None)
@@ -155,6 +158,7 @@ def recover(
         gain=gain,
         version=__version__,
     )
+    state_path.unlink(missing_ok=True)
     if gain.low <= 0:
         raise CheckError(
             f"what was learnt does not hold on the {len(after)} images that it never saw: "
@@ -163,7 +167,6 @@ def recover(
             "take more and more varied images, or another --learning-rate",
         )
     _write(options.out, pupil.reduced.state_dict(), origin)
-    state_path.unlink(missing_ok=True)
     return {
         **asdict(origin),
         "objective": OBJECTIVE,

@@ -168,7 +168,7 @@ def test_no_gain_writes_nothing(folder, loaded, tmp_path):
     out = tmp_path / "w.safetensors"
     with pytest.raises(CheckError, match="nothing is written") as failure:
         recover(options(folder, out, crops=8, learning_rate=1e-9))
-    assert not out.exists() and failure.value.exit_code == 1
+    assert failure.value.exit_code == 1 and not list(tmp_path.iterdir())
 
 
 # --- an interrupted run --------------------------------------------------------------------------
@@ -306,6 +306,8 @@ def test_mistakes_are_answered_in_one_message(folder, loaded, tmp_path, monkeypa
         Image.new("RGB", (40, 40), (9, 9, 9)).save(few / f"{number}.png")
     with pytest.raises(ImageError, match="1 different image: `recover` takes 20"):
         recover(options(few, out))
+    with pytest.raises(WeightsError, match="is to hold safetensors"):
+        recover(options(folder, tmp_path / "w.pth"))
     with pytest.raises(ScheduleError, match="unknown schedule"):
         recover(options(folder, out, schedule="nonsense"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
