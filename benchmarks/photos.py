@@ -9,6 +9,9 @@ hard photos, so the median and the geometric mean stand beside it.
     python scripts/fetch_photos.py artifacts/unseen
     python scripts/demo_weights.py artifacts/weights/dinov2_s.safetensors
     python benchmarks/photos.py artifacts/unseen --weights artifacts/weights/dinov2_s.safetensors
+
+A row of `--recovered FILE` is the reduced model with those weights against the dense one with
+`--weights`.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--budgets", default="75,62,50,40", help="percent of the dense FLOPs (75,62,50,40)")
     add("--methods", default="jmp,tome", help="comma list, as benchmarks/accuracy.py (jmp,tome)")
     add("--schedule", type=Path, action="append", help="also JMP with this file, as tune wrote it")
+    add("--recovered", type=Path, action="append", help="also weights that `recover` wrote")
     add("--seed", type=int, default=0, help="of the crops, the digits and the bootstrap (0)")
     add("--threads", type=int, default=os.cpu_count() or 1, help="of PyTorch (all)")
     add("-o", "--output", type=Path, help="without suffix: writes .json and .md")
@@ -68,13 +72,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.lib import data, features
-    from benchmarks.lib.measures import unit
+    from benchmarks.lib.measures import by_picture, unit
     from benchmarks.lib.methods import METHODS
     from benchmarks.lib.report import machine
     from jmp_deploy.core.files import write_bytes, write_json
     from jmp_deploy.jmp.models import load_model
     from jmp_deploy.jmp.patch import model_shape
-    from jmp_deploy.jmp.schedule import for_share, load, macs
+    from jmp_deploy.jmp.schedule import for_share, from_manifest, load, macs
 
     names, budgets = options.methods.split(","), command.budgets(options.budgets)
     if unknown := [name for name in names if name not in METHODS]:
@@ -86,12 +90,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     dense = macs(shape)
     source = features.Features(loaded, None)
     before = [unit(source.dense(samples)) for samples in sets]
-    plans = [(budget, name, for_share(shape, budget)) for budget in budgets for name in names]
-    for path in options.schedule or []:  # beside the budget nearest to its cost
-        schedule = load(path, shape)
+    plans = [
+        (budget, name, for_share(shape, budget), source) for budget in budgets for name in names
+    ]
+    others = [(f"jmp, {path.stem}", load(path, shape), source) for path in options.schedule or []]
+    for path in options.recovered or []:
+        taught = load_model(options.model, str(path), seed=options.seed)
+        if taught.origin.recovered is None:
+            raise ModelError(f"{path} is not of `recover`", "name a file that it wrote")
+        schedule = from_manifest(taught.origin.recovered.jmp)
+        others.append((f"jmp, {path.stem}", schedule, features.Features(taught, None)))
+    for label, schedule, model in others:  # beside the budget nearest to its cost
         share = macs(shape, schedule) / dense
         nearest = min(budgets, key=lambda budget: abs(budget - share))
-        plans.append((nearest, f"jmp, {schedule.name}", schedule))
+        plans.append((nearest, label, schedule, model))
     rows: list[dict[str, Any]] = []
     result = {
         "model": loaded.name,
@@ -106,7 +118,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
     }
     plain: dict[tuple[float, str], NDArray[np.float64]] = {}
-    for budget, label, schedule in sorted(plans, key=lambda plan: -plan[0]):
+    for budget, label, schedule, model in sorted(plans, key=lambda plan: -plan[0]):
         method = METHODS[label.split(",")[0]]
         row: dict[str, Any] = {
             "method": label,
@@ -116,8 +128,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "share": macs(shape, schedule) / dense,
         }
         for samples, features_before in zip(sets, before, strict=True):
-            after = unit(source.reduced(samples, schedule, method))
-            errors = by_picture(UNIT * (1 - (features_before * after).sum(1)), samples)
+            after = unit(model.reduced(samples, schedule, method))
+            errors = by_picture(UNIT * (1 - (features_before * after).sum(1)), samples.labels)
             first = plain.setdefault((budget, samples.name), errors)
             row[name_of(samples)] = {
                 **figures(errors, options.seed),
@@ -134,11 +146,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def name_of(samples: Samples) -> str:
     """photos, digits or mnist."""
     return samples.name.split("-")[0]
-
-
-def by_picture(values: NDArray[np.float64], samples: Samples) -> NDArray[np.float64]:
-    """The mean over the crops of each picture, [images] -> [pictures]."""
-    return np.array([values[samples.labels == label].mean() for label in np.unique(samples.labels)])
 
 
 def interval(values: NDArray[np.float64], seed: int) -> dict[str, float]:

@@ -168,10 +168,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for name, samples in judged.items():
                 found = plain[precision][name] = store.outputs(path, samples)
                 args = samples.labels, probes[name]
-                row[name] = measures.compare(reference[name], found, *args, seed=options.seed)
+                over: dict[str, Any] = {"seed": options.seed, "pictures": samples.pictures}
+                row[name] = measures.compare(reference[name], found, *args, **over)
                 if "FP16" in plain and precision not in ("FP32", "FP16"):
                     twin = plain["FP16"][name]
-                    beyond = measures.compare(twin, found, *args, seed=options.seed)
+                    beyond = measures.compare(twin, found, *args, **over)
                     beyond["expected"] = _expected(twin, found, probes[name])
                     row[name]["beyond_fp16"] = beyond
             result["rows"].append(row)

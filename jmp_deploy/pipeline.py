@@ -403,6 +403,7 @@ def _patch(loaded: LoadedModel, options: BuildOptions) -> Jmp:
     )
     as_published = options.strategy == "jmp" and options.granularity == "token"
     as_published = as_published and options.proportional and loaded.origin.kind != "random"
+    as_published = as_published and not loaded.origin.recovered  # measured with others
     return replace(
         schedules.to_manifest(schedule),
         caution=schedules.caution(schedule, shape),

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"core", "jmp"},
     "quantize": {"core", "jmp", "export"},
     "tune": {"core", "jmp", "export"},
+    "recover": {"core", "jmp"},
     "backends": {"core", "jmp", "export", "engine"},
     "compare": {"core", "jmp", "export", "engine", "backends"},
     "bench": {"core", "jmp", "export", "engine", "backends"},

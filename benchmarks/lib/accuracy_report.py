@@ -38,10 +38,11 @@ class Judge:
     def __call__(self, schedule: Schedule, method: Method) -> dict[str, Any]:
         reduced = self.source.reduced(self.samples, schedule, method)
         labels = self.samples.labels
-        result = measures.compare(self.dense, reduced, labels, self.probe, seed=self.seed)
+        over: dict[str, Any] = {"seed": self.seed, "pictures": self.samples.pictures}
+        result = measures.compare(self.dense, reduced, labels, self.probe, **over)
         logits = self.source.logits(reduced)
         if self.head is not None and logits is not None:
-            result["head"] = measures.compare(self.head, logits, labels, None, seed=self.seed)
+            result["head"] = measures.compare(self.head, logits, labels, None, **over)
         guess = self.probe.probabilities(reduced).argmax(1)
         self.kept.append(
             {
@@ -62,8 +63,9 @@ def comparisons(judges: list[Judge], rows: list[dict[str, Any]]) -> list[dict[st
             continue
         entry: dict[str, Any] = {"budget": row["budget"], "against": row["method"]}
         for judge in judges:
+            over: dict[str, Any] = {"seed": judge.seed, "pictures": judge.samples.pictures}
             entry[judge.task.name] = {
-                key: measures.paired(judge.kept[mine][key], judge.kept[index][key], seed=judge.seed)
+                key: measures.paired(judge.kept[mine][key], judge.kept[index][key], **over)
                 for key in ("accuracy", "cosine")
             }
         found.append(entry)
@@ -88,7 +90,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"Model `{result['model']}`, part `{result['part']}`, seed {result['seed']}; dense "
         f"{result['dense_gmacs']:.3f} GMACs. Differences to dense in points, with paired 95 % "
-        "bootstrap intervals.",
+        "bootstrap intervals, over photos where images are crops of them.",
     ]
     if result["weights"]["kind"] == "random":
         lines += ["", "**Random weights: these figures mean nothing.**"]

@@ -44,18 +44,21 @@ class Samples:
         name: for messages and cache files.
         images: RGB.
         labels: [n] int64.
+        pictures: [n] int64, which picture an image is a part of; None: each is one of its own.
     """
 
     name: str
     images: tuple[Image.Image, ...]
     labels: NDArray[np.int64]
+    pictures: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def first(self, count: int) -> Samples:
         """The first `count` images (they are shuffled already)."""
-        return Samples(f"{self.name}-{count}", self.images[:count], self.labels[:count])
+        pictures = None if self.pictures is None else self.pictures[:count]
+        return Samples(f"{self.name}-{count}", self.images[:count], self.labels[:count], pictures)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def photo_crops(seed: int = 0) -> Task:
         ]
         order = random.permutation(len(crops))
         labels = np.array([crops[i][1] for i in order], dtype=np.int64)
-        parts.append(Samples(f"photos-{part}-s{seed}", tuple(crops[i][0] for i in order), labels))
+        cut = tuple(crops[i][0] for i in order)
+        parts.append(Samples(f"photos-{part}-s{seed}", cut, labels, pictures=labels))
     return Task("photos", *parts)
 
 

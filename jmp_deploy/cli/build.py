@@ -372,6 +372,8 @@ def summary(made: Artifact) -> list[RenderableType]:
         parts.append(show.styled(f"calibration: {warning}", "yellow"))
     if made.jmp and made.jmp.caution:
         parts.append(show.styled(f"schedule: {made.jmp.caution}", "yellow"))
+    if (recovered := made.weights.recovered) and (words := recovered.caution(made.jmp)):
+        parts.append(show.styled(f"weights: {words}", "yellow"))
     parts += [show.styled(text, "yellow") for text in known_faults(made)]
     return parts
 

@@ -26,6 +26,7 @@ from . import (
     inspect,
     package,
     plugin,
+    recover,
     report,
     run,
     tune,
@@ -35,7 +36,7 @@ from . import (
 
 COMMANDS = (
     *(build, run, compare, inspect, report, doctor, plugin, package),
-    *(tune, visualize, bench, validate),
+    *(tune, recover, visualize, bench, validate),
 )
 """One module each: its flags (`add`), its handler, its tables. In the order of `--help`."""
 

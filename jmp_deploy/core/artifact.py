@@ -122,47 +122,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Where the weights come from.
-
-    Attributes:
-        path, sha256: of a file; of a model that the user's Python made, sha256 over its tensors.
-        source, tag: of pretrained ones.
-        seed: of random ones.
-        key: of the state in a file that holds several.
-        notes: what was inferred from the file or decided about it, in sentences.
-        fallback_for, reason: what was wanted before random ones were taken, and why it failed.
-    """
-
-    kind: Literal["pretrained", "file", "random", "python"]
-    path: str | None = None
-    sha256: Digest | None = None
-    source: str | None = None
-    tag: str | None = None
-    seed: int | None = None
-    fallback_for: str | None = None
-    reason: str | None = None
-    key: str = ""
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        needed = {
-            "file": ("path", "sha256"),
-            "pretrained": ("source",),
-            "random": ("seed",),
-            "python": ("sha256",),
-        }
-        for name in needed.get(self.kind, ()):
-            if getattr(self, name) is None:
-                raise ValueError(f"weights of kind {self.kind} without {name}")
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """What says which weights they are, wherever they were found."""
-        return self.kind, self.sha256, self.source, self.tag, self.seed, self.key
-
-
-@dataclass(frozen=True)
 class Jmp:
     """The reductions: see `jmp.schedule.Schedule` and `jmp.node.TokenReduce`.
 
@@ -192,6 +151,116 @@ class Jmp:
     def to_json(self) -> dict[str, Any]:
         """As the manifest has it."""
         return _plain(self)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What `recover` wrote into a checkpoint beside the weights: for what, from what, how much.
+
+    Attributes:
+        model: timm's name.
+        jmp: the reduction that the weights are for.
+        image_size: (height, width).
+        train: "small" (norms, biases, layer scales) or "all".
+        steps, best_step: of Adam; the weights are those after the latter.
+        images, judged: different ones in all, and those of them that it never saw and was judged
+            by.
+        images_sha256: of their pixels.
+        weights_sha256: of the dense model's tensors.
+        before, after, gain: 1 - cosine to the dense model on the images that judged, and how much
+            smaller it became, image by image.
+        version: of jmp_deploy.
+    """
+
+    model: str
+    jmp: Jmp
+    image_size: tuple[Count, Count]
+    train: Literal["small", "all"]
+    steps: Count
+    best_step: Natural
+    batch: Count
+    learning_rate: float
+    seed: Natural
+    images: Count
+    judged: Count
+    images_sha256: Digest
+    weights_sha256: Digest
+    before: Interval
+    after: Interval
+    gain: Interval
+    version: str
+
+    def in_words(self) -> str:
+        """For people."""
+        gain = self.gain
+        return (
+            f"recovered for {self.jmp.schedule_name}: 1 - cosine to the dense model "
+            f"{self.before.value:.5f} -> {self.after.value:.5f} on {self.judged} images that it "
+            f"never saw (gain {gain.low:.5f} to {gain.high:.5f})"
+        )
+
+    def caution(self, jmp: Jmp | None) -> str:
+        """A warning where a model is built otherwise than the weights are meant, or ""."""
+        ways = ("schedule", "tau", "selection", "merge_weight", "granularity", "proportional")
+        if jmp and all(getattr(jmp, way) == getattr(self.jmp, way) for way in ways):
+            return ""
+        other = f"another reduction ({jmp.schedule_name})" if jmp else "a dense model"
+        return (
+            f"the weights were recovered for {self.jmp.schedule_name}, this is {other}: what they "
+            "gain holds there alone"
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights come from.
+
+    Attributes:
+        path, sha256: of a file; of a model that the user's Python made, sha256 over its tensors.
+        source, tag: of pretrained ones.
+        seed: of random ones.
+        key: of the state in a file that holds several.
+        notes: what was inferred from the file or decided about it, in sentences.
+        fallback_for, reason: what was wanted before random ones were taken, and why it failed.
+        recovered: what `recover` did to those of a file.
+    """
+
+    kind: Literal["pretrained", "file", "random", "python"]
+    path: str | None = None
+    sha256: Digest | None = None
+    source: str | None = None
+    tag: str | None = None
+    seed: int | None = None
+    fallback_for: str | None = None
+    reason: str | None = None
+    key: str = ""
+    notes: tuple[str, ...] = ()
+    recovered: Recovered | None = None
+
+    def __post_init__(self) -> None:
+        needed = {
+            "file": ("path", "sha256"),
+            "pretrained": ("source",),
+            "random": ("seed",),
+            "python": ("sha256",),
+        }
+        for name in needed.get(self.kind, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"weights of kind {self.kind} without {name}")
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What says which weights they are, wherever they were found."""
+        return self.kind, self.sha256, self.source, self.tag, self.seed, self.key
 
 
 @dataclass(frozen=True)

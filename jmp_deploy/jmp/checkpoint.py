@@ -14,13 +14,15 @@ import pickle
 import pickletools
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import WeightsError, one_line
+from ..core.artifact import Recovered, refuse_odd_strings
+from ..core.errors import ArtifactError, WeightsError, one_line
+from ..core.files import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +40,8 @@ HEADS = ("head", "fc", "classifier", "linear", "head_drop", "cls_head", "visual_
 SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "pretrained_cfg")
 """Where trainers keep what they were asked for."""
 MOST_NESTED = 4
+RECOVERED = "jmp_recover"
+"""Key of `artifact.Recovered`, as JSON, in the metadata of a safetensors file."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Checkpoint:
         trainer: plain settings that the trainer kept in the file.
         architecture: what the file says the model is.
         notes: what was decided, in sentences.
+        recovered: what `recover` says of a file of its own.
     """
 
     path: Path
@@ -64,6 +69,7 @@ class Checkpoint:
     trainer: dict[str, Any] = field(default_factory=dict)
     architecture: str | None = None
     notes: tuple[str, ...] = ()
+    recovered: Recovered | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,10 @@ def read(
         notes.append(f"left out, no part of the model: {_some(left_out)}")
     trainer = _settings(loaded)
     named = _first(trainer, loaded, ("arch", "architecture", "model", "model_name"))
+    recovered = _recovered(path)
+    if recovered:
+        named = recovered.model
+        notes.append(recovered.in_words())
     return Checkpoint(
         path=path,
         key=chosen.key,
@@ -153,7 +163,32 @@ def read(
         trainer=trainer,
         architecture=named if isinstance(named, str) else None,
         notes=tuple(notes),
+        recovered=recovered,
     )
+
+
+def _recovered(path: Path) -> Recovered | None:
+    """What `recover` wrote beside the weights, in a file of its own.
+
+    Raises:
+        WeightsError: it is not what `recover` writes.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(RECOVERED)
+    try:
+        found = parse_json(text, Recovered) if text is not None else None
+        if found:
+            refuse_odd_strings(asdict(found), path)
+        return found
+    except (ValueError, ArtifactError) as error:
+        raise WeightsError(
+            f"{path} says what `recover` never does under {RECOVERED!r}: {one_line(error)}",
+            "make it anew with `recover`, or take the metadata out",
+        ) from error
 
 
 def load(path: Path) -> Any:

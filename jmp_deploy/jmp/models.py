@@ -317,6 +317,7 @@ def _from_file(source: Source, path: Path, img_size: Size | None, own: OwnModel)
         sha256=sha256(path),
         key=own.weights_key or "",
         notes=tuple(one_line(note) for note in notes),
+        recovered=found.recovered,
     )
     return _loaded(model, source, origin, settings, own, found.trainer)
 

@@ -206,7 +206,7 @@ def load(path: Path, shape: ModelShape) -> Schedule:
     if model != shape.name:
         raise ScheduleError(
             f"{path} is a schedule for {model:.80}, the model is {shape.name}",
-            "make one for this model, or remove the key 'model' to use it all the same",
+            _instead(path, shape),
         )
     if data.patches not in (None, shape.num_patches):
         raise ScheduleError(
@@ -222,6 +222,14 @@ def load(path: Path, shape: ModelShape) -> Schedule:
     )
     check_last_prefix_only(found, shape)
     return found
+
+
+def _instead(path: Path, shape: ModelShape) -> str:
+    """What to do about a schedule of another model. One of the package is nobody's to change."""
+    if path.parent != PUBLISHED:
+        return "make one for this model, or remove the key 'model' to use it all the same"
+    suits = [name for name in published() if _read(_path_of(name)).model == shape.name]
+    return f"take {' or '.join([*suits, 'spread:62'])}, or search one with `tune`"
 
 
 def _read(path: Path) -> _File:

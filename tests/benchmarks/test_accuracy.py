@@ -221,6 +221,19 @@ def test_pairing_removes_what_the_images_have_in_common():
     assert 0.45 < found["low"] < 0.5 < found["high"] < 0.55
 
 
+def test_crops_of_one_photo_are_no_photos_of_their_own():
+    """Ten crops of each of 12 photos, of which each photo's all say the same."""
+    photos = np.repeat(np.arange(12), 10)
+    dense = np.tile([1.0, 0.0], (120, 1))
+    angles = np.random.default_rng(0).uniform(0, 0.5, 12)
+    reduced = np.stack((np.cos(angles), np.sin(angles)), 1)[photos]
+    probe = measures.fit_probe(np.eye(2)[photos % 2], photos % 2)
+    found = measures.compare(dense, reduced, photos % 2, probe, pictures=photos)["cosine"]
+    low, high = measures.bootstrap(np.cos(angles))
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    assert found["mean"] == pytest.approx(np.cos(angles).mean())
+
+
 # --- Command line --------------------------------------------------------------------------------
 
 

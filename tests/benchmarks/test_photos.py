@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import photos
-from benchmarks.lib import data
+from benchmarks.lib import data, measures
+from jmp_deploy.core.artifact import Interval, Recovered
 from jmp_deploy.core.images import Preprocess
 from jmp_deploy.jmp import models
+from jmp_deploy.jmp.patch import model_shape
+from jmp_deploy.jmp.schedule import for_share, to_manifest
 from tests.fakes.artifacts import FILE_WEIGHTS
 from tests.fakes.models import tiny_vit
 
@@ -65,9 +70,42 @@ def test_figures_are_of_pictures_and_differences_are_paired(folder, capsys):
     assert "tome" in capsys.readouterr().out
 
 
+def test_recovered_weights_are_judged_against_the_dense_model_before(folder, monkeypatch, capsys):
+    """Three models: the dense one, the same weights called recovered, and others."""
+    shape = model_shape(tiny_vit())
+    plan, number = for_share(shape, 0.75), Interval(0.2, 0.1, 0.3)
+    digests = {"images_sha256": "0" * 64, "weights_sha256": "0" * 64}
+    counts = {"steps": 1, "best_step": 1, "batch": 1, "seed": 0, "images": 20, "judged": 4}
+    about = Recovered(
+        model="tiny", jmp=to_manifest(plan), image_size=(32, 32), train="all", learning_rate=1.0,
+        before=number, after=number, gain=number, version="0", **digests, **counts,
+    )  # fmt: skip
+    plain = models.load_model
+
+    def load_model(name, weights, **more):
+        found = plain(name, weights)
+        if weights.endswith(".safetensors"):
+            found.origin = replace(FILE_WEIGHTS, recovered=about)
+        if weights == "other.safetensors":
+            with torch.no_grad():
+                bias = found.model.blocks[1].mlp.fc2.bias
+                bias += torch.linspace(-1, 1, len(bias))
+        return found
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    options = [str(folder), "--budgets", "75", "--methods", "jmp", "-o", str(folder / "found")]
+    options += ["--recovered", "same.safetensors", "--recovered", "other.safetensors"]
+    assert photos.main([*options, "--threads", "1"]) == 0
+    rows = json.loads((folder / "found.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["jmp", "jmp, same", "jmp, other"]
+    assert rows[1]["photos"]["minus_first"] == {"mean": 0, "low": 0, "high": 0}
+    assert rows[2]["photos"]["minus_first"]["low"] > 0
+    assert photos.main([*options, "--recovered", "dense.pth"]) == 2
+    assert "dense.pth is not of `recover`" in capsys.readouterr().err
+
+
 def test_a_picture_counts_once_however_many_crops_it_has():
-    samples = data.Samples("photos", (), np.array([0, 0, 0, 1]))
-    values = photos.by_picture(np.array([1.0, 2.0, 3.0, 10.0]), samples)
+    values = measures.by_picture(np.array([1.0, 2.0, 3.0, 10.0]), np.array([0, 0, 0, 1]))
     assert list(values) == [2.0, 10.0]
     assert photos.figures(values, 0)["mean"] == 6 and photos.figures(values, 0)["median"] == 6
     assert photos.figures(values, 0)["geometric"] == pytest.approx(20**0.5)

@@ -11,7 +11,7 @@ from jmp_deploy.core.paths import IMPORT_ROOT, PACKAGE
 
 HEAVY = {"torch", "timm", "onnx", "onnx_graphsurgeon", "onnxscript", "rich"}
 """Packages that no module imports at once, but for those of the rooms below."""
-MAY_BE_HEAVY = {room: HEAVY - {"rich"} for room in ("jmp", "export", "quantize")}
+MAY_BE_HEAVY = {room: HEAVY - {"rich"} for room in ("jmp", "export", "quantize", "recover")}
 MAY_BE_HEAVY |= {"cli": {"rich"}}
 
 

@@ -216,3 +216,13 @@ def test_models_with_little_to_give_are_warned_of_spread_alone():
         (DEIT_S, "spread", False),
     ):
         assert bool(schedule.caution(schedule.parse(spec, shape), shape)) == warned
+
+
+def test_a_schedule_of_the_package_for_another_model_names_those_that_suit(tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "PUBLISHED", tmp_path)
+    for name, model in (("a-50", "a"), ("b-50", DEIT_S.name), ("b-62", DEIT_S.name)):
+        (tmp_path / f"{name}.json").write_text(f'{{"model": "{model}", "steps": [[3, 100]]}}')
+    with pytest.raises(schedule.ScheduleError) as failure:
+        schedule.parse("a-50", DEIT_S)
+    assert "take b-50 or b-62 or spread:62" in failure.value.hint
+    assert "remove" not in failure.value.hint, "the package's files are nobody's to change"

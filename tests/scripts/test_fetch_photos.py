@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import importlib.util
 import io
 import json
@@ -139,3 +140,15 @@ def test_photos_of_an_installed_package_are_found(tmp_path):
     for entry in wanted["photos"]:
         image = fetch_photos.scaled(files[entry["file"]])
         assert image.size == (640, 427)
+
+
+def test_photos_to_learn_from_are_found_in_resource_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    learning_photos = importlib.import_module("learning_photos")
+    pictures = []
+    for shade in (10, 200):
+        target = io.BytesIO()
+        Image.new("RGB", (40, 30), (shade, 20, 30)).save(target, "WEBP")
+        pictures.append(target.getvalue())
+    content = b"qres RIFF no picture" + pictures[0] + b"RIFF" + pictures[1] + b"end"
+    assert list(learning_photos.webp_files(content)) == pictures

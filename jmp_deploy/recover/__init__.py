@@ -1,0 +1,1 @@
+"""Label-free recovery: a reduced model learns to answer as the dense one does."""
