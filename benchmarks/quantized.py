@@ -198,8 +198,8 @@ class Models:
     def __init__(
         self, form: str, loaded: LoadedModel, options: argparse.Namespace, store: _Store
     ) -> None:
-        from jmp_deploy.core.artifact import Jmp
         from jmp_deploy.core.files import sha256
+        from jmp_deploy.core.manifest import Jmp
         from jmp_deploy.export import export
         from jmp_deploy.jmp import schedule
         from jmp_deploy.jmp.patch import model_shape, patch, unpatch

@@ -16,20 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .core import artifact, interrupt
-from .core.artifact import (
-    FILE,
-    Artifact,
-    Check,
-    EngineOptions,
-    Granularity,
-    Jmp,
-    Macs,
-    Model,
-    Precision,
-    Reference,
-    Strategy,
-    refuse_odd_strings,
-)
+from .core.artifact import FILE, Artifact, Reference, refuse_odd_strings
 from .core.errors import (
     ArtifactError,
     EngineError,
@@ -52,6 +39,7 @@ from .core.images import (
     sample_photos,
     spread,
 )
+from .core.manifest import Check, EngineOptions, Granularity, Jmp, Macs, Model, Precision, Strategy
 from .core.outputs import (
     LOGITS,
     POOLED,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jmp_deploy.core.errors import JmpDeployError, ModelError, fail
 
 if TYPE_CHECKING:
-    from jmp_deploy.core.artifact import Weights
+    from jmp_deploy.core.manifest import Weights
 
 
 def exit_code(work: Callable[[], object]) -> int:

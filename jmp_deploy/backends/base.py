@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..core.artifact import Artifact, Precision, Reference
+    from ..core.artifact import Artifact, Reference
+    from ..core.manifest import Precision
     from ..jmp.trace import Choice, Trace
 
     Images = NDArray[np.float32]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..core.artifact import Artifact, Precision, Reference
+    from ..core.artifact import Artifact, Reference
+    from ..core.manifest import Precision
     from ..jmp.trace import Choice
 
 
@@ -163,7 +164,7 @@ class TimedModel:
     def __init__(self, artifact: Artifact, threads: int) -> None:
         import torch
 
-        from ..core.artifact import Weights
+        from ..core.manifest import Weights
         from ..jmp.models import restore_model
 
         untrained = restore_model(replace(artifact, weights=Weights("random", seed=0)))

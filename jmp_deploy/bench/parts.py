@@ -43,7 +43,7 @@ def export_parts(
         ModuleNotFoundError: PyTorch, timm or the ONNX tools are missing.
         JmpDeployError: the model is not known or not supported.
     """
-    from ..core.artifact import Weights
+    from ..core.manifest import Weights
     from ..export import export
     from ..jmp.families import family_of
     from ..jmp.models import restore_model

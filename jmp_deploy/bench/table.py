@@ -21,9 +21,10 @@ from ..backends import AUTO, DEPLOYED
 from ..backends.base import Backend, Timed
 from ..backends.engine import TimedEngine
 from ..backends.onnxruntime import TimedSession
-from ..core.artifact import Artifact, Flavour, Jmp
+from ..core.artifact import Artifact
 from ..core.device import cpu_count
 from ..core.errors import ArtifactError
+from ..core.manifest import Flavour, Jmp
 from ..engine.fit import EngineFile
 from ..jmp.latency import FORMAT, LatencyTable
 from ..jmp.schedule import ModelShape

@@ -24,9 +24,10 @@ import numpy as np
 
 from ..backends.base import Times as Inference
 from ..backends.engine import EngineBackend, TimedEngine
-from ..core.artifact import Artifact, Narrow, Speed, SpeedAt
+from ..core.artifact import Artifact
 from ..core.device import gpus
 from ..core.errors import GpuMemoryError, in_words
+from ..core.manifest import Narrow, Speed, SpeedAt
 from ..engine.fit import EngineFile
 from ..engine.stage import Clock
 from .measure import Participant, Settings, compute, latency, measure, order, ratio

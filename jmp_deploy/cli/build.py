@@ -16,8 +16,9 @@ from . import checked, flags, show
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..core.artifact import Artifact, EngineFacts, Fp32, Jmp, Large, Macs, Model, Quantization
+    from ..core.artifact import Artifact
     from ..core.images import Preprocess
+    from ..core.manifest import EngineFacts, Fp32, Jmp, Large, Macs, Model, Quantization
     from ..jmp.models import LoadedModel
 
 SHOWN_MORE = 5

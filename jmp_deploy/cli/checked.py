@@ -20,7 +20,8 @@ from ..core.errors import ArtifactError, CheckError, EngineError, GpuMemoryError
 from . import show
 
 if TYPE_CHECKING:
-    from ..core.artifact import Artifact, EngineCheck
+    from ..core.artifact import Artifact
+    from ..core.manifest import EngineCheck
 
 
 @dataclass(frozen=True)

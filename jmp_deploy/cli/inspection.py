@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core import artifact
+from ..core import artifact, manifest
 from ..core.artifact import Artifact
 from ..core.device import gpus
 from ..core.errors import ArtifactError, JmpDeployError, MissingPackageError, install_command
@@ -159,7 +159,7 @@ def _network(model: Path, facts: dict[str, Any] | None) -> dict[str, Any]:
     return builder.parse_network(model, flavour, plugin=plugin)
 
 
-def _engine(path: Path, facts: artifact.EngineFacts | None) -> dict[str, Any]:
+def _engine(path: Path, facts: manifest.EngineFacts | None) -> dict[str, Any]:
     if facts is None:
         flavour = next((f for f in builder.FLAVOURS if builder.installed(f)), "tensorrt")
     else:

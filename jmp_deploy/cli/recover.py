@@ -115,7 +115,7 @@ def _build(given: argparse.Namespace, asked: RecoverOptions, out: Path) -> str:
 
 
 def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableType]:
-    from ..core.artifact import Weights
+    from ..core.manifest import Weights
 
     jmp, gain = result["jmp"], result["gain"]
     judged = result["judged"]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..core.images import as_picture, open_image
 
 if TYPE_CHECKING:
-    from ..core.artifact import Artifact, Jmp
+    from ..core.artifact import Artifact
+    from ..core.manifest import Jmp
 
 MAX_SIDE = 1600
 """Pixels of a picture's longer side; larger ones are scaled down."""

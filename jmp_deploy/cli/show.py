@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from ..core.artifact import Weights
+    from ..core.manifest import Weights
 
 RANDOM_WARNING = (
     "RANDOM WEIGHTS: this artifact can be timed, inspected and compared with PyTorch; "

@@ -139,7 +139,7 @@ def _tune(given: argparse.Namespace) -> int:
 
 
 def _summary(result: dict[str, Any], path: Path, build: str) -> list[RenderableType]:
-    from ..core.artifact import Weights
+    from ..core.manifest import Weights
 
     unit = result["budget"]["unit"]
     dense = result["dense_cost"]["value"]

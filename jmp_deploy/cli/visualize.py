@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
 
 
 def _visualize(given: argparse.Namespace) -> int:
-    from ..core.artifact import Weights
+    from ..core.manifest import Weights
     from ..jmp.visualize import VisualizeOptions, visualize
 
     result = visualize(flags.fill(VisualizeOptions, given, own=flags.own_model(given)))

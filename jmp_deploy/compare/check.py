@@ -11,10 +11,11 @@ from __future__ import annotations
 from datetime import datetime, timezone
 
 from ..backends.base import Outputs
-from ..core.artifact import Artifact, EngineCheck, Reference
+from ..core.artifact import Artifact, Reference
 from ..core.device import gpus
 from ..core.errors import EngineError, GpuMemoryError, engine_errors, in_words
 from ..core.images import INPUT
+from ..core.manifest import EngineCheck
 from ..engine.fit import EngineFile
 from ..engine.runtime import Engine
 from .measures import coarser, measure

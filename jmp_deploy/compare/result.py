@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..core.artifact import Meta, Natural
 from ..core.errors import JmpDeployError
 from ..core.files import of_form, read_json
+from ..core.manifest import Meta, Natural
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from ..core.artifact import EngineFacts, EngineOptions, Flavour, Precision
 from ..core.device import FP8_FROM, gpus
 from ..core.errors import EngineError, engine_errors, install_command
 from ..core.files import atomic_path
+from ..core.manifest import EngineFacts, EngineOptions, Flavour, Precision
 from ..core.paths import IMPORT_ROOT, cache_dir
 from .api import FLAVOURS, MODULES, compute_capabilities, installed, load
 

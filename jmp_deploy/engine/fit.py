@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import artifact
-from ..core.artifact import Artifact, EngineFacts, PluginFile
+from ..core.artifact import Artifact
 from ..core.errors import ArtifactError, EngineError
+from ..core.manifest import EngineFacts, PluginFile
 from .api import FLAVOURS, MODULES, TITLES, installed
 
 HOST_CODE = (

@@ -15,18 +15,11 @@ from pathlib import Path
 
 from ..core import artifact as files
 from ..core import interrupt
-from ..core.artifact import (
-    Artifact,
-    EngineCheck,
-    EngineOptions,
-    PluginFile,
-    Precision,
-    Speed,
-    Stage,
-)
+from ..core.artifact import Artifact
 from ..core.device import gpus
 from ..core.errors import ArtifactError, EngineError, JmpDeployError, engine_errors, in_words
 from ..core.files import make_writable_dir, sha256, staging_dir
+from ..core.manifest import EngineCheck, EngineOptions, PluginFile, Precision, Speed, Stage
 from . import api, builder, fit
 from .fit import EngineFile
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..core import interrupt, ort
-from ..core.artifact import Fp32, Large
 from ..core.errors import GraphError
 from ..core.images import INPUT
+from ..core.manifest import Fp32, Large
 from .graph import block_tensors, is_reduction, load_model, temporary_file
 from .precision import FP16_MAX, VIEWS, emulate, float_types, large_weights, readers_of
 

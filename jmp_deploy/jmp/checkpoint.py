@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.artifact import Recovered, refuse_odd_strings
+from ..core.artifact import refuse_odd_strings
 from ..core.errors import ArtifactError, WeightsError, one_line
 from ..core.files import parse_json
+from ..core.manifest import Recovered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ SETTINGS = ("args", "hyper_parameters", "hparams", "config", "cfg", "pretrained_
 """Where trainers keep what they were asked for."""
 MOST_NESTED = 4
 RECOVERED = "jmp_recover"
-"""Key of `artifact.Recovered`, as JSON, in the metadata of a safetensors file."""
+"""Key of `manifest.Recovered`, as JSON, in the metadata of a safetensors file."""
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ..core.artifact import Count, Meta, Natural
 from ..core.errors import ScheduleError
 from ..core.files import read_json
+from ..core.manifest import Count, Meta, Natural
 from .schedule import ModelShape
 
 FORMAT = "jmp_deploy.latency/1"

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.artifact import Artifact, Weights
+from ..core.artifact import Artifact
 from ..core.classes import SYNSET, LabelOrder, of_json, read_labels
 from ..core.errors import ModelError, WeightsError, one_line
 from ..core.files import sha256
 from ..core.images import Preprocess
+from ..core.manifest import Weights
 from . import checkpoint
 from .sources import HUB, Source, source_of
 from .timm_model import Size, create, fill, offline_unless_reachable, why
@@ -76,9 +77,9 @@ class LoadedModel:
         preprocess: what its images have to look like.
         class_names: one per output, or None where unknown.
         synsets: WordNet ids such as n01440764, one per output, or None where unknown.
-        settings: see `artifact.Model`.
+        settings: see `manifest.Model`.
         multi_label: see `Artifact`.
-        function: see `artifact.Model`.
+        function: see `manifest.Model`.
     """
 
     model: nn.Module

@@ -26,8 +26,8 @@ import struct
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from ..core.artifact import Granularity, Selection
 from ..core.errors import GraphError
+from ..core.manifest import Granularity, Selection
 
 DOMAIN = "jmp_deploy"
 OP_TYPE = "JMPTokenReduce"

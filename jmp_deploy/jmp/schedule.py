@@ -27,9 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from ..core.artifact import Jmp, Meta, Selection
 from ..core.errors import ScheduleError
 from ..core.files import read_json
+from ..core.manifest import Jmp, Meta, Selection
 from ..core.paths import PACKAGE
 
 NAMES = ("paper", "spread")

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..core.artifact import Calibrated, Meta, refuse_odd_strings, tool_versions
+from ..core.artifact import refuse_odd_strings, tool_versions
 from ..core.errors import CalibrationError
 from ..core.files import of_form, read_json, write_json
+from ..core.manifest import Calibrated, Meta
 from .ranges import Range
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from ..core.artifact import Narrow
+    from ..core.manifest import Narrow
 
 FP16_LEAST, FP16_MOST = 2.0**-24, 65504.0
 

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from ..core import ort
-from ..core.artifact import Count, Meta
 from ..core.errors import CalibrationError
+from ..core.manifest import Count, Meta
 from ..export.graph import load_model, temporary_file
 from .formats import INT8, Format
 from .layers import Layer

@@ -25,7 +25,7 @@ from ..core.paths import data_dir
 from .formats import FORMATS
 
 if TYPE_CHECKING:
-    from ..core.artifact import Narrow
+    from ..core.manifest import Narrow
 
 DEFAULT = "default"
 

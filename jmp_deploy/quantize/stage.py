@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import artifact, interrupt
-from ..core.artifact import Jmp, Quantization
 from ..core.errors import CalibrationError
+from ..core.manifest import Jmp, Quantization
 from ..export.graph import load_model, save_model, weight_types
 from ..jmp.models import weights_digest
 from . import cache as calibration_cache

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import __version__
-from ..core.artifact import Interval, Recovered
 from ..core.errors import CheckError, ImageError, ModelError, ScheduleError, WeightsError
 from ..core.files import atomic_path
 from ..core.images import Preprocess, find_images
+from ..core.manifest import Interval, Recovered
 from ..core.stats import bootstrap
 from ..jmp import schedule
 from ..jmp.checkpoint import RECOVERED

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from ..core.artifact import Meta
 from ..core.errors import ModelError, ScheduleError
 from ..core.files import read_json, write_json
+from ..core.manifest import Meta
 from ..jmp import schedule
 from .search import Keeps
 

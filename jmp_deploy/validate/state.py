@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from ..core.artifact import Count, Meta, Natural
 from ..core.errors import ArtifactError, CheckError
 from ..core.files import atomic_path, json_text, of_form, parse_json, read_arrays, read_json
 from ..core.images import UNREADABLE_LIMIT
+from ..core.manifest import Count, Meta, Natural
 from .score import COLUMNS, DENSE_COLUMNS, score
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import pytest
 from jmp_deploy import backends
 from jmp_deploy.backends import base
 from jmp_deploy.backends import engine as engine_backend
-from jmp_deploy.core.artifact import EngineFacts
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
+from jmp_deploy.core.manifest import EngineFacts
 from jmp_deploy.engine import api
 from tests.fakes.artifacts import make_artifact
 

@@ -14,8 +14,9 @@ from jmp_deploy.backends.engine import TimedEngine, engine_runner
 from jmp_deploy.bench import bench
 from jmp_deploy.bench.measure import Settings
 from jmp_deploy.core import artifact as manifest
-from jmp_deploy.core.artifact import Artifact, EngineFacts
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import EngineError
+from jmp_deploy.core.manifest import EngineFacts
 from jmp_deploy.engine import api, bound, runtime
 from jmp_deploy.engine.cuda import Cuda
 from jmp_deploy.engine.fit import EngineFile, locate

@@ -13,8 +13,8 @@ import torch
 from jmp_deploy.bench import parts
 from jmp_deploy.bench import table as bench_table
 from jmp_deploy.cli.main import main
-from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.core.errors import ArtifactError
+from jmp_deploy.core.manifest import Jmp
 from jmp_deploy.jmp import latency
 from jmp_deploy.jmp.families import family_of
 from jmp_deploy.jmp.schedule import ModelShape

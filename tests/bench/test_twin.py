@@ -10,8 +10,8 @@ import pytest
 from jmp_deploy.backends.base import Times
 from jmp_deploy.bench import twin
 from jmp_deploy.bench.measure import Settings
-from jmp_deploy.core.artifact import EngineCheck, EngineFacts, Quantization, SpeedAt
 from jmp_deploy.core.errors import EngineError, GpuMemoryError
+from jmp_deploy.core.manifest import EngineCheck, EngineFacts, Quantization, SpeedAt
 from jmp_deploy.engine.fit import EngineFile
 from jmp_deploy.engine.stage import Clock
 from tests.fakes.artifacts import make_artifact

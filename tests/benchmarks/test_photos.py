@@ -12,8 +12,8 @@ from PIL import Image
 
 from benchmarks import photos
 from benchmarks.lib import data, measures
-from jmp_deploy.core.artifact import Interval, Recovered
 from jmp_deploy.core.images import Preprocess
+from jmp_deploy.core.manifest import Interval, Recovered
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.patch import model_shape
 from jmp_deploy.jmp.schedule import for_share, to_manifest

@@ -20,8 +20,9 @@ from jmp_deploy.cli.main import main
 from jmp_deploy.compare import check
 from jmp_deploy.core import artifact as files
 from jmp_deploy.core import device
-from jmp_deploy.core.artifact import Artifact, EngineCheck, EngineFacts, SpeedAt
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import Gpu
+from jmp_deploy.core.manifest import EngineCheck, EngineFacts, SpeedAt
 from jmp_deploy.engine import api, builder, cuda, stage
 from jmp_deploy.engine.cuda import Cuda
 from jmp_deploy.jmp import models

@@ -19,9 +19,10 @@ import pytest
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.core import artifact
-from jmp_deploy.core.artifact import Artifact, Check, EngineOptions, Quantization, Speed, Stage
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import JmpDeployError, fail
 from jmp_deploy.core.files import sha256
+from jmp_deploy.core.manifest import Check, EngineOptions, Quantization, Speed, Stage
 from jmp_deploy.jmp import latency, schedule
 from jmp_deploy.quantize import cache
 from jmp_deploy.quantize.ranges import Range

@@ -16,9 +16,9 @@ from PIL import Image
 from jmp_deploy.cli import build, plugin
 from jmp_deploy.cli.main import main, make_parser
 from jmp_deploy.core import images, interrupt
-from jmp_deploy.core.artifact import EngineOptions
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.files import staging_dir
+from jmp_deploy.core.manifest import EngineOptions
 from jmp_deploy.core.paths import IMPORT_ROOT
 from jmp_deploy.engine import builder
 from jmp_deploy.engine.builder import Choice

@@ -13,7 +13,8 @@ import pytest
 
 from jmp_deploy.cli.main import main
 from jmp_deploy.cli.report_page import page
-from jmp_deploy.core.artifact import Artifact, Check
+from jmp_deploy.core.artifact import Artifact
+from jmp_deploy.core.manifest import Check
 from tests.fakes.artifacts import JMP, RANDOM_WEIGHTS, make_artifact
 
 EVIL = '<script>alert("1")</script>'

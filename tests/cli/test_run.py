@@ -20,9 +20,10 @@ from jmp_deploy.backends import engine as engine_backend
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import check
 from jmp_deploy.core import artifact, device
-from jmp_deploy.core.artifact import Artifact, EngineFacts
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.core.images import load_batch
+from jmp_deploy.core.manifest import EngineFacts
 from jmp_deploy.engine import api, builder, stage
 from jmp_deploy.engine.api import installed
 from tests.fakes.engine import HERE, World, make_world, world  # noqa: F401

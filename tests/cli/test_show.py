@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from jmp_deploy.cli import show
-from jmp_deploy.core.artifact import Weights
+from jmp_deploy.core.manifest import Weights
 
 
 @pytest.fixture

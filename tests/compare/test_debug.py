@@ -20,9 +20,10 @@ from jmp_deploy.backends.onnxruntime import trace_onnx
 from jmp_deploy.cli.main import main
 from jmp_deploy.compare import debug
 from jmp_deploy.core import artifact
-from jmp_deploy.core.artifact import Artifact, EngineFacts, EngineOptions, PluginFile
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import EngineError, GraphError
 from jmp_deploy.core.images import load_batch
+from jmp_deploy.core.manifest import EngineFacts, EngineOptions, PluginFile
 from jmp_deploy.core.ort import session_runner
 from jmp_deploy.engine import builder
 from jmp_deploy.engine import stage as engine_stage

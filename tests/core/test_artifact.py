@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from jmp_deploy.core import artifact as files
-from jmp_deploy.core.artifact import Artifact, EngineOptions, Quantization, Speed, Stage
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import ArtifactError
+from jmp_deploy.core.manifest import EngineOptions, Quantization, Speed, Stage
 from tests.fakes.artifacts import CALIBRATED, ENGINE, JMP, make_artifact, write_artifact
 
 

@@ -12,9 +12,10 @@ from jmp_deploy import patch
 from jmp_deploy.backends import get
 from jmp_deploy.cli import inspection, probes
 from jmp_deploy.cli.main import main
-from jmp_deploy.core.artifact import Artifact, EngineOptions
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import EngineError
 from jmp_deploy.core.images import INPUT
+from jmp_deploy.core.manifest import EngineOptions
 from jmp_deploy.engine import builder, stage
 from jmp_deploy.engine.fit import EngineFile
 from jmp_deploy.engine.runtime import Engine

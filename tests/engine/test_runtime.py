@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from jmp_deploy.core import artifact
-from jmp_deploy.core.artifact import PluginFile
 from jmp_deploy.core.errors import ArtifactError, EngineError, GpuMemoryError, NonFiniteError
+from jmp_deploy.core.manifest import PluginFile
 from jmp_deploy.engine import arrays
 from jmp_deploy.engine.pool import KEPT
 from jmp_deploy.engine.runtime import Engine

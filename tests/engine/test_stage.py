@@ -8,16 +8,10 @@ import pytest
 
 from jmp_deploy.backends import get
 from jmp_deploy.core import artifact as files
-from jmp_deploy.core.artifact import (
-    Artifact,
-    EngineCheck,
-    EngineFacts,
-    EngineOptions,
-    Quantization,
-    Speed,
-)
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import Gpu
 from jmp_deploy.core.errors import EngineError
+from jmp_deploy.core.manifest import EngineCheck, EngineFacts, EngineOptions, Quantization, Speed
 from jmp_deploy.engine import builder, stage
 from tests.fakes.artifacts import CALIBRATED, JMP, make_artifact
 

@@ -13,9 +13,9 @@ import pytest
 import timm
 import torch
 
-from jmp_deploy.core.artifact import EngineOptions
 from jmp_deploy.core.errors import EngineError, GraphError
 from jmp_deploy.core.images import INPUT
+from jmp_deploy.core.manifest import EngineOptions
 from jmp_deploy.engine import builder
 from jmp_deploy.export import body, export, fuse, graph, precision
 from jmp_deploy.jmp import node, schedule

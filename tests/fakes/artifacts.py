@@ -6,16 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jmp_deploy.core.artifact import (
-    Artifact,
-    Check,
-    EngineFacts,
-    Jmp,
-    Macs,
-    Model,
-    Weights,
-)
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.images import Preprocess
+from jmp_deploy.core.manifest import Check, EngineFacts, Jmp, Macs, Model, Weights
 
 PREPROCESS = Preprocess(8, 8, 8, "bicubic", "center", (0.5,) * 3, (0.25,) * 3)
 FILE_WEIGHTS = Weights("file", path="w.safetensors", sha256="0" * 64)

@@ -7,7 +7,7 @@ from pathlib import Path
 from jmp_deploy.backends.base import Times
 from jmp_deploy.bench.host import Reading
 from jmp_deploy.bench.measure import Settings
-from jmp_deploy.core.artifact import Macs
+from jmp_deploy.core.manifest import Macs
 from tests.fakes.artifacts import FILE_WEIGHTS, RANDOM_WEIGHTS, write_artifact
 
 QUICK = Settings(warm_iterations=3, iterations=4, rounds=4, visit_seconds=0.0)

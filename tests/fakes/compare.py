@@ -11,7 +11,8 @@ import onnx
 import torch
 
 from jmp_deploy.core import artifact
-from jmp_deploy.core.artifact import Artifact, Jmp
+from jmp_deploy.core.artifact import Artifact
+from jmp_deploy.core.manifest import Jmp
 from jmp_deploy.export.export import export_onnx
 from jmp_deploy.export.fuse import to_deployable
 from jmp_deploy.export.precision import LOW, to_low

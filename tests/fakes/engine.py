@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from jmp_deploy.core import artifact as manifest
-from jmp_deploy.core.artifact import EngineCheck, EngineFacts
 from jmp_deploy.core.device import Gpu
+from jmp_deploy.core.manifest import EngineCheck, EngineFacts
 from jmp_deploy.engine import api, runtime
 from jmp_deploy.engine.cuda import Cuda
 from tests.fakes.artifacts import write_artifact

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jmp_deploy.core.artifact import Jmp
+from jmp_deploy.core.manifest import Jmp
 from tests.fakes.artifacts import make_artifact
 
 pytestmark = pytest.mark.gpu

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from jmp_deploy.cli.main import main
-from jmp_deploy.core.artifact import Weights
 from jmp_deploy.core.errors import ModelError, WeightsError
+from jmp_deploy.core.manifest import Weights
 from jmp_deploy.jmp import models
 from jmp_deploy.jmp.families import SHORT_NAMES
 

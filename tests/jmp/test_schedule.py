@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.core.errors import ScheduleError
+from jmp_deploy.core.manifest import Jmp
 from jmp_deploy.jmp import schedule
 from jmp_deploy.jmp.schedule import ModelShape
 

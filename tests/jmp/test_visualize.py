@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from jmp_deploy.cli.main import main
-from jmp_deploy.core.artifact import Jmp
 from jmp_deploy.core.images import Preprocess, read_image
+from jmp_deploy.core.manifest import Jmp
 from jmp_deploy.jmp import draw, models, schedule
 from jmp_deploy.jmp.dense import DenseFeatures
 from jmp_deploy.jmp.patch import model_shape, patch

@@ -14,7 +14,7 @@ from jmp_deploy import backends, pipeline
 from jmp_deploy.backends.base import infer
 from jmp_deploy.cli.build import quantization_rows
 from jmp_deploy.cli.main import main
-from jmp_deploy.core import artifact
+from jmp_deploy.core import artifact, manifest
 from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.device import gpus
 from jmp_deploy.core.errors import CalibrationError
@@ -298,7 +298,7 @@ def test_kept_layers_are_listed_shortly():
     reasons = {f"blocks.{b}.fc2": "recipe x" for b in (0, 1, 2, 5)}
     lines = dict(
         quantization_rows(
-            "int8", artifact.Quantization(**INT8_FACTS, keep_fp16={**reasons, "head": "zero"})
+            "int8", manifest.Quantization(**INT8_FACTS, keep_fp16={**reasons, "head": "zero"})
         )
     )
     assert lines["kept in FP16"].splitlines()[:2] == [

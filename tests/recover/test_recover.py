@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from jmp_deploy.cli.main import main
-from jmp_deploy.core.artifact import Artifact, Weights
+from jmp_deploy.core.artifact import Artifact
 from jmp_deploy.core.errors import CheckError, ImageError, ScheduleError, WeightsError
 from jmp_deploy.core.images import Preprocess, open_image, preprocess
+from jmp_deploy.core.manifest import Weights
 from jmp_deploy.jmp import checkpoint, models, schedule
 from jmp_deploy.jmp.families import roots
 from jmp_deploy.jmp.patch import model_shape, patch

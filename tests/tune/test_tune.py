@@ -15,9 +15,9 @@ from PIL import Image
 from scipy.stats import gmean
 
 from jmp_deploy.cli.main import main
-from jmp_deploy.core.artifact import Weights
 from jmp_deploy.core.errors import ImageError, ScheduleError, WeightsError
 from jmp_deploy.core.images import Preprocess, load_batch
+from jmp_deploy.core.manifest import Weights
 from jmp_deploy.jmp import latency, models, schedule
 from jmp_deploy.jmp.dense import DenseFeatures
 from jmp_deploy.jmp.patch import model_shape, patch

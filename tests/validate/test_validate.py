@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from jmp_deploy.cli.main import main
-from jmp_deploy.core.artifact import Artifact, Weights
+from jmp_deploy.core.artifact import Artifact
+from jmp_deploy.core.manifest import Weights
 from jmp_deploy.validate import loader
 from tests.core.test_lean_imports import TOOLS, python
 from tests.fakes import validation
