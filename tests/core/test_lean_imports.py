@@ -22,6 +22,7 @@ HEAVY = {
         "jmp.torch_op",
     ),
     *("jmp.models", "export.export", "export.fuse", "export.numerics", "export.precision"),
+    "recover.lesson",
 }
 """Modules that work on PyTorch or ONNX models and may import them at once."""
 RUNS = {"__main__"}  # on import; the help tests are its own
