@@ -67,7 +67,7 @@ def add(commands: Any) -> None:
         "--learning-rate",
         type=flags.number(0, 1, above=True),
         metavar="R",
-        help="the largest (1e-4; matrices take a thirtieth)",
+        help="the largest (3e-6; with --train small 3e-4)",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), help="where it learns (auto: a GPU, if any)"

@@ -40,8 +40,8 @@ BETAS = (0.9, 0.99)
 FLOOR = 1e-3
 """Added to a distance before its logarithm, by which each image counts by its own measure: else a
 few hard ones would be all that is learnt from."""
-MATRICES = 1 / 30
-"""Learning rate of matrices, in that of vectors."""
+RATES: dict[Trained, float] = {"small": 3e-4, "all": 3e-6}
+"""The largest learning rate, where none is asked for: what the study of docs/method.md chose."""
 
 OnProgress = Callable[[str, float, "float | None"], None]
 """(phase, share done, geometric mean of the distances on the images that stop the run, at best)"""
@@ -54,7 +54,7 @@ class Recipe:
     Attributes:
         steps: of Adam.
         batch: crops in each.
-        rate: largest learning rate of vectors; it rises, and falls as a cosine.
+        rate: largest learning rate; it rises, and falls as a cosine.
         train: see `Trained`.
     """
 
@@ -159,11 +159,7 @@ def learn(
         CheckError: the distance is no number any more.
     """
     names = list(pupil.trained)
-    vectors = [value for value in pupil.trained.values() if value.ndim == 1]
-    matrices = [value for value in pupil.trained.values() if value.ndim > 1]
-    shares = {1.0: vectors, MATRICES: matrices}
-    groups = [{"params": kept, "share": share} for share, kept in shares.items() if kept]
-    adam = torch.optim.Adam(groups, lr=recipe.rate, betas=BETAS)
+    adam = torch.optim.Adam(pupil.trained.values(), lr=recipe.rate, betas=BETAS)
     every = max(1, recipe.steps // LOOKS)
     looks, best = state.load(pupil, adam)
     if not looks:
@@ -171,7 +167,7 @@ def learn(
     for step in range(looks[-1][0], recipe.steps):
         on_progress("learning", step / recipe.steps, min(value for _, value in looks))
         for group in adam.param_groups:
-            group["lr"] = group["share"] * recipe.rate_at(step)
+            group["lr"] = recipe.rate_at(step)
         distances = pupil.distances(album.batch(step * recipe.batch, recipe.batch))
         loss = (distances.clamp_min(0) + FLOOR).log().mean()
         if not bool(loss.isfinite()):

@@ -52,8 +52,8 @@ class RecoverOptions:
         schedule, tau: as for `build`: what the weights are for.
         crops: to learn from in all.
         batch: crops in a step.
-        learning_rate: the largest, of vectors; see `lesson.MATRICES`.
-        train: "small" (norms, biases, layer scales) or "all" (matrices too, in smaller steps: it
+        learning_rate: the largest; None: `lesson.RATES` of `train`.
+        train: "small" (norms, biases, layer scales) or "all" (matrices too, at a smaller rate: it
             measured better).
         device: "auto" (a GPU where PyTorch has one), "cpu" or "cuda".
         seed: which images are taken where there are more than `limit`, which judge; the crops.
@@ -71,7 +71,7 @@ class RecoverOptions:
     tau: float | None = None
     crops: int = 8000
     batch: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     train: Trained = "all"
     device: str = "auto"
     seed: int = 0
@@ -93,7 +93,7 @@ def recover(
     """
     from ..jmp.models import load_model, weights_digest
     from ..jmp.patch import model_shape
-    from .lesson import Pupil, Recipe, State, learn
+    from .lesson import RATES, Pupil, Recipe, State, learn
 
     if options.out.suffix != ".safetensors":  # by which a checkpoint is read
         raise WeightsError(f"{options.out} is to hold safetensors", "name it FILE.safetensors")
@@ -122,7 +122,7 @@ def recover(
     parts = _split(pictures)
     spec = loaded.preprocess
     albums = {name: Album(part, spec, options.seed) for name, part in parts.items()}
-    rate = options.learning_rate
+    rate = options.learning_rate or RATES[options.train]
     steps = max(1, options.crops // options.batch)
     recipe = Recipe(steps, options.batch, rate, options.train)
     pupil = Pupil(loaded.model, plan, options.train, device)

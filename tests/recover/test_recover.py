@@ -179,18 +179,18 @@ def test_a_resumed_run_writes_the_very_weights_of_one_that_was_not_interrupted(
     folder, loaded, tmp_path
 ):
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
-    recover(options(folder, whole, train="all"))
+    recover(options(folder, whole, train="all", learning_rate=3e-4))
 
     def interrupt(phase, share, best):
         if share > 0.6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recover(options(folder, cut, train="all"), on_progress=interrupt)
+        recover(options(folder, cut, train="all", learning_rate=3e-4), on_progress=interrupt)
     assert not cut.exists() and cut.with_name("cut.safetensors.state").exists()
     asked: list[float] = []
     recover(
-        options(folder, cut, train="all", resume=True),
+        options(folder, cut, train="all", learning_rate=3e-4, resume=True),
         on_progress=lambda phase, share, best: asked.append(share),
     )
     assert min(share for share in asked if share) > 0.5, "it began anew"
