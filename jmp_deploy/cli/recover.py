@@ -70,7 +70,9 @@ def add(commands: Any) -> None:
         help="the largest (3e-6; with --train small 3e-4)",
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), help="where it learns (auto: a GPU, if any)"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="where it learns; auto takes a GPU, if there is one (auto)",
     )
     parser.add_argument(
         "--limit", type=flags.positive, metavar="N", help="images to use at most (500)"

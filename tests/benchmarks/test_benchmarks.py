@@ -132,7 +132,7 @@ def gpu_stand_in(monkeypatch):
     )
     monkeypatch.setattr(timing, "cuda", lambda work, calls=1: timing.wall(work))
     monkeypatch.setattr(kernel, "BIG_COPY", 1 << 16)
-    monkeypatch.setattr(kernel, "MODELS", {"small": (12, 64, 1)})
+    monkeypatch.setattr(kernel, "MODELS", {"small": (12, 64, 1, 1)})
     monkeypatch.setattr(report, "machine", lambda: FACTS)
 
 

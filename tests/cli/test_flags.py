@@ -25,6 +25,7 @@ from jmp_deploy.package.bundle import BundleOptions
 from jmp_deploy.pipeline import BuildOptions
 from jmp_deploy.plugin.library import build_plugin
 from jmp_deploy.quantize.stage import QuantizeOptions
+from jmp_deploy.recover.recover import RecoverOptions
 from jmp_deploy.tune.tune import TuneOptions
 from jmp_deploy.validate.state import merge
 from jmp_deploy.validate.validate import ValidateOptions
@@ -39,6 +40,7 @@ FILLED = {
     "plugin": [(build_plugin, "")],
     "package": [(BundleOptions, "")],
     "tune": [(TuneOptions, ""), (OwnModel, "own.")],
+    "recover": [(RecoverOptions, ""), (OwnModel, "own.")],
     "visualize": [(VisualizeOptions, ""), (OwnModel, "own.")],
     "bench": [(BenchOptions, ""), (Settings, "settings."), (TableOptions, "")],
     "validate": [(ValidateOptions, "")],
@@ -61,6 +63,7 @@ MADE = {
     "plugin": {"on_progress"},
     "package": {"out"},
     "tune": {"curve", "own"},
+    "recover": {"own"},
     "visualize": {"own"},
     "bench": {
         *("settings", "backend"),
