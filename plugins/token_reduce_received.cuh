@@ -101,17 +101,16 @@ struct ColumnTile {
   // Starts to copy; row i is at `row(i)`.
   template <typename Row>
   __device__ void stage(int head_dim, Row row) {
-    constexpr int kLanes = kSteps <= 4 ? 8 : 16;  // a row's, eight columns each
+    constexpr int kLanes = 2 * kSteps;  // a row's, eight columns each
     const int part = static_cast<int>(threadIdx.x) % kLanes;
     for (int i = static_cast<int>(threadIdx.x) / kLanes; i < kCount; i += kThreads / kLanes) {
       char* const to = rows + i * kBytesOfRow + part * 16;
       const T* const from = row(i) + part * 8;
       const bool here = part * 8 < head_dim;
-      const bool wanted = part < 2 * kSteps;
       if constexpr (kIsHalf<T>) {
         if (here) {
           copy_16(to, from);
-        } else if (wanted) {
+        } else {
           store_16(to, uint4{0u, 0u, 0u, 0u});
         }
       } else {
@@ -131,8 +130,8 @@ struct ColumnTile {
           values[c] *= 1.0f / its;
           lost[c] = values[c] - __half2float(__float2half_rn(values[c]));
         }
-        if (wanted) store_16(to, pack<__half>(values));
-        if (kHasLow<T> && wanted) store_16(to + 32 * kSteps, pack<__half>(lost));
+        store_16(to, pack<__half>(values));
+        if (kHasLow<T>) store_16(to + 32 * kSteps, pack<__half>(lost));
       }
     }
   }
