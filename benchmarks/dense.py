@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures, prints and writes."""
     from benchmarks.lib import data, report
     from benchmarks.lib.features import reduced
-    from benchmarks.lib.measures import bootstrap
+    from benchmarks.lib.measures import interval
     from benchmarks.lib.methods import METHODS as KNOWN
     from jmp_deploy.core.outputs import asked
     from jmp_deploy.jmp import schedule
@@ -111,8 +111,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 still = _right(loaded, head, collages)
             row, *layers = (_judged(dense[name], found[name], options.seed) for name in outputs)
             row["layers"] = dict(zip(outputs[1:], layers, strict=True))
-            low, high = bootstrap(still - right, seed=options.seed)
-            points = {"mean": float((still - right).mean()), "low": low, "high": high}
+            points = interval(still - right, options.seed)
             row["collages"] = {"right": float(still.mean()), "points": points}
             share = schedule.macs(shape, steps) / schedule.macs(shape)
             rows.append({"budget": budget, "method": name, "flops": share, **row})
@@ -201,16 +200,12 @@ def _features(
 def _judged(dense: NDArray[Any], found: NDArray[Any], seed: int) -> dict[str, Any]:
     import numpy as np
 
-    from benchmarks.lib.measures import bootstrap
+    from benchmarks.lib.measures import interval
 
     lengths = np.linalg.norm(dense, axis=2) * np.linalg.norm(found, axis=2)
     cosine = (dense * found).sum(axis=2) / np.maximum(lengths, 1e-12)
     by_image = {"cosine": cosine.mean(axis=1), "far": 100 * (cosine < FAR).mean(axis=1)}
-    row = {}
-    for name, values in by_image.items():
-        low, high = bootstrap(values.astype(np.float64), seed=seed)
-        row[name] = {"mean": float(values.mean()), "low": low, "high": high}
-    return row
+    return {name: interval(values.astype(np.float64), seed) for name, values in by_image.items()}
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.lib import data, features
-    from benchmarks.lib.measures import by_picture, unit
+    from benchmarks.lib.measures import by_picture, interval, unit
     from benchmarks.lib.methods import METHODS
     from benchmarks.lib.report import machine
     from jmp_deploy.core.files import write_bytes, write_json
@@ -148,16 +148,10 @@ def name_of(samples: Samples) -> str:
     return samples.name.split("-")[0]
 
 
-def interval(values: NDArray[np.float64], seed: int) -> dict[str, float]:
-    """The mean with its 95 % interval over pictures."""
-    from jmp_deploy.core.stats import bootstrap
-
-    low, high = bootstrap(values, seed=seed)
-    return {"mean": float(values.mean()), "low": low, "high": high}
-
-
 def figures(errors: NDArray[np.float64], seed: int) -> dict[str, float]:
     """Mean with interval, median and geometric mean of errors >= 0, by picture."""
+    from benchmarks.lib.measures import interval
+
     geometric = float(np.exp(np.log(np.maximum(errors, 1e-6)).mean()))
     return {
         **interval(errors, seed),

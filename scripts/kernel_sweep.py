@@ -18,12 +18,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +34,16 @@ sys.path[:0] = [str(REPO), str(REPO / "tests"), str(PLUGINS / "tests")]
 
 import oracle  # noqa: E402
 from kernel_cases import Case, assert_matches, attributes, random_case  # noqa: E402
-from kernel_library import DTYPES, KernelLibrary, Outputs, make_params  # noqa: E402
+from kernel_library import (  # noqa: E402
+    DTYPES,
+    KernelLibrary,
+    Outputs,
+    compile_for_cpu,
+    make_params,
+)
+
+from jmp_deploy.core.errors import ToolchainError  # noqa: E402
+from jmp_deploy.plugin.toolchain import find_cxx  # noqa: E402
 
 MOST_BATCH = 70_000
 HUGE_EVERY = 250
@@ -155,18 +161,6 @@ def check(drawn: Drawn, run: Run) -> None:
 # --- On a CPU, on a GPU --------------------------------------------------------------------------
 
 
-def compile_host(folder: Path) -> Path:
-    """The kernels for the stand-in."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise SystemExit("kernel_sweep: no C++ compiler, and JMP_KERNEL_LIBRARY is not set")
-    target = folder / "kernel.so"
-    source = str(PLUGINS / "token_reduce_kernel.cu")
-    command = [compiler, "-std=c++17", "-O2", "-g", "-pthread", "-DJMP_CUDA_ON_HOST", "-shared"]
-    subprocess.run([*command, "-fPIC", "-x", "c++", source, "-o", str(target)], check=True)
-    return target
-
-
 def on_host(library: KernelLibrary, drawn: Drawn) -> Run:
     """By the stand-in, in the way that the case says."""
 
@@ -201,11 +195,7 @@ def work(path: Path, gpu: bool, seed: int, numbers: range, most_batch: int, at: 
     for number in numbers:
         at.value = number
         drawn = draw(seed, number, most_batch)
-        try:
-            check(drawn, (on_gpu if gpu else on_host)(library, drawn))
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
+        check(drawn, (on_gpu if gpu else on_host)(library, drawn))
     at.value = numbers.stop
 
 
@@ -222,7 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     given = os.environ.get("JMP_KERNEL_LIBRARY")
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(given) if given else compile_host(Path(folder))
+        try:
+            target = Path(folder) / "kernel.so"
+            library = Path(given) if given else compile_for_cpu(find_cxx(), target, "-O2", "-g")
+        except ToolchainError as error:
+            print(f"kernel_sweep: {error.message}; {error.hint}", file=sys.stderr)
+            return 2
         return sweep(library, options, gpu=given is not None)
 
 

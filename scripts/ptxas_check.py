@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from jmp_deploy.core.errors import ToolchainError  # noqa: E402
-from jmp_deploy.plugin.toolchain import find_disassembler, find_nvcc  # noqa: E402
+from jmp_deploy.plugin.toolchain import find_cxx, find_disassembler, find_nvcc  # noqa: E402
 from scripts.sass import (  # noqa: E402
     MATRIX,
     OVERLAP,
@@ -213,23 +212,25 @@ def read_report(arch: str, report: str) -> dict[str, Kernel]:
 def dynamic_shared() -> dict[str, int]:
     """Kernel -> bytes of dynamic shared memory of a block for DeiT-S, from the launches themselves;
     empty without a C++ compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    try:
+        compiler = find_cxx()
+    except ToolchainError:
         return {}
     sys.path[:0] = [str(REPO / "tests"), str(REPO / "plugins" / "tests")]
     import numpy as np
     from kernel_cases import attributes, random_case
-    from kernel_library import KernelLibrary
+    from kernel_library import KernelLibrary, compile_for_cpu
 
     attrs = attributes(**DEIT_S)
     case = random_case(0, attrs, batch=1, tokens=197, channels=384, dtype=np.float16)
     found = {}
     with tempfile.TemporaryDirectory() as name:
         library, log = Path(name) / "kernel.so", Path(name) / "launches"
-        command = [compiler, "-std=c++17", "-O0", "-pthread", "-DJMP_CUDA_ON_HOST", "-shared"]
-        command += ["-fPIC", "-x", "c++", str(KERNEL), "-o", str(library)]
-        if subprocess.run(command).returncode != 0:
-            raise ToolchainError("the kernels do not compile for a CPU", " ".join(command))
+        try:
+            compile_for_cpu(compiler, library, "-O0")
+        except subprocess.CalledProcessError as error:
+            command = " ".join(error.cmd)
+            raise ToolchainError("the kernels do not compile for a CPU", command) from error
         for device, launched in LAUNCHES.items():
             log.unlink(missing_ok=True)
             os.environ |= {"JMP_HOST_DEVICE": device, "JMP_HOST_LOG": str(log)}

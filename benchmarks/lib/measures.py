@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 from jmp_deploy.core.stats import bootstrap, softmax, unit
 from jmp_deploy.validate.probe import Probe, fit_probe
 
-__all__ = ["Probe", "bootstrap", "by_picture", "compare", "fit_probe", "paired", "softmax", "unit"]
+__all__ = [
+    "Probe",
+    "bootstrap",
+    "by_picture",
+    "compare",
+    "fit_probe",
+    "interval",
+    "paired",
+    "softmax",
+    "unit",
+]
 
 Array = NDArray[Any]
 
@@ -44,7 +54,7 @@ def compare(
     cosine = (unit(dense) * unit(reduced)).sum(1)
     result: dict[str, Any] = {
         "n": len(labels),
-        "cosine": _mean(by_picture(cosine, pictures), seed),
+        "cosine": interval(by_picture(cosine, pictures), seed),
         "cosine_worst": float(cosine.min()),
     }
     if probe is None:
@@ -64,10 +74,11 @@ def compare(
 def paired(a: Array, b: Array, *, seed: int = 0, pictures: Array | None = None) -> dict[str, float]:
     """Mean of a - b over the same images, with its 95 % interval over pictures: {"mean", "low",
     "high"}."""
-    return _mean(by_picture(a.astype(np.float64) - b.astype(np.float64), pictures), seed)
+    return interval(by_picture(a.astype(np.float64) - b.astype(np.float64), pictures), seed)
 
 
-def _mean(values: Array, seed: int) -> dict[str, float]:
+def interval(values: Array, seed: int) -> dict[str, float]:
+    """The mean of independent values [n] with its 95 % interval: {"mean", "low", "high"}."""
     low, high = bootstrap(values, seed=seed)
     return {"mean": float(values.mean()), "low": low, "high": high}
 

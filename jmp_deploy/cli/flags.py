@@ -103,6 +103,12 @@ def add_weights(parser: argparse.ArgumentParser, more: str = "") -> None:
     add_img_size(parser)
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted run of these flags ended"
+    )
+
+
 def add_own_model(parser: argparse.ArgumentParser) -> None:
     """What the file of one's own model does not say; `fill(OwnModel, given, "own.")`."""
     group = parser.add_argument_group(

@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import say
 from . import flags, show
 
 if TYPE_CHECKING:
@@ -80,9 +79,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=flags.seed, help="of the crops, and which images judge and which stop (0)"
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted run of these flags ended"
-    )
+    flags.add_resume(parser)
     flags.add_own_model(parser)
 
 
@@ -91,17 +88,8 @@ def _recover(given: argparse.Namespace) -> int:
 
     out = given.out or Path(f"{given.model.replace('/', '_')}-recovered.safetensors")
     asked = flags.fill(RecoverOptions, given, out=out, own=flags.own_model(given))
-    try:
-        with show.Progress("loading") as progress:
-
-            def update(phase: str, share: float, best: float | None) -> None:
-                progress.update(phase, share, "" if best is None else f", best distance {best:.5f}")
-
-            result = recover(asked, on_progress=update)
-            progress.update("done", 1.0)
-    except KeyboardInterrupt:
-        say("what was learnt up to the last look at the result is kept: go on with --resume")
-        raise
+    with show.nearing("what was learnt up to the last look at the result is kept") as update:
+        result = recover(asked, on_progress=update)
     show.show(given, _summary(result, out, _build(given, asked, out)), result)
     return 0
 

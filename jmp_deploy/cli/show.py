@@ -9,13 +9,13 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import printable
+from ..core.errors import printable, say
 from ..core.files import atomic_path, json_text, write_bytes
 
 if TYPE_CHECKING:
@@ -286,3 +286,26 @@ class Progress:
         if self.lines and self.line:
             self.console.print(self.line)
         self.line = ""
+
+
+@contextmanager
+def nearing(kept: str) -> Iterator[Callable[[str, float, float | None], None]]:
+    """Progress of work that looks for the smallest distance and can be resumed.
+
+    Args:
+        kept: what an interrupted run leaves, in words.
+
+    Returns:
+        As a context, what to call with the phase, the share that is done, and the best distance.
+    """
+    try:
+        with Progress("loading") as progress:
+
+            def update(phase: str, share: float, best: float | None) -> None:
+                progress.update(phase, share, "" if best is None else f", best distance {best:.5f}")
+
+            yield update
+            progress.update("done", 1.0)
+    except KeyboardInterrupt:
+        say(f"{kept}: go on with --resume")
+        raise

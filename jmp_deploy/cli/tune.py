@@ -102,9 +102,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=flags.seed, help="which images, where there are more than --limit (0)"
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted run of these flags ended"
-    )
+    flags.add_resume(parser)
     flags.add_own_model(parser)
 
 
@@ -114,18 +112,8 @@ def _tune(given: argparse.Namespace) -> int:
     out = given.out or Path(f"{given.model.replace('/', '_')}-tuned.json")
     curve, own = given.plot is not None, flags.own_model(given)
     asked = flags.fill(TuneOptions, given, out=out, curve=curve, own=own)
-    try:
-        with show.Progress("loading") as progress:
-
-            def update(phase: str, share: float, best: float | None) -> None:
-                found = "" if best is None else f", best distance {best:.5f}"
-                progress.update(phase, share, found)
-
-            result = tune(asked, on_progress=update)
-            progress.update("done", 1.0)
-    except KeyboardInterrupt:
-        say("what was measured is kept: go on with --resume")
-        raise
+    with show.nearing("what was measured is kept") as update:
+        result = tune(asked, on_progress=update)
     trouble = plot(result, given.plot) if given.plot else None
     build = ["python", "-m", "jmp_deploy", "build", asked.model]
     build += ["--schedule", str(out)]  # tau is in the file

@@ -98,9 +98,7 @@ def _add_validate(commands: Any) -> None:
     parser.add_argument(
         "--shard", type=_shard, metavar="I/N", help="every N-th batch from the I-th; see `merge`"
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted run of these flags ended"
-    )
+    flags.add_resume(parser)
     parser.add_argument(
         "--state",
         type=flags.new_file,

@@ -362,6 +362,12 @@ def spread(paths: Sequence[Path], most: int) -> list[Path]:
     return [paths[index * len(paths) // count] for index in range(count)]
 
 
+def drawn(paths: Sequence[Path], most: int, seed: int) -> list[Path]:
+    """At most so many of them, whichever the seed says, in an order that mixes folders."""
+    order = np.random.default_rng(seed).permutation(len(paths))
+    return [paths[index] for index in order[:most]]
+
+
 def images_below(folders: Sequence[Path]) -> list[list[Path]]:
     """For each folder the image files in it and in those below, sorted; one rule for all commands.
 

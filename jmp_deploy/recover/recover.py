@@ -20,7 +20,7 @@ import numpy as np
 from .. import __version__
 from ..core.errors import CheckError, ImageError, ModelError, ScheduleError, WeightsError
 from ..core.files import atomic_path
-from ..core.images import Preprocess, find_images
+from ..core.images import Preprocess, drawn, find_images
 from ..core.manifest import Interval, Recovered
 from ..core.stats import bootstrap
 from ..jmp import schedule
@@ -100,7 +100,7 @@ def recover(
     schedule.check_spelling(options.schedule)
     device = _device(options.device)
     on_progress("loading", 0.0, None)
-    paths = _choose(find_images(options.images), options.limit, options.seed)
+    paths = drawn(find_images(options.images), options.limit, options.seed)
     loaded = load_model(
         options.model,
         options.weights,
@@ -191,12 +191,6 @@ def _device(asked: str) -> str:
     if asked == "cuda" and not has_gpu:
         raise ModelError("PyTorch finds no GPU", "leave out --device, or write --device cpu")
     return "cuda" if asked != "cpu" and has_gpu else "cpu"
-
-
-def _choose(paths: Sequence[Path], limit: int, seed: int) -> list[Path]:
-    """At most `limit` of the images, whichever the seed says, in an order that mixes folders."""
-    order = np.random.default_rng(seed).permutation(len(paths))
-    return [paths[index] for index in order[:limit]]
 
 
 def _different(pictures: Sequence[Picture]) -> list[Picture]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ import numpy as np
 from .. import __version__
 from ..core.errors import ImageError, ScheduleError, WeightsError
 from ..core.files import write_json
-from ..core.images import find_images, load_readable
+from ..core.images import drawn, find_images, load_readable
 from ..core.outputs import DENSE, POOLED
 from ..core.stats import bootstrap
 from ..jmp import latency, schedule
@@ -114,7 +114,7 @@ def tune(
 
     _check_options(options)
     on_progress("loading", 0.0, None)
-    paths = _choose(find_images(options.images), options.limit, options.seed)
+    paths = drawn(find_images(options.images), options.limit, options.seed)
     loaded = load_model(
         options.model,
         options.weights,
@@ -312,12 +312,6 @@ def _check_options(options: TuneOptions) -> None:
         )
     if options.table_batch is not None and options.table is None:
         raise ScheduleError("--on-batch is of the table of --on", "add --on table.json")
-
-
-def _choose(paths: Sequence[Path], limit: int, seed: int) -> list[Path]:
-    """At most `limit` of the images, whichever the seed says, in an order that mixes folders."""
-    order = np.random.default_rng(seed).permutation(len(paths))
-    return [paths[index] for index in order[:limit]]
 
 
 def _different(pixels: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ and the GPU timings (device pointers, the kernel compiled by nvcc). Needs NumPy 
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ class Params(ctypes.Structure):
         ("qkv_width", ctypes.c_int32),
         ("size_batch", ctypes.c_int32),
     )
+
+
+def compile_for_cpu(compiler: Path, target: Path, *options: str) -> Path:
+    """The kernels as a library for the stand-in for CUDA; returns `target`.
+
+    Raises:
+        subprocess.CalledProcessError: they do not compile; the compiler has said why.
+    """
+    source = Path(__file__).resolve().parents[1] / "token_reduce_kernel.cu"
+    command = [str(compiler), "-std=c++17", "-pthread", "-DJMP_CUDA_ON_HOST", "-shared", "-fPIC"]
+    command += [*options, "-x", "c++", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return target
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from scripts import kernel_sweep
 from tests.plugin.test_kernel_host import KERNEL, compile_host
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "kernel_sweep.py"
 
 
 @pytest.fixture(scope="module")
 def sweep() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_sweep", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_sweep"] = module
-    spec.loader.exec_module(module)
-    return module
+    return kernel_sweep
 
 
 @pytest.fixture(scope="module")

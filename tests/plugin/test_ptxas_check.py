@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,18 +10,12 @@ import pytest
 
 from jmp_deploy.core.errors import ToolchainError
 from jmp_deploy.plugin import toolchain
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ptxas_check.py"
+from scripts import ptxas_check
 
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ptxas_check", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ptxas_check"] = module
-    spec.loader.exec_module(module)
-    return module
+    return ptxas_check
 
 
 PREFIX = "_ZN55_GLOBAL__N__4b84b935_22_token_reduce_kernel_cu_a7f41cd0"
