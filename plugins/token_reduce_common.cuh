@@ -11,6 +11,7 @@
 #ifdef JMP_CUDA_ON_HOST
 #include "tests/cuda_on_host.h"
 #define JMP_UNROLL
+#define JMP_UNROLL_2
 #define JMP_UNROLL_4
 #define JMP_NO_UNROLL
 #else
@@ -18,6 +19,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define JMP_UNROLL _Pragma("unroll")
+#define JMP_UNROLL_2 _Pragma("unroll 2")
 #define JMP_UNROLL_4 _Pragma("unroll 4")
 #define JMP_NO_UNROLL _Pragma("unroll 1")  // where code is dearer than a loop
 #endif
@@ -38,6 +40,7 @@ __host__ __device__ constexpr int64_t product(int64_t a, int64_t b, int64_t c = 
   return a * b * c;
 }
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
 // --- Values ------------------------------------------------------------------------------------
 

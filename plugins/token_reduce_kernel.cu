@@ -197,16 +197,21 @@ bool is_resident(const Params& p, const Device& device) {
 }
 
 // Blocks that a sample is divided among: while each has a multiprocessor of its own, up to a portable
-// cluster. Machine code for 9.0 and newer has no steps to launch one by one: there, without clusters,
-// a sample has one block.
+// cluster; pairs of a cluster while two find room on each. Machine code for 9.0 and newer has no steps
+// to launch one by one: there, without clusters, a sample has one block.
 int choose_groups(const Params& p, const Device& device) {
 #if defined(JMP_GROUPS)
   static_cast<void>(p), static_cast<void>(device);
   return JMP_GROUPS;
 #else
-  int groups = device.clusters || device.steps ? 8 : 1;
+  if (!device.clusters && !device.steps) return 1;
+  int groups = kMostGroups;
   while (groups > 1 && 2 * product(p.batch, groups) > device.enough_blocks) groups /= 2;
-  return groups;
+  constexpr int kReserved = 1024;  // bytes of shared memory that CUDA takes for itself in each block
+  const bool pairs =
+      device.clusters && product(p.batch, 2) <= device.enough_blocks &&
+      2 * (ResidentLayout(p).bytes + kReserved) <= static_cast<int>(device.shared_bytes);
+  return groups == 1 && pairs ? 2 : groups;
 #endif
 }
 
@@ -330,7 +335,7 @@ cudaError_t run_tuned(const Params& p, const T* x, const T* qkv, const T* size, 
   }
 #endif
   if (error != cudaSuccess) return error;
-  const int64_t blocks = divide_up(product(p.batch, p.num_prefix + p.num_keep), kWarps);
+  const int64_t blocks = divide_up(product(p.batch, p.num_prefix + p.num_keep), int64_t{kWarps});
   return launch(merge_kernel<T>, Grid{blocks, 0, device.overlap}, kThreads, stream, p, x, size, w, y,
                 out_size, log_size, index);
 }

@@ -66,16 +66,16 @@ __device__ inline const __half* metric_of(const Params& p, const Scratch& w, int
 
 // --- The keys --------------------------------------------------------------------------------------
 
-// One pass over the keys of tokens `begin` to `end`: logits of the class token, to `logits` [H, N],
-// and unit vectors of the head-mean keys, hi to `unit(patch)` and lo `low` bytes behind it. kLanes
-// neighbouring lanes take one token, each 8 columns of every head: the sum over heads needs no
+// One pass over the keys of tokens `begin` to `end`: logits of the class token, by `put(head * N +
+// token, logit)`, and unit vectors of the head-mean keys, hi to `unit(patch)` and lo `low` bytes behind
+// it. All threads call `started()` before the first `put`. kLanes neighbouring lanes take one token, each 8 columns of every head: the sum over heads needs no
 // exchange between lanes, and one head's key is one line of memory. With kAhead the loads of the next
 // round are under way while one is worked on: for blocks that take many tokens, since it takes
 // registers. `query`: shared memory for H*d numbers.
-template <typename T, int kLanes, bool kAhead, typename Unit>
+template <typename T, int kLanes, bool kAhead, typename Put, typename Started, typename Unit>
 __device__ inline void measure_tokens(const Params& p, const T* qkv, const T* size, int sample,
-                                      int begin, int end, float* query, float* logits, int low,
-                                      Unit unit) {
+                                      int begin, int end, float* query, int low, Put put,
+                                      Started started, Unit unit) {
   constexpr int kTokens = kThreads / kLanes;
   constexpr int kLoads = static_cast<int>(8 * sizeof(T) / 16);
   // Heads whose loads are under way at once. A lane keeps one logit of them.
@@ -99,6 +99,10 @@ __device__ inline void measure_tokens(const Params& p, const T* qkv, const T* si
     }
   };
   if (kAhead) fetch(begin + me / kLanes, 0);
+  const auto size_at = [&](int token) {
+    return to_float(size_of(p, size, sample, token < end ? token : 0));
+  };
+  float own_size = size_at(begin + me / kLanes);
 
   // The class token's query: of every head first the columns 0-3, 8-11, ... and then the others, so
   // that neighbouring lanes read neighbouring 16 bytes.
@@ -116,14 +120,15 @@ __device__ inline void measure_tokens(const Params& p, const T* qkv, const T* si
     }
   }
   __syncthreads();
+  started();
 
   const float share = 1.0f / static_cast<float>(p.num_heads);
   for (int base = begin; base < end; base += kTokens) {  // the whole block
     const int token = base + me / kLanes;
     const bool there = token < end;
     const bool here = there && column;
-    const float log_size =
-        p.proportional && there ? logf(to_float(size_of(p, size, sample, token))) : 0.0f;
+    const float log_size = p.proportional ? logf(own_size) : 0.0f;
+    own_size = size_at(token + kTokens);
     float mean[8] = {};
     for (int first = 0; first < p.num_heads; first += kBatch) {
       if (!kAhead) fetch(token, first);
@@ -153,7 +158,7 @@ __device__ inline void measure_tokens(const Params& p, const T* qkv, const T* si
         if (part == u) logit = dot;
       }
       if (part < kBatch && first + part < p.num_heads && there && asks_one_row(p)) {
-        logits[(first + part) * p.tokens + token] = p.scale * logit + log_size;
+        put((first + part) * p.tokens + token, p.scale * logit + log_size);
       }
     }
     float squares = 0.0f;
@@ -194,11 +199,11 @@ __global__ void __launch_bounds__(kThreads) measure_kernel(Params p, const T* qk
   }
   const int width = 16 * matrix_steps(p.head_dim);
   __half* const metric = w.metric + product(sample, patch_tokens(p), 2 * width);
-  measure_tokens<T, kLanes, false>(p, qkv, size, sample, begin, end, reinterpret_cast<float*>(shared),
-                            w.logits + product(sample, p.num_heads, p.tokens), 2 * width,
-                            [=](int patch) {
-                              return reinterpret_cast<char*>(metric + product(patch, 2 * width));
-                            });
+  float* const logits = w.logits + product(sample, p.num_heads, p.tokens);
+  measure_tokens<T, kLanes, false>(
+      p, qkv, size, sample, begin, end, reinterpret_cast<float*>(shared), 2 * width,
+      [=](int at, float logit) { logits[at] = logit; }, [] {},
+      [=](int patch) { return reinterpret_cast<char*>(metric + product(patch, 2 * width)); });
 }
 
 // --- Softmax, by every block that needs it -------------------------------------------------------------
@@ -214,7 +219,7 @@ __device__ inline void softmax_stats(const Params& p, const float* logits, float
     for (int t = lane_index(); t < p.tokens; t += kWarpSize) top = fmaxf(top, row[t]);
     top = max_lanes<kWarpSize>(top);
     float sum = 0.0f;
-    JMP_NO_UNROLL
+    JMP_UNROLL_4
     for (int t = lane_index(); t < p.tokens; t += kWarpSize) sum += expf(row[t] - top);
     sum = sum_lanes<kWarpSize>(sum);
     if (lane_index() == 0) {
@@ -229,7 +234,7 @@ __device__ inline void softmax_stats(const Params& p, const float* logits, float
 __device__ inline float importance_of(const Params& p, const float* logits, const float* stats,
                                       int patch) {
   float sum = 0.0f;
-  JMP_NO_UNROLL
+  JMP_UNROLL_2
   for (int head = 0; head < p.num_heads; ++head) {
     const float logit = logits[product(head, p.tokens) + p.num_prefix + patch];
     sum += asks_one_row(p) ? expf(logit - stats[2 * head]) * stats[2 * head + 1] : logit;

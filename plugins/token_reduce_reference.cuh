@@ -377,7 +377,7 @@ cudaError_t run_plain(const Params& p, const T* x, const T* qkv, const T* size, 
   const int64_t tokens = product(p.batch, p.tokens);
   const int64_t rows = product(p.batch, query_rows(p), p.num_heads);
   const int64_t outputs = product(p.batch, p.num_prefix + p.num_keep);
-  const auto blocks_for = [](int64_t threads) { return divide_up(threads, kPlainThreads); };
+  const auto blocks_for = [](int64_t threads) { return divide_up(threads, int64_t{kPlainThreads}); };
   cudaError_t error = cudaSuccess;
 #define JMP_STEP(kernel, blocks, ...)                                                         \
   error = launch(kernel, Grid{(blocks), 0}, kPlainThreads, stream, p, __VA_ARGS__); \

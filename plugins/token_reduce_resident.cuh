@@ -3,9 +3,9 @@
 //
 // Four steps: measure the tokens, rate them, match those that go with those that stay, merge. With
 // many samples each has one block, which keeps everything (kAlone). With few, `groups` blocks share
-// a sample: each does a part of every step, and what others need of it goes through device memory.
-// Blocks of a cluster wait for each other (kCluster; compute capability 9.0 and newer); elsewhere
-// every step is a launch of its own. How a sample is cut changes no sum and no operand's side: the
+// a sample: each does a part of every step, and tells the others what they need of it. Blocks of a
+// cluster wait for each other and write into each other's shared memory (kCluster; compute capability
+// 9.0 and newer); elsewhere every step is a launch of its own, and device memory holds what is told. How a sample is cut changes no sum and no operand's side: the
 // bits are the same for any number of blocks.
 #ifndef JMP_TOKEN_REDUCE_RESIDENT_CUH
 #define JMP_TOKEN_REDUCE_RESIDENT_CUH
@@ -19,6 +19,7 @@ constexpr int kResidentPatches = 256;
 constexpr int kResidentHeadDim = 64;
 constexpr int kResidentSteps = 4;  // of 16 columns, on matrix units; narrower heads are filled up with zeros
 constexpr int kStaticShared = 64;  // bytes
+constexpr int kMostGroups = 8;     // blocks of a sample, a power of two: a portable cluster
 
 // Steps, to be combined.
 constexpr int kMeasure = 1;
@@ -30,7 +31,8 @@ constexpr int kCluster = 31;
 
 // Where things lie in a block's shared memory, in bytes.
 struct ResidentLayout {
-  int rows, keys, importance, query, logits, stats, nearest, source, kept, row_of, token_of, bytes;
+  int rows, keys, ratings, importance, query, logits, stats, nearest, source, kept, row_of, token_of;
+  int arrivals, bytes;
 
   __host__ __device__ explicit ResidentLayout(const Params& p) {
     const int patches = (patch_tokens(p) + 15) / 16 * 16;
@@ -43,6 +45,7 @@ struct ResidentLayout {
     rows = take(patches * kStride<kResidentSteps>);
     nearest = take(patches * 8);
     keys = take(patches * 4);
+    ratings = take(patches * 4);
     importance = take(patches * 4);
     source = take(patches * 4);
     query = take(p.num_heads * p.head_dim * 4);
@@ -51,11 +54,26 @@ struct ResidentLayout {
     kept = take(patches * 2);
     row_of = take(patches * 2);
     token_of = take(patches * 2);
+    arrivals = take(16);
     bytes = end;
   }
 };
 
-// The blocks of a sample wait for each other, and see what the others wrote to device memory.
+// Tells a block of the sample the number `at` of an array: `mine`, in the shared memory of each. Where
+// the next launch reads it, block 0 is told, in `theirs`, in device memory.
+template <int kDo>
+__device__ inline void tell(uint32_t* mine, uint32_t* theirs, int at, uint32_t value, int block,
+                            uint64_t* arrivals) {
+  if constexpr (kDo == kAlone) {
+    mine[at] = value;
+  } else if constexpr (kDo == kCluster) {
+    send(mine + at, value, arrivals, block);
+  } else {
+    if (block == 0) theirs[at] = value;
+  }
+}
+
+// The blocks of a sample wait for each other, and see what the others wrote.
 template <int kDo>
 __device__ inline void wait_for_sample() {
   if constexpr (kDo == kAlone) {
@@ -68,6 +86,16 @@ __device__ inline void wait_for_sample() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
   }
 #endif
+}
+
+// A block waits for what the others, or its own threads, tell it.
+template <int kDo>
+__device__ inline void wait_until_told(uint64_t* arrivals) {
+  if constexpr (kDo == kCluster) {
+    wait_for_bytes(arrivals);
+  } else {
+    wait_for_sample<kDo>();
+  }
 }
 
 // Sixteen rows; `row`: address of row lane % 16.
@@ -105,6 +133,18 @@ __device__ inline void multiply_16(const RowTile<kResidentSteps>& rows, const ch
   }
 }
 
+// One more where key > than. By a predicate, and as a float: comparisons keep the integer units busy,
+// and of an expression the compiler makes three instructions.
+__device__ inline void count_larger(float& count, uint32_t key, uint32_t than) {
+#ifdef JMP_CUDA_ON_HOST
+  count += key > than ? 1.0f : 0.0f;
+#else
+  asm("{\n.reg .pred larger;\nsetp.gt.u32 larger, %1, %2;\n@larger add.f32 %0, %0, 0f3F800000;\n}"
+      : "+f"(count)
+      : "r"(key), "r"(than));
+#endif
+}
+
 // rank[t]: how many of keys[0, patches) come before key t: larger first, then the lower index. `keys`
 // goes on with zeros up to a multiple of 16. `holder` [patches] and `ties` are scratch. Begins and
 // ends with a barrier.
@@ -116,15 +156,16 @@ __device__ inline void rank_keys(const uint32_t* keys, int patches, uint16_t* ra
   JMP_NO_UNROLL
   for (int t = static_cast<int>(threadIdx.x); t < patches; t += kThreads) {
     const uint32_t mine = keys[t];
-    int larger = 0;
+    float counts[4] = {};  // four, so that no addition waits for the one before
     JMP_UNROLL_4
     for (int j = 0; j < padded; j += 4) {
       const uint4 k = load_16(keys + j);
-      larger += k.x > mine ? 1 : 0;
-      larger += k.y > mine ? 1 : 0;
-      larger += k.z > mine ? 1 : 0;
-      larger += k.w > mine ? 1 : 0;
+      count_larger(counts[0], k.x, mine);
+      count_larger(counts[1], k.y, mine);
+      count_larger(counts[2], k.z, mine);
+      count_larger(counts[3], k.w, mine);
     }
+    const int larger = static_cast<int>(counts[0] + counts[1] + counts[2] + counts[3]);
     rank[t] = static_cast<uint16_t>(larger);
     holder[larger] = static_cast<uint16_t>(t);
   }
@@ -159,13 +200,16 @@ __device__ inline void my_units(int units, int* from, int* to) {
 
 // --- Step 4 --------------------------------------------------------------------------------------
 
+// Rows of a warp whose loads are under way at once, of two accesses each.
+constexpr int kCopiedAtOnce = 4;
+
 // Rows of x for outputs that take no content in: bit for bit, one warp each, some at a time so that
 // enough loads are under way. `row_of(place)`: the token, negative for an output to leave out.
 template <typename T, typename Row>
 __device__ inline void copy_outputs(const Params& p, const T* x, int sample, int first, int stride,
                                     T* y, Row row_of) {
   constexpr int kPieces = 2;  // of 16 bytes, that a lane has under way at once for an output
-  constexpr int kOutputs = 4;  // rows whose loads are under way at once, of two accesses each
+  constexpr int kOutputs = kCopiedAtOnce;
   const int places = p.num_prefix + p.num_keep;
   const int pieces = p.channels / kPerLoad<T>;
   const T* const from = x + token_row(p, sample, 0) * p.channels;
@@ -229,6 +273,8 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
   const ResidentLayout at(p);
   char* const rows = shared + at.rows;
   uint32_t* const keys = reinterpret_cast<uint32_t*>(shared + at.keys);
+  // Of blocks that tell each other, since some may be ahead of those who still need `keys`.
+  uint32_t* const ratings = kDo == kCluster ? reinterpret_cast<uint32_t*>(shared + at.ratings) : keys;
   float* const importance = reinterpret_cast<float*>(shared + at.importance);
   float* const logits = reinterpret_cast<float*>(shared + at.logits);
   float* const stats = reinterpret_cast<float*>(shared + at.stats);
@@ -237,27 +283,57 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
   uint16_t* const kept = reinterpret_cast<uint16_t*>(shared + at.kept);
   uint16_t* const row_of = reinterpret_cast<uint16_t*>(shared + at.row_of);
   uint16_t* const token_of = reinterpret_cast<uint16_t*>(shared + at.token_of);
+  uint64_t* const arrivals = reinterpret_cast<uint64_t*>(shared + at.arrivals);
   const int me = static_cast<int>(threadIdx.x);
-  const int sample = kOwn ? static_cast<int>(blockIdx.x) : static_cast<int>(blockIdx.x) / groups;
-  const int group = kOwn ? 0 : static_cast<int>(blockIdx.x) % groups;
+  // A power of two, and no division.
+  const int shift = kOwn ? 0 : 31 - __clz(groups);
   if (kOwn) groups = 1;
+  const int sample = static_cast<int>(blockIdx.x) >> shift;
+  const int group = static_cast<int>(blockIdx.x) & (groups - 1);
   const int patches = patch_tokens(p);
   const int padded = (patches + 15) / 16 * 16;
   const int rest = patches - p.num_keep;
   const bool distinct = p.selection == JMP_DISTINCT;
+  // `groups` threads tell the blocks of a sample what there is to say of one row of those that are this
+  // block's: every so many tiles one.
+  const int teller = me & (groups - 1);
+  const int told = me >> shift;
+  const auto my_row = [=](int i) { return (i / kTileRows * groups + group) * kTileRows + i % kTileRows; };
   // What the blocks of a sample tell each other.
   float* const their_logits = w.logits + product(sample, p.num_heads, p.tokens);
   uint32_t* const their_keys = w.redundancy + product(sample, patches);
   uint32_t* const their_source = w.source + product(sample, rest);
   __half* const their_rows = w.metric + product(sample, patches, kPieces * 8);
 
+  if constexpr (kDo == kCluster) {
+    if (me == 0) {
+      expect_bytes(arrivals, patches * 4);   // ratings
+      expect_bytes(arrivals + 1, rest * 4);  // what becomes of the others
+    }
+    begin_cluster();
+    for (int t = patches + me; t < padded; t += kThreads) ratings[t] = 0u;
+  }
   if constexpr ((kDo & kMeasure) != 0) {
-    const int share = static_cast<int>(divide_up(p.tokens, groups));
+    const int share = (p.tokens + groups - 1) >> shift;
     const int begin = group * share;
     const int end = begin + share < p.tokens ? begin + share : p.tokens;
     measure_tokens<T, 2 * kResidentSteps, true>(
         p, qkv, size, sample, begin, end, reinterpret_cast<float*>(shared + at.query),
-        kOwn ? logits : their_logits, 32 * kResidentSteps, [=](int patch) {
+        32 * kResidentSteps,
+        [=](int i, float logit) {
+          if constexpr (kDo == kCluster) {
+            JMP_UNROLL
+            for (int block = 0; block < kMostGroups; ++block) {
+              if (block < groups) *in_block(logits + i, block) = logit;
+            }
+          } else {
+            (kOwn ? logits : their_logits)[i] = logit;
+          }
+        },
+        [] {
+          if constexpr (kDo == kCluster) cluster_has_begun();
+        },
+        [=](int patch) {
           return kOwn ? rows + patch * kStride<kResidentSteps>
                       : reinterpret_cast<char*>(their_rows + patch * kPieces * 8);
         });
@@ -286,8 +362,8 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
   }
   // Importance. Each block finds it for itself.
   if ((kDo & kRate) != 0 || ((kDo & kMatch) != 0 && !distinct)) {
-    if (!kOwn || !asks_one_row(p)) {
-      JMP_NO_UNROLL
+    if ((!kOwn && kDo != kCluster) || !asks_one_row(p)) {
+      JMP_UNROLL_4
       for (int i = me; i < p.num_heads * p.tokens; i += kThreads) logits[i] = their_logits[i];
       __syncthreads();
     }
@@ -377,13 +453,13 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
       }
       __syncthreads();
       JMP_NO_UNROLL
-      for (int r = me; r < patches; r += kThreads) {
-        if (r / kTileRows % groups != group) continue;
-        const int token = kOwn ? token_of[r] : r;
-        (kOwn ? keys : their_keys)[token] =
-            sort_key(distinct_rating(importance[token], redundancy_of(most[r])));
+      for (int i = told; my_row(i) < patches; i += kThreads >> shift) {
+        const int row = my_row(i);
+        const int token = kOwn ? token_of[row] : row;
+        const uint32_t key = sort_key(distinct_rating(importance[token], redundancy_of(most[row])));
+        tell<kDo>(ratings, their_keys, token, key, teller, arrivals);
       }
-      wait_for_sample<kDo>();
+      wait_until_told<kDo>(arrivals);
     }
   }
 
@@ -392,14 +468,15 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
     uint16_t* const others = token_of;
     uint16_t* const ranks = kept;  // until the selection is known
     const bool moved = kOwn && distinct;  // rows lie in the order of importance
-    if (!kOwn && distinct) {
+    uint32_t* const rated = distinct ? ratings : keys;
+    if (!kOwn && kDo != kCluster && distinct) {
       JMP_NO_UNROLL
       for (int t = me; t < padded; t += kThreads) keys[t] = t < patches ? their_keys[t] : 0u;
     }
     if constexpr (!kOwn) {
       JMP_WAIT_COPIES(0);
     }
-    rank_keys(keys, patches, ranks, others, &flag);
+    rank_keys(rated, patches, ranks, others, &flag);
     JMP_NO_UNROLL
     for (int first = warp_index() * kWarpSize; first < patches; first += kThreads) {
       const int t = first + lane_index();
@@ -423,9 +500,9 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
       }
     }
     __syncthreads();
-    const int tiles = static_cast<int>(divide_up(rest, kTileRows));
-    const int across = static_cast<int>(divide_up(p.num_keep, kTileRows));
-    const int my_tiles = tiles > group ? static_cast<int>(divide_up(tiles - group, groups)) : 0;
+    const int tiles = divide_up(rest, kTileRows);
+    const int across = divide_up(p.num_keep, kTileRows);
+    const int my_tiles = tiles > group ? (tiles - group + groups - 1) >> shift : 0;
     int unit = 0;
     int end = 0;
     my_units(my_tiles * across, &unit, &end);
@@ -473,19 +550,20 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
     }
     __syncthreads();
     JMP_NO_UNROLL
-    for (int i = me; i < rest; i += kThreads) {
-      if (i / kTileRows % groups != group) continue;
+    for (int r = told; my_row(r) < rest; r += kThreads >> shift) {
+      const int i = my_row(r);
       const bool none = nearest[i] == 0u;
       const float similarity = redundancy_of(static_cast<uint32_t>(nearest[i] >> 32));
       const bool pruned = p.granularity == JMP_PER_TOKEN && !(similarity >= p.tau);
       const uint32_t slot = 0xffffffffu - static_cast<uint32_t>(nearest[i] & 0xffffffffu);
-      (kOwn ? source : their_source)[i] =
-          others[i] | (none ? kNobody : slot | (pruned ? kFar : 0u)) << 16;
-      if (p.granularity == JMP_PER_SAMPLE) {
+      const uint32_t word = others[i] | (none ? kNobody : slot | (pruned ? kFar : 0u)) << 16;
+      tell<kDo>(source, their_source, i, word, teller, arrivals + 1);
+      if (p.granularity == JMP_PER_SAMPLE && teller == 0) {
         w.similarity[product(sample, rest) + i] = none ? NAN : similarity;
       }
     }
-    wait_for_sample<kDo>();
+    wait_until_told<kDo>(arrivals + 1);
+    if (kDo == kCluster && p.granularity == JMP_PER_SAMPLE) wait_for_sample<kDo>();
   }
 
   if constexpr ((kDo & kMerge) != 0) {
@@ -503,7 +581,7 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
     __syncthreads();
     JMP_NO_UNROLL
     for (int i = me; i < rest; i += kThreads) {
-      uint32_t word = (kOwn ? source : their_source)[i];
+      uint32_t word = ((kDo & kMatch) != 0 ? source : their_source)[i];
       if (!merges) word |= kFar << 16;
       source[i] = word;
       const uint32_t slot = word >> 16;
@@ -527,17 +605,22 @@ __device__ inline void reduce_resident(const Params& p, const T* x, const T* qkv
     }
     const T* const sizes = size + (p.size_batch == 1 ? 0 : token_row(p, sample, 0));
     const int places = p.num_prefix + p.num_keep;
-    const int warp = group * kWarps + warp_index();
+    const int warp = warp_index() * groups + group;
+    const int warps = kWarps * groups;
+    // Where warps are left over by the sums, and enough to copy all others at once, they do that.
+    const int first = places - count <= kCopiedAtOnce * (warps - count) ? count : 0;
     __syncthreads();  // `mixed` is there
-    for (int i = warp; i < count; i += groups * kWarps) {
+    for (int i = warp; i < count; i += warps) {
       const int slot = mixed[i];
       mix_output(p, x, sizes, sample, kept[slot], slot, source, rest, y, out_size, log_size);
     }
-    copy_outputs(p, x, sample, warp, groups * kWarps, y, [=](int place) {
-      if (place < p.num_prefix) return place;
-      const int slot = place - p.num_prefix;
-      return p.merge_weight != 0.0f && takes_in(slot) ? -1 : p.num_prefix + kept[slot];
-    });
+    if (warp >= first) {
+      copy_outputs(p, x, sample, warp - first, warps - first, y, [=](int place) {
+        if (place < p.num_prefix) return place;
+        const int slot = place - p.num_prefix;
+        return p.merge_weight != 0.0f && takes_in(slot) ? -1 : p.num_prefix + kept[slot];
+      });
+    }
     JMP_NO_UNROLL
     for (int place = group * kThreads + me; place < places; place += groups * kThreads) {
       const int slot = place - p.num_prefix;

@@ -73,6 +73,103 @@ __device__ inline void let_next_start() {
 #endif
 }
 
+// --- Clusters: blocks that run at the same time (compute capability 9.0 and newer) ------------------
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define JMP_HAS_CLUSTERS 1
+#else
+#define JMP_HAS_CLUSTERS 0
+#endif
+
+__device__ inline unsigned shared_address(const void* at) {
+#ifdef JMP_CUDA_ON_HOST
+  return static_cast<void>(at), 0u;
+#else
+  return static_cast<unsigned>(__cvta_generic_to_shared(at));
+#endif
+}
+
+// What is at `mine` in this block's shared memory, in that of another.
+template <typename V>
+__device__ inline V* in_block(V* mine, int rank) {
+#if defined(JMP_CUDA_ON_HOST)
+  return cuda_on_host::in_block(mine, rank);
+#elif JMP_HAS_CLUSTERS
+  asm("mapa.u64 %0, %0, %1;" : "+l"(mine) : "r"(rank));
+#else
+  static_cast<void>(rank);
+#endif
+  return mine;
+}
+
+// Others will send this block so many bytes, once. By one thread, before the cluster begins.
+__device__ inline void expect_bytes(uint64_t* arrivals, int bytes) {
+#if defined(JMP_CUDA_ON_HOST)
+  *arrivals = static_cast<uint64_t>(bytes);
+#elif JMP_HAS_CLUSTERS
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(arrivals)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+
+// Sends four bytes to `at` in a block of the cluster, which counts them in its `arrivals`.
+template <typename V>
+__device__ inline void send(V* at, V value, uint64_t* arrivals, int rank) {
+#if defined(JMP_CUDA_ON_HOST)
+  *in_block(at, rank) = value;
+  *in_block(arrivals, rank) -= sizeof value;
+#elif JMP_HAS_CLUSTERS
+  static_assert(sizeof value == 4, "");
+  asm volatile(
+      "{\n.reg .b32 at, arrivals;\n"
+      "mapa.shared::cluster.u32 at, %0, %2;\n"
+      "mapa.shared::cluster.u32 arrivals, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [at], %3, [arrivals];\n}" ::"r"(
+          shared_address(at)),
+      "r"(shared_address(arrivals)), "r"(rank), "r"(value)
+      : "memory");
+#else
+  static_cast<void>(at), static_cast<void>(value), static_cast<void>(arrivals);
+  static_cast<void>(rank);
+#endif
+}
+
+// Until all that was expected has come. Cheaper than a barrier of the cluster, which has all that a block
+// ever wrote reach the second level cache first.
+__device__ inline void wait_for_bytes(uint64_t* arrivals) {
+#if defined(JMP_CUDA_ON_HOST)
+  cuda_on_host::wait_for_bytes(arrivals);
+#elif JMP_HAS_CLUSTERS
+  unsigned come = 0u;
+  while (come == 0u) {
+    asm volatile(
+        "{\n.reg .pred come;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 come, [%1], 0;\n"
+        "selp.u32 %0, 1, 0, come;\n}"
+        : "=r"(come)
+        : "r"(shared_address(arrivals))
+        : "memory");
+  }
+#endif
+}
+
+// The others' shared memory may be written to once all have begun.
+__device__ inline void begin_cluster() {
+#if JMP_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+__device__ inline void cluster_has_begun() {
+#if JMP_HAS_CLUSTERS
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 // A line of 128 bytes on its way into the second level cache.
 __device__ inline void prefetch(const void* at) {
 #ifdef JMP_CUDA_ON_HOST
@@ -90,8 +187,8 @@ __device__ inline void copy_16(void* shared, const void* global) {
 #elif defined(JMP_CUDA_ON_HOST)
   cuda_on_host::async_copy(shared, global);
 #else
-  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+               : "memory");
 #endif
 }
 
@@ -161,10 +258,9 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const char* row) {
     to[m] = word_at(rows[m * 8 + lane_index() / 4] + lane_index() % 4 * 4);
   }
 #else
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(at));
+               : "r"(shared_address(row)));
 #endif
 }
 

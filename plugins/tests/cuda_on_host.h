@@ -293,6 +293,20 @@ inline void cluster_barrier() {
   if (!skips_cluster(++self->waited)) whole_cluster();
 }
 
+// Where `mine`, of this block's dynamic shared memory, lies in another block of the cluster.
+template <typename V>
+V* in_block(V* mine, int rank) {
+  char* const here = static_cast<char*>(self->shared->shared.get());
+  char* const there = static_cast<char*>(self->cluster->blocks[static_cast<size_t>(rank)]->shared.get());
+  return reinterpret_cast<V*>(there + (reinterpret_cast<char*>(mine) - here));
+}
+
+inline void wait_for_bytes(const uint64_t* arrivals) {
+  cluster_barrier();
+  if (skips_cluster(self->waited)) return;
+  if (*arrivals != 0) fail("a block got more or less than it expected");
+}
+
 // Hands `mine` to the warp and returns what all its threads gave, by lane.
 template <typename V>
 const V* exchange(const V& mine, int line) {

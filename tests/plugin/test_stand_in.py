@@ -217,6 +217,15 @@ def test_there_is_no_other_cluster_barrier(library: KernelLibrary) -> None:
     assert not noticed(library, "cluster", case, attrs, JMP_SKIP_CLUSTER="4")
 
 
+def test_bytes_that_nobody_sends_are_reported(compiled: Compile) -> None:
+    """A GPU would wait for them for ever."""
+    fault = ("expect_bytes(arrivals + 1, rest * 4);", "expect_bytes(arrivals + 1, rest * 4 + 4);")
+    mutant = compiled(fault=("token_reduce_resident.cuh", *fault))
+    case, attrs = make_case()
+    assert noticed(mutant, "cluster", case, attrs)
+    assert not noticed(mutant, "alone", case, attrs)  # which expects none
+
+
 # --- GPUs before 8.0 -----------------------------------------------------------------------------
 
 
