@@ -117,13 +117,11 @@ __device__ inline void expect_bytes(uint64_t* arrivals, int bytes) {
 }
 
 // Sends four bytes to `at` in a block of the cluster, which counts them in its `arrivals`.
-template <typename V>
-__device__ inline void send(V* at, V value, uint64_t* arrivals, int rank) {
+__device__ inline void send(uint32_t* at, uint32_t value, uint64_t* arrivals, int rank) {
 #if defined(JMP_CUDA_ON_HOST)
   *in_block(at, rank) = value;
   *in_block(arrivals, rank) -= sizeof value;
 #elif JMP_HAS_CLUSTERS
-  static_assert(sizeof value == 4, "");
   asm volatile(
       "{\n.reg .b32 at, arrivals;\n"
       "mapa.shared::cluster.u32 at, %0, %2;\n"

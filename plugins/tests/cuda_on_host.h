@@ -12,7 +12,8 @@
 // have come to the same one; and an asynchronous copy wipes its target at once and fills it when
 // it is waited for. -DJMP_HOST_ARCH=750 is a GPU before 8.0: matrix products in two halves, copies
 // at once. The blocks of a cluster run at the same time, as fibers only: a cluster barrier that is
-// missing shows in what they compute. What this cannot show: other races between blocks or between
+// missing shows in what they compute, and a block gets as many bytes as it waits for, or that is an
+// error. What this cannot show: other races between blocks or between
 // launches, memory coalescing, speed, the rounding of a GPU's expf and logf and of its matrix units.
 #ifndef JMP_CUDA_ON_HOST_H
 #define JMP_CUDA_ON_HOST_H
