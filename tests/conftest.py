@@ -16,6 +16,11 @@ import pytest
 # weights passes on one machine and hangs on another.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Workers share the cores. Before anything imports torch: two threads of each of two workers on two
+# cores spend half of the time in waiting for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SAMPLE_PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
