@@ -219,6 +219,7 @@ def test_flags_are_not_guessed_from_their_beginnings(capsys):
 
 
 BUILD = ["build", "deit_t", "--weights", "random", "--engine", "none", "-o", "OUT"]
+SHALLOW = ["--model-kwargs", "depth=3"]  # where any model does
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_a_broken_manifest(artifact, photos, capsys, text):
 def test_a_check_that_fails_keeps_the_artifact(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(compare.TOLERANCES, "fp16", 1.1)
     out = tmp_path / "a"
-    arguments = [str(out) if word == "OUT" else word for word in BUILD]
+    arguments = [str(out) if word == "OUT" else word for word in [*BUILD, *SHALLOW]]
     fails(capsys, arguments, "does not agree with PyTorch", code=1)
     assert (out / "model.onnx").is_file() and not Artifact.read(out).check.ok
 
@@ -326,7 +327,7 @@ def test_ctrl_c_leaves_the_old_artifact_whole(artifact, monkeypatch, capsys, sta
         monkeypatch.setattr(export, "export_onnx", interrupt)
     else:
         monkeypatch.setattr(pipeline, "_deployable", interrupt)
-    arguments = [str(artifact) if word == "OUT" else word for word in BUILD]
+    arguments = [str(artifact) if word == "OUT" else word for word in [*BUILD, *SHALLOW]]
     fails(capsys, arguments, "interrupted", code=130)
     assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
 
@@ -340,7 +341,10 @@ def test_ctrl_c_while_the_builder_runs(tmp_path):
     out = tmp_path / "a"
     command = [sys.executable, "-m", "jmp_deploy", "build", "deit_t", "--weights", "random"]
     process = subprocess.Popen(
-        [*command, "-o", str(out)], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, *SHALLOW, "-o", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 1200
     while process.poll() is None and not list(out.glob(".staging-*/model.onnx")):
@@ -364,7 +368,7 @@ def test_a_ctrl_c_that_a_library_swallowed_still_ends_the_build(artifact, monkey
         return genuine(*args, **kwargs)
 
     monkeypatch.setattr(export, "export_onnx", swallow)
-    arguments = [str(artifact) if word == "OUT" else word for word in BUILD]
+    arguments = [str(artifact) if word == "OUT" else word for word in [*BUILD, *SHALLOW]]
     fails(capsys, arguments, "interrupted", code=130)
 
 
@@ -374,7 +378,7 @@ def test_a_full_disk(tmp_path):
 
     command = [sys.executable, "-m", "jmp_deploy", "build", "deit_t", "--weights", "random"]
     done = subprocess.run(
-        [*command, "--engine", "none", "-o", str(tmp_path / "a")],
+        [*command, *SHALLOW, "--engine", "none", "-o", str(tmp_path / "a")],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000)),
         capture_output=True,
         text=True,

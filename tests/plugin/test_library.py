@@ -913,7 +913,7 @@ def test_cmake_builds_it_without_a_warning(library: Path, tmp_path: Path) -> Non
         *(cmake, "-S", str(plugin.sources_dir()), "-B", str(tmp_path)),
         *("-DJMP_WERROR=ON", "-DJMP_BUILD_HOST_TESTS=ON"),
         f"-DCMAKE_CUDA_COMPILER={nvcc}",
-        "-DCMAKE_CUDA_ARCHITECTURES=80;90",  # scripts/test.sh compiles for all
+        "-DCMAKE_CUDA_ARCHITECTURES=87-real",  # scripts/test.sh compiles for more
         f"-DTENSORRT_INCLUDE_DIR={tools.headers}",
     ]
     for command in (configure, [cmake, "--build", str(tmp_path), "--parallel", "2"]):
