@@ -78,14 +78,9 @@ template <int kDo>
 __device__ inline void wait_for_sample() {
   if constexpr (kDo == kAlone) {
     __syncthreads();
+  } else if constexpr (kDo == kCluster) {
+    wait_for_cluster();
   }
-#if defined(JMP_CUDA_ON_HOST)
-  if constexpr (kDo == kCluster) cuda_on_host::cluster_barrier();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (kDo == kCluster) {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-  }
-#endif
 }
 
 // A block waits for what the others, or its own threads, tell it.

@@ -168,6 +168,15 @@ __device__ inline void cluster_has_begun() {
 #endif
 }
 
+// All blocks wait for each other, and see what the others wrote, to device memory too.
+__device__ inline void wait_for_cluster() {
+#if defined(JMP_CUDA_ON_HOST)
+  cuda_on_host::cluster_barrier();
+#elif JMP_HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 // A line of 128 bytes on its way into the second level cache.
 __device__ inline void prefetch(const void* at) {
 #ifdef JMP_CUDA_ON_HOST
